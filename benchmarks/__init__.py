@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements of the plugin against stock vLLM, and the models they run on."""

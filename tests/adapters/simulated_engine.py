@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's real scheduler and KV cache manager, driven over a worker that remembers every KV slot.
+
+The worker keeps, for each slot of each block, a digest of the token prefix that was written
+there. Whenever a request is scheduled, every slot that its attention would read is compared with
+the digest of the request's own prefix: reading one wrong, stale or foreign slot fails at once.
+The "model" samples a function of the whole prefix, so answers can be compared with the truth.
+With ``async_scheduling`` two steps are in flight, as with vLLM's batch queue on CUDA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_stateful.adapters.scheduler import StatefulAsyncScheduler, StatefulScheduler
+
+VOCAB = 100
+MODEL_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float32",
+}
+
+
+def next_prefix(prefix: int, token: int) -> int:
+    """The digest of a prefix after one more token."""
+    return int.from_bytes(
+        hashlib.blake2b(
+            prefix.to_bytes(8, "big") + token.to_bytes(4, "big"), digest_size=8
+        ).digest(),
+        "big",
+    )
+
+
+def sample(prefix: int) -> int:
+    """The "model": a token that depends on every token before it."""
+    return prefix % VOCAB
+
+
+def expected_answer(prompt: list[int], max_tokens: int) -> list[int]:
+    """What a stock, stateless engine answers."""
+    prefix = 0
+    for token in prompt:
+        prefix = next_prefix(prefix, token)
+    answer = []
+    for _ in range(max_tokens):
+        answer.append(sample(prefix))
+        prefix = next_prefix(prefix, answer[-1])
+    return answer
+
+
+@dataclass
+class WorkerRequest:
+    """What a model runner keeps of a request."""
+
+    tokens: list[int]
+    block_ids: list[int]
+    num_computed: int
+    prefixes: list[int] = field(default_factory=lambda: [0])
+
+    def prefix_after(self, num_tokens: int) -> int:
+        while len(self.prefixes) <= num_tokens:
+            token = self.tokens[len(self.prefixes) - 1]
+            self.prefixes.append(next_prefix(self.prefixes[-1], token))
+        return self.prefixes[num_tokens]
+
+
+class SimulatedWorker:
+    """Executes scheduler outputs over slots of digests."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots = [[0] * block_size for _ in range(num_blocks)]
+        self.requests: dict[str, WorkerRequest] = {}
+        self.num_tokens_computed = 0
+
+    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        for request_id in step.finished_req_ids:
+            self.requests.pop(request_id, None)
+        for copy in step.kv_cache_block_copies or ():
+            self.slots[copy.dst_block_id] = list(self.slots[copy.src_block_id])
+        self._update(step)
+        sampled = {
+            request_id: self._run(request_id, num_tokens)
+            for request_id, num_tokens in step.num_scheduled_tokens.items()
+        }
+        ids = list(sampled)
+        return ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
+            sampled_token_ids=list(sampled.values()),
+        )
+
+    def _update(self, step: SchedulerOutput) -> None:
+        for new in step.scheduled_new_reqs:
+            tokens = list(new.prefill_token_ids or new.prompt_token_ids or ())
+            (blocks,) = new.block_ids
+            self.requests[new.req_id] = WorkerRequest(tokens, list(blocks), new.num_computed_tokens)
+        cached = step.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            request = self.requests[request_id]
+            request.num_computed = cached.num_computed_tokens[index]
+            new_blocks = cached.new_block_ids[index]
+            if request_id in cached.resumed_req_ids:
+                assert new_blocks is not None
+                request.block_ids = list(new_blocks[0])
+            elif new_blocks is not None:
+                request.block_ids.extend(new_blocks[0])
+
+    def _run(self, request_id: str, num_tokens: int) -> list[int]:
+        request = self.requests[request_id]
+        start, end = request.num_computed, request.num_computed + num_tokens
+        assert end <= len(request.tokens), f"{request_id}: scheduled beyond its tokens"
+        for position in range(start):
+            found = self._slot(request, position)
+            if found != request.prefix_after(position + 1):
+                raise AssertionError(f"{request_id}: wrong KV at {position} of {start}")
+        for position in range(start, end):
+            block = self.slots[request.block_ids[position // self.block_size]]
+            block[position % self.block_size] = request.prefix_after(position + 1)
+        self.num_tokens_computed += num_tokens
+        request.num_computed = end
+        if end < len(request.tokens):
+            return []
+        token = sample(request.prefix_after(end))
+        request.tokens.append(token)
+        return [token]
+
+    def _slot(self, request: WorkerRequest, position: int) -> int:
+        block_id = request.block_ids[position // self.block_size]
+        return self.slots[block_id][position % self.block_size]
+
+
+@lru_cache(maxsize=1)
+def model_folder() -> str:
+    """A folder with a config only; no weights are ever loaded."""
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="simulated-model-"))
+    (folder / "config.json").write_text(json.dumps(MODEL_CONFIG))
+    return str(folder)
+
+
+@lru_cache(maxsize=4)
+def vllm_config(block_size: int, max_num_seqs: int, max_batched: int) -> VllmConfig:
+    args = EngineArgs(
+        model=model_folder(),
+        skip_tokenizer_init=True,
+        max_model_len=1024,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_batched,
+        enable_prefix_caching=True,
+    )
+    config = args.create_engine_config()
+    config.cache_config.block_size = block_size
+    init_none_hash(get_hash_fn_by_name("sha256"))
+    return config
+
+
+class SimulatedEngine:
+    """The scheduler of one engine core, its worker, and a queue of steps in flight."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        max_batched: int = 64,
+        async_scheduling: bool = False,
+        scheduler_cls: type | None = None,
+    ) -> None:
+        config = vllm_config(block_size, max_num_seqs, max_batched)
+        config.cache_config.num_gpu_blocks = num_blocks
+        config.scheduler_config.async_scheduling = async_scheduling
+        default = StatefulAsyncScheduler if async_scheduling else StatefulScheduler
+        spec = FullAttentionSpec(
+            block_size=block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
+        )
+        kv_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+        self.scheduler: Any = (scheduler_cls or default)(
+            vllm_config=config,
+            kv_cache_config=kv_config,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=block_size,
+            hash_block_size=block_size,
+            log_stats=True,
+        )
+        self.manager = self.scheduler.kv_cache_manager
+        self.worker = SimulatedWorker(num_blocks, block_size)
+        self.block_size = block_size
+        self.depth = 2 if async_scheduling else 1
+        self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.finished: dict[str, Request] = {}
+        self.hasher = get_request_block_hasher(block_size, get_hash_fn_by_name("sha256"))
+
+    def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        *,
+        session_id: str | None = None,
+        max_tokens: int = 4,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        arrival_time: float = 0.0,
+        **options: Any,
+    ) -> Request:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0, **options)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=list(prompt),
+            sampling_params=params,
+            pooling_params=None,
+            arrival_time=arrival_time,
+            cache_salt=cache_salt,
+            priority=priority,
+            session_id=session_id,
+            block_hasher=self.hasher,
+        )
+        self.scheduler.add_request(request)
+        self.finished[request_id] = request
+        return request
+
+    def step(self) -> None:
+        """One round of vLLM's ``step_with_batch_queue`` (or ``step``, with depth 1)."""
+        if self.scheduler.has_requests():
+            output = self.scheduler.schedule()
+            self.in_flight.append((output, self.worker.execute(output)))
+            if len(self.in_flight) < self.depth and output.total_num_scheduled_tokens:
+                return
+        if self.in_flight:
+            self.scheduler.update_from_output(*self.in_flight.popleft())
+
+    def run(self, max_steps: int = 10_000) -> None:
+        """Step until nothing is left to do. Fails when requests wait for ever."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_requests() and not self.in_flight:
+                return
+            self.step()
+        raise AssertionError(f"still unfinished: {list(self.scheduler.requests)}")
+
+    def abort(self, request_id: str) -> None:
+        """What happens when a client disconnects."""
+        self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+
+    def answer(self, request_id: str) -> list[int]:
+        return list(self.finished[request_id].output_token_ids)

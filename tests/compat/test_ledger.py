@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of patches, its page and its diffs say the same. Needs no vLLM."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_stateful.compat import ledger, probe
+from vllm_stateful.compat.ledger import PATCHES
+from vllm_stateful.compat.patch import CompatError, Patch
+
+PAGES = Path(__file__).parents[2] / "patches"
+
+
+def stem(patch: Patch) -> str:
+    return patch.name.replace("-", "_")
+
+
+def test_readme_is_what_the_ledger_renders() -> None:
+    command = "python -m vllm_stateful.compat --markdown > patches/README.md"
+    assert (PAGES / "README.md").read_text() == ledger.render_markdown(), f"run: {command}"
+
+
+def test_every_patch_has_a_diff_and_every_diff_a_patch() -> None:
+    on_disk = {str(path.relative_to(PAGES)) for path in PAGES.glob("vllm-*/*")}
+    assert on_disk == {patch.upstream for patch in PATCHES}
+
+
+def test_diffs_are_numbered_in_the_order_of_the_ledger() -> None:
+    expected = [f"vllm-0.32/{n:04}-{patch.name}.patch" for n, patch in enumerate(PATCHES, 1)]
+    assert [patch.upstream for patch in PATCHES] == expected
+
+
+def test_every_patch_file_is_in_the_ledger() -> None:
+    folder = Path(ledger.__file__).parent / "v0_32"
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert files == {stem(patch) for patch in PATCHES}
+
+
+def test_names_and_targets_are_unique() -> None:
+    assert len({patch.name for patch in PATCHES}) == len(PATCHES)
+    assert len({patch.target for patch in PATCHES}) == len(PATCHES)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_every_field_is_filled(patch: Patch) -> None:
+    values = dataclasses.asdict(patch) | {"adds": True}
+    assert all(values.values()), values
+    assert patch.process in {"api", "engine", "all"}
+    assert patch.target.startswith("vllm.")
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_diff_names_the_file_it_retires(patch: Patch) -> None:
+    text = (PAGES / patch.upstream).read_text()
+    assert text.startswith("Subject: [")
+    assert f"Retires: vllm_stateful/compat/v0_32/{stem(patch)}.py\n" in text
+
+
+def test_patches_stay_few_and_small() -> None:
+    assert len(PATCHES) <= 10
+    folder = Path(ledger.__file__).parent / "v0_32"
+    assert max(len(path.read_text().splitlines()) for path in folder.glob("*.py")) <= 60
+
+
+def test_text_shows_each_patch_with_its_status() -> None:
+    text = ledger.render_text({patch.name: f"state of {patch.name}" for patch in PATCHES})
+    assert all(f"status    state of {patch.name}\n" in text for patch in PATCHES)
+
+
+def test_status_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise CompatError("no")
+
+    monkeypatch.setattr(probe, "vllm_version", missing)
+    assert ledger.status(PATCHES[0]) == "vLLM not installed"
+
+
+def test_status_of_a_patch_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "vllm_version", lambda: "0.32.0")
+    wrong = dataclasses.replace(PATCHES[0], target="string:Template.gone")
+    assert ledger.status(wrong).startswith("drifted: patch 'cli-flags' does not fit string:")
+
+
+def test_the_ledger_and_its_page_load_no_vllm() -> None:
+    code = (
+        "import sys; sys.argv = ['compat', '--markdown']\n"
+        "from vllm_stateful.compat.__main__ import main\n"
+        "assert main() == 0\n"
+        "assert not {'vllm', 'torch'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ledger.render_markdown()

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each patch against the installed vLLM: it fits, it opens its hook, empty it changes nothing.
+
+The tests named ``test_stock_...`` are death notices: when one fails, vLLM has learned what the
+patch is for, and the patch can go.
+"""
+
+import asyncio
+import importlib.util
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+
+from vllm import plugins
+from vllm.config.scheduler import SchedulerConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.anthropic.protocol import (
+    AnthropicCountTokensRequest,
+    AnthropicMessagesRequest,
+)
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.sampling_params import SamplingParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_stateful.compat.ledger import PATCHES
+from vllm_stateful.compat.patch import CompatError, Patch, call_shape
+from vllm_stateful.compat.v0_32 import (
+    anthropic_metadata,
+    cli_flags,
+    engine_utility,
+    request_identity,
+    scheduler_class,
+    session_identity,
+)
+
+MODULES = (
+    anthropic_metadata,
+    cli_flags,
+    engine_utility,
+    request_identity,
+    scheduler_class,
+    session_identity,
+)
+OWNERS = {
+    "anthropic-metadata": AnthropicServingMessages,
+    "cli-flags": EngineArgs,
+    "engine-utility": EngineCore,
+    "request-identity": InputProcessor,
+    "scheduler-class": SchedulerConfig,
+    "session-identity": GenerateBaseServing,
+}
+by_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+
+
+@pytest.fixture(autouse=True)
+def _vanilla() -> Iterator[None]:
+    """Every test starts and ends on stock vLLM, also when other tests left patches behind."""
+    before = [patch for patch in PATCHES if patch.is_applied]
+    hooks = [(module.hook, module.hook.fn) for module in MODULES]
+    for patch in reversed(before):
+        patch.undo()
+    for hook, _ in hooks:
+        hook.clear()
+    yield
+    for patch in reversed(PATCHES):
+        patch.undo()
+    for patch in before:
+        patch.apply()
+    for hook, fn in hooks:
+        hook.clear() if fn is None else hook.set(fn)
+
+
+def member(patch: Patch) -> Any:
+    return vars(OWNERS[patch.name]).get(patch.target.rpartition(".")[2])
+
+
+@by_patch
+def test_signature_is_the_installed_one(patch: Patch) -> None:
+    patch.check()
+    if not patch.adds:
+        function = getattr(member(patch), "__func__", member(patch))
+        assert call_shape(function) == patch.signature
+
+
+@by_patch
+def test_apply_and_undo_leave_the_identical_object(patch: Patch) -> None:
+    original = member(patch)
+    patch.apply()
+    assert member(patch) is not original
+    patch.undo()
+    assert member(patch) is original
+
+
+# --- cli-flags
+
+
+def build_parser() -> FlexibleArgumentParser:
+    return EngineArgs.add_cli_args(FlexibleArgumentParser())
+
+
+def test_cli_flags_open_the_parser() -> None:
+    stock = set(build_parser()._option_string_actions)
+    cli_flags.PATCH.apply()
+    assert set(build_parser()._option_string_actions) == stock
+    cli_flags.hook.set(lambda parser: parser.add_argument("--of-a-plugin") and None)
+    assert set(build_parser()._option_string_actions) == stock | {"--of-a-plugin"}
+
+
+def test_stock_has_no_plugin_group_for_command_line_arguments() -> None:
+    groups = {key: value for key, value in vars(plugins).items() if key.endswith("_GROUP")}
+    assert len(groups) == 5, f"a new plugin group, is it for the command line? {groups}"
+    assert "plugin" not in " ".join(EngineArgs.add_cli_args.__code__.co_names)
+
+
+# --- scheduler-class
+
+
+def scheduler_config(is_async: bool, **fields: Any) -> SchedulerConfig:
+    return SchedulerConfig.default_factory(async_scheduling=is_async, **fields)
+
+
+def chosen(**fields: Any) -> list[type[Any]]:
+    return [scheduler_config(is_async, **fields).get_scheduler_cls() for is_async in (False, True)]
+
+
+class SyncOnly(Scheduler):
+    """Stands for a plugin's scheduler."""
+
+
+def test_scheduler_class_hook_sees_config_and_stock_choice() -> None:
+    scheduler_class.PATCH.apply()
+    assert chosen() == [Scheduler, AsyncScheduler]
+    seen: list[tuple[Any, type[Any]]] = []
+
+    def choose(config: Any, stock: type[Any]) -> type[Any]:
+        seen.append((config.async_scheduling, stock))
+        return SyncOnly if stock is Scheduler else stock
+
+    scheduler_class.hook.set(choose)
+    assert chosen() == [SyncOnly, AsyncScheduler]
+    assert seen == [(False, Scheduler), (True, AsyncScheduler)]
+
+
+def test_stock_scheduler_cls_is_one_class_for_both_modes() -> None:
+    assert chosen(scheduler_cls=SyncOnly) == [SyncOnly, SyncOnly]
+    assert chosen() == [Scheduler, AsyncScheduler]
+    assert not hasattr(SchedulerConfig, "default_scheduler_classes")
+
+
+# --- session-identity
+
+AGENT_HEADERS = {
+    "x-claude-code-session-id": "claude",
+    "session-id": "codex",
+    "thread-id": "codex-thread",
+    "x-parent-session-id": "opencode",
+}
+
+
+def http_request(**headers: str) -> Any:
+    return SimpleNamespace(headers=headers)
+
+
+def chat_request(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest(messages=[{"role": "user", "content": "hi"}], **fields)
+
+
+def session_ids() -> list[str | None]:
+    find = GenerateBaseServing._get_session_id
+    return [
+        find(chat_request(session_id="body"), http_request()),
+        find(chat_request(), http_request(**{"X-Session-ID": "header"})),
+        find(chat_request(vllm_xargs={"session_id": "xargs"}), None),
+        find(chat_request(), None),
+    ]
+
+
+def test_session_identity_hook_has_the_last_word() -> None:
+    stock = session_ids()
+    assert stock == ["body", "header", "xargs", None]
+    session_identity.PATCH.apply()
+    assert session_ids() == stock
+    session_identity.hook.set(
+        lambda request, raw, found: found or (raw and raw.headers.get("session-id"))
+    )
+    assert session_ids() == stock
+    raw = http_request(**AGENT_HEADERS)
+    assert GenerateBaseServing._get_session_id(chat_request(), raw) == "codex"
+
+
+def test_stock_does_not_read_the_headers_that_agents_send() -> None:
+    raw = http_request(**AGENT_HEADERS)
+    request = chat_request(user="u", prompt_cache_key="k")
+    assert GenerateBaseServing._get_session_id(request, raw) is None
+
+
+# --- request-identity
+
+
+class BareInputProcessor(InputProcessor):
+    """The real constructor and the real `process_inputs`, without a model."""
+
+    def __init__(self, executor: ThreadPoolExecutor | None = None) -> None:
+        model = SimpleNamespace(
+            try_get_generation_config=dict, supports_multimodal_inputs=False, is_diffusion=False
+        )
+        parallel = SimpleNamespace(
+            data_parallel_size=1, data_parallel_size_local=1, local_engines_only=False
+        )
+        config = MagicMock(model_config=model, parallel_config=parallel, watermark_config=None)
+        renderer = SimpleNamespace(
+            tokenizer=None, get_eos_token_id=lambda: None, _executor=executor
+        )
+        super().__init__(config, renderer)  # type: ignore[arg-type]
+
+    def _build_logits_processors_params_validator(self) -> Callable[[SamplingParams], None]:
+        return lambda params: None
+
+    def _validate_params(self, *_: Any) -> bool:
+        return False
+
+    def _validate_model_inputs(self, *_: Any) -> None:
+        """Nothing to check the prompt against."""
+
+
+PROMPT: Any = {"type": "token", "prompt_token_ids": [1, 2, 3], "arrival_time": 7.0}
+
+
+def process(**fields: Any) -> Any:
+    params = SamplingParams(max_tokens=4)
+    return BareInputProcessor().process_inputs("r", PROMPT, params, ("generate",), **fields)
+
+
+def test_request_identity_hook_gets_the_finished_request() -> None:
+    stock = process(session_id="s")
+    request_identity.PATCH.apply()
+    unchanged = process(session_id="s")
+    assert repr(unchanged) == repr(stock)
+
+    def salt(request: Any) -> Any:
+        request.cache_salt = f"tenant of {request.session_id}"
+        return request
+
+    request_identity.hook.set(salt)
+    assert process(session_id="s").cache_salt == "tenant of s"
+
+
+def test_request_identity_covers_the_async_path() -> None:
+    """vLLM makes process_inputs_async from the bound process_inputs, in the constructor."""
+
+    async def process_async(processor: InputProcessor) -> Any:
+        params = SamplingParams(max_tokens=4)
+        return await processor.process_inputs_async("r", PROMPT, params, ("generate",))
+
+    with ThreadPoolExecutor(1) as executor:
+        request_identity.PATCH.apply()
+        request_identity.hook.set(lambda request: ("hooked", request.request_id))
+        assert asyncio.run(process_async(BareInputProcessor(executor))) == ("hooked", "r")
+
+
+def test_stock_knows_no_sender_of_a_request() -> None:
+    request = process(trace_headers={"authorization": "Bearer tenant-a"})
+    assert request.cache_salt is None
+    assert "key" not in call_shape(InputProcessor.process_inputs)
+    assert not hasattr(InputProcessor, "request_hooks")
+
+
+# --- engine-utility
+
+
+def call_utility(*args: Any) -> Any:
+    """Look up and decode as EngineCoreProc does with a utility call."""
+    core = object.__new__(EngineCoreProc)
+    method: Callable[..., Any] = core.stateful
+    return method(*EngineCoreProc._convert_msgspec_args(method, args))
+
+
+def test_engine_utility_reaches_the_hook_with_plain_arguments() -> None:
+    engine_utility.PATCH.apply()
+    with pytest.raises(CompatError, match="operation 'pin': no adapter is installed"):
+        call_utility("pin", {})
+    engine_utility.hook.set(
+        lambda core, operation, arguments: {"core": type(core).__name__, operation: arguments}
+    )
+    result = call_utility("pin", {"blocks": [1, 2]})
+    assert result == {"core": "EngineCoreProc", "pin": {"blocks": [1, 2]}}
+
+
+def test_stock_engine_core_has_no_room_for_a_plugin_operation() -> None:
+    assert not [name for name in dir(EngineCoreProc) if "plugin" in name or name == "stateful"]
+
+
+# --- anthropic-metadata
+
+
+def messages_request() -> AnthropicMessagesRequest:
+    return AnthropicMessagesRequest(
+        model="m",
+        max_tokens=3,
+        messages=[{"role": "user", "content": "hi"}],
+        metadata={"user_id": "user_1_session_2"},
+    )
+
+
+def test_anthropic_metadata_hook_sees_both_requests() -> None:
+    convert = AnthropicServingMessages.to_chat_completion_request
+    random = {"request_id"}
+    stock = convert(messages_request(), merge_inline_system=True)
+    anthropic_metadata.PATCH.apply()
+    convert = AnthropicServingMessages.to_chat_completion_request
+    unchanged = convert(messages_request(), merge_inline_system=True)
+    assert unchanged.model_dump(exclude=random) == stock.model_dump(exclude=random)
+
+    def carry(anthropic: Any, chat: Any) -> None:
+        if metadata := getattr(anthropic, "metadata", None):
+            chat.user = metadata["user_id"]
+
+    anthropic_metadata.hook.set(carry)
+    assert convert(messages_request()).user == "user_1_session_2"
+    counting = AnthropicCountTokensRequest(model="m", messages=[{"role": "user", "content": "hi"}])
+    assert convert(counting).user is None
+
+
+def test_stock_drops_the_metadata_of_an_anthropic_request() -> None:
+    request = AnthropicServingMessages.to_chat_completion_request(messages_request())
+    assert "user_1_session_2" not in request.model_dump_json()

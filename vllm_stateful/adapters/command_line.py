@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve MODEL --plugin stateful --stateful-...``: the flags, and what they set."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from vllm.logger import init_logger
+
+from vllm_stateful.adapters import activation
+from vllm_stateful.config import ENABLE_ENV, OPTIONS, Option, is_enabled
+from vllm_stateful.errors import ConfigError, StatefulError
+
+logger = init_logger("vllm.stateful")
+
+PLUGIN_NAME = "stateful"
+USAGE_FLAG = "enable-prompt-tokens-details"
+GENERAL_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+    "vllm.lora_resolver_plugins",
+)
+ENDPOINT_GROUP = "vllm.endpoint_plugins"
+
+
+def extend_parser(parser: argparse.ArgumentParser) -> None:
+    """Hook of ``cli-flags``: add ``--plugin`` and one flag per option."""
+    if any(action.dest == "plugin" for action in parser._actions):
+        return
+    group = parser.add_argument_group(
+        title="StatefulPlugin",
+        description="Stateful agent sessions: KV that lives across turns (vllm-stateful).",
+    )
+    group.add_argument(
+        "--plugin",
+        action=_EnablePlugin,
+        metavar="NAME",
+        help="Serve with this plugin; 'stateful' keeps the KV of agent sessions across turns.",
+    )
+    for option in OPTIONS:
+        group.add_argument(option.flag, **_argument(option))
+    if is_enabled():
+        _truthful_usage(parser.set_defaults)
+
+
+def _argument(option: Option) -> dict[str, Any]:
+    if option.is_flag:
+        return {"action": _SetFlag, "nargs": 0, "option": option, "help": option.help}
+    return {"action": _SetOption, "metavar": "VALUE", "option": option, "help": option.help}
+
+
+class _EnablePlugin(argparse.Action):
+    """``--plugin NAME``: turn the plugin on in this process and its children."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        if values != PLUGIN_NAME:
+            _problem(parser, f"--plugin {values!r}: no such plugin; there is '{PLUGIN_NAME}'")
+            return
+        os.environ[ENABLE_ENV] = "1"
+        _allow_endpoint_plugin()
+        if not any(USAGE_FLAG in argument for argument in sys.argv):
+            _truthful_usage(lambda **values: vars(namespace).update(values))
+        _guarded(parser, activation.activate)
+
+
+class _SetOption(argparse.Action):
+    """One ``--stateful-*`` option: checked now, written to the environment for all processes."""
+
+    def __init__(self, *args: Any, option: Option, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.option = option
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            setattr(namespace, self.dest, self.option.read(values, self.option.flag))
+        except ConfigError as error:
+            parser.error(str(error))
+        os.environ[self.option.env] = values
+
+
+class _SetFlag(_SetOption):
+    """An option without a value."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        super().__call__(parser, namespace, "1", option_string)
+        if self.option.field == "strict" and activation.problems():
+            parser.error("--stateful-strict: " + activation.problems()[0])
+
+
+def _guarded(parser: argparse.ArgumentParser, install: Callable[[], None]) -> None:
+    try:
+        install()
+    except StatefulError as error:
+        parser.error(str(error))
+
+
+def _problem(parser: argparse.ArgumentParser, text: str) -> None:
+    """One clear line and stock vLLM, or, when strict, an error."""
+    _guarded(parser, lambda: activation.report_problem(text))
+
+
+def _truthful_usage(set_values: Callable[..., None]) -> None:
+    """``usage.prompt_tokens_details.cached_tokens``, on by default with the plugin."""
+    set_values(enable_prompt_tokens_details=True)
+
+
+def _allow_endpoint_plugin() -> None:
+    """Name our routes in ``VLLM_PLUGINS`` without changing which other plugins load.
+
+    vLLM loads endpoint plugins only when named there, and an unset variable means "all" for
+    every other group. So the names of all others are spelled out, unless that would switch on
+    somebody else's routes: then ours stay off, and the log says so.
+    """
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is not None:
+        names = [name for name in named.split(",") if name]
+    else:
+        names = sorted(
+            {found.name for group in GENERAL_GROUPS for found in entry_points(group=group)}
+        )
+        foreign = {found.name for found in entry_points(group=ENDPOINT_GROUP)} - {PLUGIN_NAME}
+        if foreign & set(names):
+            logger.warning(
+                "stateful: session routes and metrics are off, since naming plugins would also "
+                "load the routes of %s; set VLLM_PLUGINS yourself",
+                ", ".join(sorted(foreign & set(names))),
+            )
+            return
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, PLUGIN_NAME]))

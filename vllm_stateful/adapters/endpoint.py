@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP: ``DELETE /v1/sessions/{id}``, and the metrics poll (``vllm.endpoint_plugins``).
+
+There is no listing route: sessions cannot be enumerated, and a client reaches its own tenant's
+sessions only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, HTTPException, Request
+from starlette.datastructures import State
+from vllm.logger import init_logger
+
+from vllm_stateful.adapters.identity import salt_of
+from vllm_stateful.adapters.metrics_exporter import MetricsExporter
+from vllm_stateful.config import is_enabled
+
+logger = init_logger("vllm.stateful")
+
+POLL_SECONDS = 1.0
+
+router = APIRouter()
+
+
+@router.delete("/v1/sessions/{session_id:path}")
+async def close_session(
+    session_id: str, raw_request: Request, cache_salt: str | None = None
+) -> dict[str, Any]:
+    """Release what a session keeps; its next turn starts cold. 404 when nothing is kept."""
+    salt = salt_of(raw_request.headers, cache_salt)
+    arguments = {"session_id": session_id, "cache_salt": salt}
+    client = raw_request.app.state.engine_client
+    results = await _ask_all(client, "close", arguments)
+    closed = sum(result.get("closed", 0) for result in results)
+    if closed == 0:
+        raise HTTPException(404, f"no resident session {session_id!r}")
+    return {"session_id": session_id, "closed": closed}
+
+
+async def _ask_all(engine_client: Any, operation: str, arguments: dict[str, Any]) -> list[Any]:
+    """One answer per engine core; several with data parallelism."""
+    core = engine_client.engine_core
+    return list(await core.call_utility_all_async("stateful", operation, arguments))
+
+
+class StatefulEndpoint:
+    """vLLM's ``EndpointPlugin``: routes, and a task that keeps ``/metrics`` current."""
+
+    name = "stateful"
+    required_tasks: tuple[str, ...] | None = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the session routes; none when the plugin is installed but not enabled."""
+        if is_enabled():
+            app.include_router(router)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Start polling the engine. Only the first of several API servers does."""
+        if not is_enabled() or engine_client is None:
+            return
+        if getattr(engine_client, "client_index", 0) not in (0, None):
+            return
+        state.stateful_poll = asyncio.create_task(_poll(engine_client, MetricsExporter()))
+
+
+async def _poll(engine_client: Any, exporter: MetricsExporter) -> None:
+    while True:
+        try:
+            exporter.update(await _ask_all(engine_client, "stats", {}))
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            logger.warning("stateful: metrics stop here: %s", error)
+            return
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def make_endpoint_plugin() -> StatefulEndpoint:
+    """Entry point of ``vllm.endpoint_plugins``."""
+    return StatefulEndpoint()

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""API process: which session and tenant a request belongs to, carried to the engine.
+
+vLLM asks for a session id once per HTTP request, just before it hands the prompt to the engine.
+What is found then is kept in a context variable, and put on the ``EngineCoreRequest`` as it is
+made: the session in ``session_id``, the tenant folded into ``cache_salt`` (so that vLLM's own
+block hashes keep tenants apart too), the end of a session as a KV hint.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any
+
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
+
+from vllm_stateful.adapters.turn import CLOSE_ACTION
+from vllm_stateful.api import ResponseChain, TurnIdentity, resolve_turn, scoped_salt
+from vllm_stateful.api.session_identity import id_fault
+from vllm_stateful.config import load_config
+
+HINTS_PROTOCOL = "vllm-stateful/1"
+
+_identity: ContextVar[TurnIdentity | None] = ContextVar("stateful_identity", default=None)
+_responses = ResponseChain()
+
+
+@lru_cache(maxsize=1)
+def tenant_isolation() -> bool:
+    """Whether the API key separates tenants (``--stateful-tenant``)."""
+    return load_config().tenant == "api-key"
+
+
+def identify(request: Any, raw_request: Any | None, stock: str | None) -> str | None:
+    """Hook of ``session-identity``: the session id that the engine is told.
+
+    Args:
+        request: vLLM's parsed chat, completion or responses request.
+        raw_request: the HTTP request, or None when there is none.
+        stock: the id that vLLM itself found.
+    """
+    headers = {} if raw_request is None else raw_request.headers
+    identity = resolve_turn(
+        headers, lambda name: getattr(request, name, None), tenant_isolation=tenant_isolation()
+    )
+    if hasattr(request, "previous_response_id"):
+        identity = _responses.resolve(
+            identity,
+            request.previous_response_id,
+            getattr(request, "request_id", None),
+            stored=bool(getattr(request, "store", False)),
+        )
+    _identity.set(identity)
+    if identity.session_id is None and stock is not None and id_fault(stock) is None:
+        return None  # a gateway's cookie: it names a server
+    return identity.session_id or stock
+
+
+def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
+    """Hook of ``request-identity``: tenant and end of session, on the request to the engine."""
+    if request.session_id is None:
+        request.session_id = _offline_session_id(request)
+    identity = _identity.get()
+    if identity is None:
+        return request
+    request.cache_salt = scoped_salt(identity.tenant, request.cache_salt)
+    if identity.final and request.kv_hints is None:
+        close = KvHintAction("0", CLOSE_ACTION, "1", {})
+        request.kv_hints = KvHintsEnvelope(HINTS_PROTOCOL, request.request_id, [close])
+    return request
+
+
+def copy_metadata(anthropic_request: Any, chat_request: Any) -> None:
+    """Hook of ``anthropic-metadata``: keep ``metadata`` where ``identify`` finds it."""
+    metadata = getattr(anthropic_request, "metadata", None)
+    if metadata is not None and hasattr(metadata, "model_dump"):
+        metadata = metadata.model_dump()
+    if isinstance(metadata, dict):
+        chat_request.metadata = metadata
+
+
+def salt_of(headers: Any, cache_salt: str | None) -> str | None:
+    """The salt under which the engine knows the sessions of whoever sent these headers."""
+    identity = resolve_turn(headers, lambda _: None, tenant_isolation=tenant_isolation())
+    return scoped_salt(identity.tenant, cache_salt)
+
+
+def _offline_session_id(request: EngineCoreRequest) -> str | None:
+    """``SamplingParams(extra_args={"session_id": ...})``, for ``LLM.generate`` and ``LLM.chat``."""
+    params = request.sampling_params
+    value = (params.extra_args or {}).get("session_id") if params is not None else None
+    return value if isinstance(value, str) and value else None

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prometheus metrics in the API process, fed by snapshots of the engine core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from vllm_stateful.observe.metrics import METRICS, RESUME_BUCKETS_S, Metric
+
+
+class MetricsExporter:
+    """Turns the engine's running totals into increments of Prometheus metrics.
+
+    Args:
+        registry: where the metrics are registered; vLLM's ``/metrics`` serves the default one.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._made = {metric: _make(metric, registry) for metric in METRICS}
+        self._totals: dict[tuple[int, str, str], float] = {}
+
+    def update(self, snapshots: list[dict[str, Any]]) -> None:
+        """Apply one snapshot per engine. An engine that is off sends ``{"off": reason}``."""
+        live = [(rank, s) for rank, s in enumerate(snapshots) if "off" not in s]
+        for metric, made in self._made.items():
+            if metric.kind == "gauge":
+                made.set(sum(snapshot[metric.key] for _, snapshot in live))
+                continue
+            for rank, snapshot in live:
+                self._advance(metric, made, rank, snapshot[metric.key])
+
+    def _advance(self, metric: Metric, made: Any, rank: int, value: Any) -> None:
+        if metric.kind == "histogram":
+            for seconds in value:
+                made.observe(seconds)
+        elif metric.label is None:
+            made.inc(self._increment(metric, rank, "", value))
+        else:
+            for label, total in value.items():
+                made.labels(label).inc(self._increment(metric, rank, label, total))
+
+    def _increment(self, metric: Metric, rank: int, label: str, total: float) -> float:
+        """What came since the last snapshot; an engine that restarted counts from zero."""
+        key = (rank, metric.name, label)
+        before = self._totals.get(key, 0)
+        self._totals[key] = total
+        return total - before if total >= before else total
+
+
+def _make(metric: Metric, registry: CollectorRegistry) -> Any:
+    labels = [metric.label] if metric.label else []
+    if metric.kind == "counter":
+        return Counter(metric.name, metric.help, labels, registry=registry)
+    if metric.kind == "gauge":
+        return Gauge(
+            metric.name, metric.help, labels, registry=registry, multiprocess_mode="mostrecent"
+        )
+    return Histogram(metric.name, metric.help, labels, registry=registry, buckets=RESUME_BUCKETS_S)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's schedulers with resident sessions: one mixin over ``Scheduler`` and ``AsyncScheduler``.
+
+The scheduling itself is vLLM's. The mixin gives the scheduler a stateful KV cache manager, or
+leaves it as it is and says why when the model or the engine's settings are not known to be safe.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+
+from vllm_stateful.adapters.invariants import check_pool
+from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
+from vllm_stateful.config import StatefulConfig, load_config
+from vllm_stateful.errors import UnsupportedError
+from vllm_stateful.types import Identity, SessionKey
+
+logger = init_logger("vllm.stateful")
+
+
+def unsupported_reason(scheduler: Scheduler) -> str | None:
+    """Why sessions cannot be kept in this engine; None when they can."""
+    manager = scheduler.kv_cache_manager
+    groups = manager.kv_cache_config.kv_cache_groups
+    if not manager.enable_caching:
+        return "prefix caching is off (--no-enable-prefix-caching)"
+    if len(groups) != 1:
+        return f"the model has {len(groups)} KV cache groups (hybrid or sliding-window layers)"
+    spec = groups[0].kv_cache_spec
+    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
+        return f"its KV cache is a {type(spec).__name__}"
+    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
+        return "the model attends to a window only"
+    if scheduler.connector is not None:
+        return "a KV connector is configured"
+    if scheduler.use_eagle or scheduler.num_prefill_lookahead or scheduler.prefix_replay_tokens:
+        return "the speculative method keeps KV of its own (EAGLE, MTP)"
+    if scheduler.dcp_world_size != 1 or scheduler.block_size != spec.block_size:
+        return "context parallelism is on"
+    if scheduler.hash_block_size != scheduler.block_size:
+        return "blocks are hashed in another size than they are allocated"
+    return None
+
+
+class _StatefulMixin:
+    """Adds sessions to a vLLM scheduler class."""
+
+    kv_cache_manager: Any
+    config: StatefulConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config = load_config()
+        self.stateful_off = unsupported_reason(self)
+        if self.stateful_off is None:
+            self._become_stateful()
+        elif self.config.strict:
+            raise UnsupportedError(f"--plugin stateful: {self.stateful_off}")
+        else:
+            logger.warning("stateful: off, serving as stock vLLM: %s", self.stateful_off)
+
+    def _become_stateful(self) -> None:
+        """Extend the manager in place: same object, same state, our four methods."""
+        manager = self.kv_cache_manager
+        if type(manager).__name__ != "KVCacheManager":
+            raise UnsupportedError(f"the KV cache manager is a {type(manager).__name__}")
+        manager.__class__ = StatefulKVCacheManager
+        manager.become_stateful(
+            pin_fraction=self.config.pin_fraction,
+            idle_seconds=self.config.idle_seconds,
+            clock=time.monotonic,
+        )
+        logger.info(
+            "stateful: on, sessions may pin %d of %d blocks of %d tokens",
+            manager.store.pins.budget_blocks,
+            manager.block_pool.num_gpu_blocks - 1,
+            manager.store.block_size,
+        )
+
+    # ---- the invariant, when asked for ---------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """One step of vLLM's scheduler."""
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._check()
+        return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's bookkeeping after a step; turns that ended are kept here."""
+        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        self._check()
+        return outputs
+
+    def _check(self) -> None:
+        if self.config.check_invariants and self.stateful_off is None:
+            check_pool(self)
+
+    # ---- what the API server asks for ----------------------------------------------------
+
+    def stateful(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Answer a utility call of the API server: ``stats`` or ``close``.
+
+        Raises:
+            ValueError: no such operation.
+        """
+        if self.stateful_off is not None:
+            return {"off": self.stateful_off}
+        if operation == "stats":
+            return self._stats()
+        if operation == "close":
+            return {"closed": self._close(**arguments)}
+        raise ValueError(f"stateful: no operation {operation!r}")
+
+    def _stats(self) -> dict[str, Any]:
+        manager: StatefulKVCacheManager = self.kv_cache_manager
+        store = manager.store
+        return {
+            **manager.turn_counts.snapshot(store.counts.demotions),
+            "num_sessions": store.num_sessions,
+            "num_blocks_pinned": store.pins.num_pinned,
+            "num_blocks_budget": store.pins.budget_blocks,
+            "num_blocks_free": manager.block_pool.get_num_free_blocks(),
+            "num_blocks_total": manager.block_pool.num_gpu_blocks - 1,
+        }
+
+    def _close(self, session_id: str, cache_salt: str | None) -> int:
+        """Base-model sessions of that id and salt; those of LoRA adapters by their own end."""
+        session = SessionKey(Identity(cache_salt), session_id)
+        return int(self.kv_cache_manager.close_session(session))
+
+
+class StatefulScheduler(_StatefulMixin, Scheduler):  # type: ignore[misc]
+    """``Scheduler`` with resident sessions (CPU, pipeline settings without async scheduling)."""
+
+
+class StatefulAsyncScheduler(_StatefulMixin, AsyncScheduler):  # type: ignore[misc]
+    """``AsyncScheduler`` with resident sessions (CUDA's default)."""
+
+
+def answer_utility(scheduler: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Answer a utility call to the engine core, whatever its scheduler is."""
+    if not isinstance(scheduler, _StatefulMixin):
+        return {"off": f"the scheduler is {type(scheduler).__name__}"}
+    return scheduler.stateful(operation, arguments)
+
+
+def stateful_scheduler_class(stock: type) -> type | None:
+    """The stateful counterpart of a stock scheduler class; None for any other class."""
+    counterparts: dict[type, type] = {
+        Scheduler: StatefulScheduler,
+        AsyncScheduler: StatefulAsyncScheduler,
+    }
+    return counterparts.get(stock)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One vLLM request seen as a turn: its identity, its tokens, and what it may reuse."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.request import Request
+
+from vllm_stateful.api.session_identity import id_fault
+from vllm_stateful.prefix.residency import ANONYMOUS, Residency
+from vllm_stateful.types import Bypass, Identity, Outcome, SessionKey, TokenArray
+
+CLOSE_ACTION = "session.close"
+"""The KV hint that ends a session with this turn; set by ``adapters.identity``."""
+
+
+class Offer(NamedTuple):
+    """KV that a lookup found in a residency."""
+
+    blocks: KVCacheBlocks
+    residency: Residency
+    num_tokens: int
+    outcome: Outcome
+
+    @property
+    def continues(self) -> bool:
+        """Whether the turn can append where the residency ends, in place."""
+        return self.residency.is_idle and self.num_tokens == self.residency.frontier
+
+
+@dataclass(slots=True)
+class Turn:
+    """State of a running or waiting request, from its first lookup to its end."""
+
+    session: SessionKey
+    prompt: TokenArray
+    epoch: int
+    """Resets seen when it started; KV computed before a reset is not kept."""
+    offer: Offer | None = None
+    """What the last lookup returned; None when it returned stock's answer."""
+    borrowed: Residency | None = None
+    only_full_blocks: bool = False
+    """Its partial block could not be copied for lack of one free block: align the hit."""
+    is_counted: bool = False
+    lookup_s: float = 0.0
+
+
+def bypass_reason(request: Request, caching: bool) -> Bypass | None:
+    """Why this request must be served by stock vLLM; None when it is an ordinary turn."""
+    if not caching:
+        return Bypass.PREFIX_CACHING_OFF
+    if request.pooling_params is not None:
+        return Bypass.POOLING
+    if request.resumable:
+        return Bypass.STREAMING_INPUT
+    if request.mm_features:
+        return Bypass.MULTIMODAL
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        return Bypass.PROMPT_EMBEDS
+    if request.skip_reading_prefix_cache:
+        return Bypass.PROMPT_LOGPROBS
+    return None
+
+
+def token_array(token_ids: list[int]) -> TokenArray:
+    """Copy a list of token ids into an int32 array; about 1 ms per 100k tokens."""
+    return np.frombuffer(array("i", token_ids), np.int32)
+
+
+def session_of(request: Request) -> SessionKey:
+    """The session that a request names, or an anonymous one of its own.
+
+    An id that is too short or a placeholder names nothing (``api.session_identity.id_fault``).
+    """
+    lora = request.lora_request
+    identity = Identity(
+        request.cache_salt,
+        None if lora is None else (lora.lora_name, lora.lora_int_id, lora.lora_path),
+    )
+    named = request.session_id if id_fault(request.session_id) is None else None
+    return SessionKey(identity, named or ANONYMOUS + request.request_id)
+
+
+def is_final(request: Request) -> bool:
+    """Whether the client said that this is its session's last turn (a KV hint)."""
+    hints = request.kv_hints
+    return hints is not None and any(a.action_type == CLOSE_ACTION for a in hints.actions)
+
+
+def start_turn(request: Request, epoch: int) -> Turn:
+    """Begin the record of a turn. Copies the prompt's ids."""
+    assert request.prompt_token_ids is not None
+    return Turn(session_of(request), token_array(request.prompt_token_ids), epoch)
+
+
+def tokens_so_far(turn: Turn, request: Request, num_tokens: int) -> TokenArray:
+    """The first ``num_tokens`` tokens of the request, prompt and output.
+
+    Shape ``[num_tokens]``. The prompt part is not converted again.
+    """
+    num_output = num_tokens - len(turn.prompt)
+    if num_output <= 0:
+        return turn.prompt[:num_tokens]
+    output = token_array(list(request.output_token_ids[:num_output]))
+    return np.concatenate([turn.prompt, output])

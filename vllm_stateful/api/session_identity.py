@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which session does a turn belong to, and whose session is it?
+
+A session id is a hint: it says where to look for reusable work first. It never authorizes
+anything, and blocks are reused only after token ids and the tenant's salt were compared. So a
+wrong id costs time and a missing id is no error: without one the session is derived from content.
+
+Sources, first usable one wins (each row is `source` in `TurnIdentity`):
+
+    body                body `session_id`                            read by vLLM itself
+    x-session-id        header X-Session-ID (+ X-Parent-Session-ID)  read by vLLM itself
+    xargs               body `vllm_xargs.session_id`                 read by vLLM itself
+    claude-code         x-claude-code-session-id, -agent-id, -parent-agent-id
+    codex               thread-id, else session-id; x-codex-parent-thread-id
+    opencode            x-opencode-session (+ x-parent-session-id)
+    deepseek-harness    x-deepseek-harness-session-id, -parent-session-id
+    dynamo              x-dynamo-session-id, -parent-session-id
+    multi-turn-session  x-multi-turn-session-id                      Fireworks, LangChain
+    litellm             x-litellm-session-id
+    prompt-cache-key    body `prompt_cache_key`
+    metadata-user-id    body `metadata.user_id`, only where it carries a session (Claude Code)
+
+The first three keep the order of vLLM 0.32 `GenerateBaseServing._get_session_id`.
+`previous-response-id` is resolved by `response_chain.ResponseChain`, which keeps state.
+"""
+
+import base64
+import binascii
+import hashlib
+import ipaddress
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Source = Literal[
+    "body",
+    "x-session-id",
+    "xargs",
+    "claude-code",
+    "codex",
+    "opencode",
+    "deepseek-harness",
+    "dynamo",
+    "multi-turn-session",
+    "litellm",
+    "prompt-cache-key",
+    "previous-response-id",
+    "metadata-user-id",
+    "none",
+]
+FieldReader = Callable[[str], object]
+
+MIN_ID_CHARS = 8
+MAX_ID_CHARS = 256
+MAX_JSON_CHARS = 8192
+TENANT_HEX_CHARS = 16
+SALT_PREFIX = "vllm-stateful."
+
+# The engine is told the client's own id for these, as stock vLLM would (KV events keep their
+# meaning). Ids of every other source are sent as "<source>:<id>".
+_SOURCES_READ_BY_VLLM: frozenset[str] = frozenset({"body", "x-session-id", "xargs"})
+
+# Values that software sends before somebody filled in a real id. Compared after case folding,
+# with "_" and " " read as "-" and with surrounding brackets, quotes, "$" and "%" removed. An id
+# made of one repeated character ("00000000-0000-...", "xxxxxxxx") is a placeholder too.
+# fmt: off
+PLACEHOLDERS: frozenset[str] = frozenset({
+    "default", "default-session", "default-session-id", "global", "anonymous", "unknown",
+    "undefined", "none", "null", "nil", "empty", "no-session", "object-object", "string", "uuid",
+    "placeholder", "changeme", "session", "session-id", "sessionid", "conversation",
+    "conversation-id", "thread-id", "prompt-cache-key", "my-session", "my-session-id",
+    "new-session", "your-session", "your-session-id", "your-thread-id", "test", "testing",
+    "test-session", "test-session-id", "example", "example-session", "demo-session", "dummy",
+    "dummy-session", "12345678", "123456789", "1234567890", "0123456789",
+    "123e4567-e89b-12d3-a456-426614174000", "550e8400-e29b-41d4-a716-446655440000",
+})
+# fmt: on
+
+# source, header with the session id, header with the parent's id
+_AGENT_HEADERS: tuple[tuple[Source, str, str | None], ...] = (
+    ("codex", "thread-id", "x-codex-parent-thread-id"),
+    ("codex", "session-id", "x-codex-parent-thread-id"),
+    ("opencode", "x-opencode-session", "x-parent-session-id"),
+    (
+        "deepseek-harness",
+        "x-deepseek-harness-session-id",
+        "x-deepseek-harness-parent-session-id",
+    ),
+    ("dynamo", "x-dynamo-session-id", "x-dynamo-parent-session-id"),
+    ("multi-turn-session", "x-multi-turn-session-id", None),
+    ("litellm", "x-litellm-session-id", None),
+)
+
+_USER_ID_SESSION = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class TurnIdentity:
+    """Whose turn this is.
+
+    session_id: what the engine is told; None means "derive the session from content".
+    source: where the id was found, "none" without one.
+    tenant: `tenant_of` the request, "" when it carried no key or isolation is off.
+    parent_id: session id of the agent that started this one, in the same form as `session_id`.
+    final: the client said that this is the session's last turn.
+    compaction: the client said that this turn summarizes its own history.
+    rejected: ids that were present but unusable, "source: reason" joined by "; ". Never contains
+        what the client sent.
+    """
+
+    session_id: str | None
+    source: Source
+    tenant: str
+    parent_id: str | None = None
+    final: bool = False
+    compaction: bool = False
+    rejected: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """One place where the client may have named its session.
+
+    value: the id that has to be usable; `child`, when set, is the longer id built from it.
+    """
+
+    source: Source
+    value: object
+    parent: object = None
+    child: str | None = None
+
+
+def resolve_turn(
+    headers: Mapping[str, str], field: FieldReader, *, tenant_isolation: bool = True
+) -> TurnIdentity:
+    """Find the session that a request names.
+
+    headers: looked up by lower-case names with `.get` (starlette's Headers, or a dict with
+        lower-case keys).
+    field: returns a field of the request body, or None where the body has no such field.
+    tenant_isolation: False puts every client in the tenant "".
+
+    Raises nothing for any header or body value.
+    """
+    tenant = tenant_of(headers) if tenant_isolation else ""
+    compaction = _is_compaction(headers)
+    reasons: list[str] = []
+    for claim in _claims(headers, field):
+        if claim.value is None or claim.value == "":
+            continue
+        reason = _claim_fault(claim)
+        if reason is not None:
+            reasons.append(f"{claim.source}: {reason}")
+            continue
+        raw_id = str(claim.value)
+        return TurnIdentity(
+            session_id=_engine_id(claim.source, claim.child or raw_id),
+            source=claim.source,
+            tenant=tenant,
+            parent_id=_parent_id(claim),
+            final=_is_final(headers, raw_id),
+            compaction=compaction,
+            rejected="; ".join(reasons) or None,
+        )
+    return TurnIdentity(
+        session_id=None,
+        source="none",
+        tenant=tenant,
+        final=_is_final(headers, None),
+        compaction=compaction,
+        rejected="; ".join(reasons) or None,
+    )
+
+
+def id_fault(value: object) -> str | None:
+    """Why `value` cannot identify a session; None when it can.
+
+    Usable is a string of 8 to 256 characters without control characters, line separators or
+    lone surrogates that is not a placeholder (see `PLACEHOLDERS`).
+    """
+    if not isinstance(value, str):
+        return "not a string"
+    if len(value) > MAX_ID_CHARS:
+        return "too long"
+    if has_control_characters(value):
+        return "control characters"
+    if _is_placeholder(value):
+        return "placeholder"
+    if len(value) < MIN_ID_CHARS:
+        return "too short"
+    return None
+
+
+def has_control_characters(text: str) -> bool:
+    """True where `text` holds control characters, line separators or lone surrogates."""
+    if text.isprintable():
+        return False
+    return any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text)
+
+
+def tenant_of(headers: Mapping[str, str]) -> str:
+    """Name of the tenant that sent a request: 16 hex characters of a SHA-256, or "".
+
+    The key is read from `Authorization: Bearer`, then `x-api-key`, then `api-key`. vLLM checks
+    the first of these only, so it comes first. The key itself is never returned or kept.
+    """
+    key = _api_key(headers)
+    if not key:
+        return ""
+    return _sha256_hex(b"tenant:" + _to_bytes(key))[:TENANT_HEX_CHARS]
+
+
+def scoped_salt(tenant: str, cache_salt: str | None) -> str | None:
+    """The cache salt that keeps one tenant's blocks apart from another's.
+
+    Without a tenant the salt is returned unchanged, so block hashes stay those of stock vLLM.
+    Otherwise the result is `SALT_PREFIX` and 64 hex characters: no two different pairs give the
+    same salt, and it fits `validate_cache_salt` of vLLM 0.32 (at most 128 characters; no "@",
+    "/", "\\" or NUL). A client's own salt that starts with `SALT_PREFIX` is hashed even without
+    a tenant: else a client could choose the salt of somebody else.
+    """
+    salt = cache_salt if isinstance(cache_salt, str) else None
+    is_reserved = salt is not None and salt.startswith(SALT_PREFIX)
+    if not tenant and not is_reserved:
+        return salt
+    tenant_bytes = _to_bytes(tenant)
+    parts = [b"salt:", str(len(tenant_bytes)).encode(), b":", tenant_bytes]
+    if salt is not None:
+        parts += [b":", _to_bytes(salt)]
+    return SALT_PREFIX + _sha256_hex(b"".join(parts))
+
+
+def _claims(headers: Mapping[str, str], field: FieldReader) -> Iterator[_Claim]:
+    """Every place a session may be named in, best first; later ones are read only if needed."""
+    yield _Claim("body", field("session_id"))
+    yield _Claim("x-session-id", headers.get("x-session-id"), headers.get("x-parent-session-id"))
+    yield _Claim("xargs", _entry(field("vllm_xargs"), "session_id"))
+    yield _claude_code_claim(headers)
+    for source, id_header, parent_header in _AGENT_HEADERS:
+        parent = headers.get(parent_header) if parent_header else None
+        yield _Claim(source, headers.get(id_header), parent)
+    yield _Claim("prompt-cache-key", field("prompt_cache_key"))
+    yield _Claim("metadata-user-id", _session_in_user_id(_entry(field("metadata"), "user_id")))
+
+
+def _claude_code_claim(headers: Mapping[str, str]) -> _Claim:
+    """Claude Code names the root session, and beside it the sub-agent that is speaking."""
+    root: object = headers.get("x-claude-code-session-id")
+    if not isinstance(root, str):
+        return _Claim("claude-code", root)
+    root_id = _escape_slash(root)
+    child = _child_id(root_id, headers.get("x-claude-code-agent-id"))
+    if child is None:
+        return _Claim("claude-code", root_id)
+    parent = _child_id(root_id, headers.get("x-claude-code-parent-agent-id"))
+    return _Claim("claude-code", root_id, parent or root_id, child)
+
+
+def _child_id(root_id: str, agent: object) -> str | None:
+    """ "root/agent", or None when `agent` names no sub-agent.
+
+    Agent ids only tell the children of one root apart: they may be short, or plain names.
+    """
+    if not isinstance(agent, str) or not agent.strip() or has_control_characters(agent):
+        return None
+    agent_id = _escape_slash(agent)
+    child = f"{root_id}/{agent_id}"
+    return child if agent_id != root_id and len(child) <= MAX_ID_CHARS else None
+
+
+def _escape_slash(text: str) -> str:
+    """`text` without "/", so that "a/b" + "c" and "a" + "b/c" stay two different ids."""
+    return text.replace("%", "%25").replace("/", "%2F")
+
+
+def _claim_fault(claim: _Claim) -> str | None:
+    fault = id_fault(claim.value)
+    if fault is None and claim.source == "x-session-id" and _is_gateway_cookie(str(claim.value)):
+        return "gateway cookie"
+    return fault
+
+
+def _is_gateway_cookie(value: str) -> bool:
+    """True for Aibrix's X-Session-ID: base64 of "ip:port", which names a server, not a session."""
+    try:
+        padded = value + "=" * (-len(value) % 4)
+        text = base64.b64decode(padded, altchars=b"-_", validate=True).decode("ascii")
+        host, _, port = text.rpartition(":")
+        ipaddress.ip_address(host.strip("[]"))
+    except (binascii.Error, ValueError):
+        return False
+    return port.isdigit()
+
+
+def _is_placeholder(value: str) -> bool:
+    text = value.strip().casefold().strip("<>{}[]()$%\"'`")
+    text = text.replace("_", "-").replace(" ", "-")
+    is_one_character = len(set(text) - {"-"}) <= 1
+    return is_one_character or text in PLACEHOLDERS
+
+
+def _engine_id(source: Source, raw_id: str) -> str:
+    return raw_id if source in _SOURCES_READ_BY_VLLM else f"{source}:{raw_id}"
+
+
+def _parent_id(claim: _Claim) -> str | None:
+    """The parent's id as the engine knows it; None when unusable or the turn's own id."""
+    own_id = claim.child or claim.value
+    if id_fault(claim.parent) is not None or claim.parent == own_id:
+        return None
+    return _engine_id(claim.source, str(claim.parent))
+
+
+def _is_final(headers: Mapping[str, str], raw_id: str | None) -> bool:
+    """True when the client releases the session of this turn, and not another one."""
+    if not _is_true(headers.get("x-dynamo-session-final")):
+        return False
+    named = headers.get("x-dynamo-session-id")
+    return not named or raw_id is None or named == raw_id
+
+
+def _is_compaction(headers: Mapping[str, str]) -> bool:
+    if _is_true(headers.get("x-deepseek-harness-compact")):
+        return True
+    metadata = _json_object(headers.get("x-codex-turn-metadata"))
+    return metadata.get("request_kind") == "compaction"
+
+
+def _is_true(value: object) -> bool:
+    return isinstance(value, str) and value.strip().casefold() in ("1", "true")
+
+
+def _session_in_user_id(user_id: object) -> object:
+    """The session inside Claude Code's `metadata.user_id`; None for any other user id.
+
+    Two forms were seen: "user_<hex>_account_<uuid>_session_<uuid>", and newer a JSON object
+    with device_id, account_uuid and session_id.
+    """
+    if not isinstance(user_id, str) or len(user_id) > MAX_JSON_CHARS:
+        return None
+    if user_id.startswith("{"):
+        return _json_object(user_id).get("session_id")
+    match = _USER_ID_SESSION.search(user_id)
+    return match.group(1) if match else None
+
+
+def _json_object(text: object) -> Mapping[str, object]:
+    """`text` parsed as a JSON object; empty where it is none or is absurdly large."""
+    if not isinstance(text, str) or not 0 < len(text) <= MAX_JSON_CHARS:
+        return {}
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _entry(container: object, name: str) -> object:
+    return container.get(name) if isinstance(container, Mapping) else None
+
+
+def _api_key(headers: Mapping[str, str]) -> str:
+    authorization: object = headers.get("authorization")
+    if isinstance(authorization, str):
+        scheme, _, credentials = authorization.strip().partition(" ")
+        if scheme.casefold() == "bearer" and credentials.strip():
+            return credentials.strip()
+    for name in ("x-api-key", "api-key"):
+        value: object = headers.get(name)
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+    return ""
+
+
+def _to_bytes(text: str) -> bytes:
+    """UTF-8 that also takes lone surrogates, which JSON bodies may hold."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _sha256_hex(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How one member of vLLM is wrapped: checked first, applied once, undone exactly.
+
+A patch never guesses. When the target is gone or has another shape than the one it was written
+for, it raises `DriftError` and leaves everything as it was. Form: vllm-metal's dated shims and
+ArcticInference's patch class, with the checks that those lack.
+"""
+
+import functools
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, Literal, NamedTuple
+
+from vllm_stateful.errors import StatefulError
+
+Process = Literal["api", "engine", "all"]
+
+# The replacement carries this attribute, so that a re-imported patch recognises its own work.
+_MARK = "__vllm_stateful_patch__"
+
+
+class CompatError(StatefulError):
+    """A patch cannot be applied to, or removed from, the installed vLLM."""
+
+
+class DriftError(CompatError):
+    """The target of a patch is not what the patch was written for."""
+
+    def __init__(self, patch: str, target: str, difference: str) -> None:
+        super().__init__(patch, target, difference)
+        self.patch, self.target, self.difference = patch, target, difference
+
+    def __str__(self) -> str:
+        return f"patch {self.patch!r} does not fit {self.target}: {self.difference}"
+
+
+class _Mark(NamedTuple):
+    """What `undo` needs. Read by attribute only: it may come from an older import of this file."""
+
+    name: str
+    original: Any
+    replacement: Any
+    added: bool
+
+
+class _AnyDefault:
+    def __repr__(self) -> str:
+        return "..."
+
+
+def call_shape(function: Callable[..., Any]) -> str:
+    """The signature as text, the same on every Python: no annotations, defaults as ``...``.
+
+    ``async`` stands in front of a coroutine function. Example: ``(self, prompt, *, n=...)``.
+    """
+    signature = inspect.signature(function)
+    parameters = [_bare(parameter) for parameter in signature.parameters.values()]
+    bare = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+    return f"{_colour(function)}{bare}"
+
+
+def _bare(parameter: inspect.Parameter) -> inspect.Parameter:
+    default = parameter.default
+    if default is not inspect.Parameter.empty:
+        default = _AnyDefault()
+    return parameter.replace(annotation=inspect.Parameter.empty, default=default)
+
+
+def _colour(function: Callable[..., Any]) -> str:
+    if inspect.isasyncgenfunction(function):
+        return "async generator "
+    return "async " if inspect.iscoroutinefunction(function) else ""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One wrapped (or, with ``adds``, one new) member of vLLM, and the case for it.
+
+    Attributes:
+        name: Unique; also identifies the patch after a re-import.
+        target: ``package.module:Class.attr`` or ``package.module:function``.
+        wrap: Gets the original function and returns the replacement, which calls it. With
+            ``adds`` it gets None.
+        symptom: What a user of stock vLLM sees.
+        reason: Why this member, and why no official seam does.
+        feature: Patches of one feature are applied all or none.
+        process: Where the target runs.
+        signature: `call_shape` of the original (with ``adds``: of the new member).
+        upstream: Path under ``patches/`` of the change for vLLM that makes this unnecessary.
+        remove_when: The event that retires this patch.
+        adds: The member must not exist yet.
+    """
+
+    name: str
+    target: str
+    wrap: Callable[[Any], Any]
+    symptom: str
+    reason: str
+    feature: str
+    process: Process
+    signature: str
+    upstream: str
+    remove_when: str
+    adds: bool = False
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the target carries this patch, also below somebody else's wrapper."""
+        module, *path = self._path()
+        owner: Any = sys.modules.get(module)
+        for name in path[:-1]:
+            owner = getattr(owner, name, None)
+        return any(mark.name == self.name for mark in _marks(_own(owner, path[-1])))
+
+    def check(self) -> None:
+        """See whether the patch fits, without changing anything.
+
+        Raises:
+            DriftError: the target is missing, inherited, no function, or of another shape.
+        """
+        if not self.is_applied:
+            self._prepare()
+
+    def apply(self) -> None:
+        """Put the replacement in place. A no-op where this patch is applied already.
+
+        Raises:
+            DriftError: as for `check`.
+            CompatError: ``wrap`` returned something that cannot stand in for the original.
+        """
+        if self.is_applied:
+            return
+        owner, attribute, original, replacement = self._prepare()
+        mark = _Mark(self.name, original, replacement, self.adds)
+        setattr(replacement, _MARK, mark)
+        setattr(owner, attribute, _like(original, replacement))
+
+    def undo(self) -> None:
+        """Put the very object back that `apply` found. A no-op where it is not applied.
+
+        Raises:
+            CompatError: somebody wrapped the target again; that wrapper has to go first.
+        """
+        if not self.is_applied:
+            return
+        owner, attribute = self._site()
+        function = _function(_own(owner, attribute))
+        mark = vars(function).get(_MARK)
+        if mark is None or mark.replacement is not function or mark.name != self.name:
+            raise CompatError(f"cannot undo {self.name!r}: {self.target} was wrapped again")
+        if mark.added:
+            delattr(owner, attribute)
+        else:
+            setattr(owner, attribute, mark.original)
+
+    def _path(self) -> list[str]:
+        module, _, path = self.target.partition(":")
+        return [module, *path.split(".")]
+
+    def _drift(self, difference: str) -> DriftError:
+        return DriftError(self.name, self.target, difference)
+
+    def _site(self) -> tuple[Any, str]:
+        """The class or module that holds the member, and the member's name."""
+        module, *path = self._path()
+        try:
+            owner: Any = importlib.import_module(module)
+        except ImportError as error:
+            raise self._drift(f"module {module} cannot be imported ({error})") from error
+        for name in path[:-1]:
+            if not hasattr(owner, name):
+                raise self._drift(f"{name} does not exist")
+            owner = getattr(owner, name)
+        return owner, path[-1]
+
+    def _prepare(self) -> tuple[Any, str, Any, Any]:
+        """Owner, attribute, the original as stored (None if added), the replacement."""
+        owner, attribute = self._site()
+        if self.adds:
+            return owner, attribute, None, self._new_member(owner, attribute)
+        original = self._checked_original(owner, attribute)
+        return owner, attribute, original, self._replacement(_function(original))
+
+    def _new_member(self, owner: Any, attribute: str) -> Any:
+        if hasattr(owner, attribute):
+            raise self._drift(f"{attribute} exists already, it was to be added")
+        member = self.wrap(None)
+        if call_shape(member) != self.signature:
+            raise CompatError(f"patch {self.name!r} adds {call_shape(member)}, not what it says")
+        return member
+
+    def _checked_original(self, owner: Any, attribute: str) -> Any:
+        if attribute not in vars(owner):
+            inherited = hasattr(owner, attribute)
+            found = "is inherited, patch it where it is defined" if inherited else "does not exist"
+            raise self._drift(f"{attribute} {found}")
+        original = vars(owner)[attribute]
+        function = _function(original)
+        if not isinstance(function, FunctionType):
+            raise self._drift(f"it is a {type(function).__name__}, not a function")
+        if (found := call_shape(function)) != self.signature:
+            raise self._drift(f"its signature is {found}, expected {self.signature}")
+        return original
+
+    def _replacement(self, function: Any) -> Any:
+        replacement = self.wrap(function)
+        if replacement is function or not isinstance(replacement, FunctionType):
+            raise CompatError(f"patch {self.name!r} must return a new function")
+        if _colour(replacement) != _colour(function):
+            raise CompatError(f"patch {self.name!r} mixes async and plain functions")
+        return functools.update_wrapper(replacement, function)
+
+
+def _own(owner: Any, attribute: str) -> Any:
+    """The member as it is stored in ``owner`` itself, or None: no inheritance, no binding."""
+    return None if owner is None else vars(owner).get(attribute)
+
+
+def _function(member: Any) -> Any:
+    return member.__func__ if isinstance(member, staticmethod | classmethod) else member
+
+
+def _like(original: Any, replacement: Any) -> Any:
+    if isinstance(original, staticmethod | classmethod):
+        return type(original)(replacement)
+    return replacement
+
+
+def _marks(member: Any) -> Iterator[Any]:
+    """Our marks down a chain of wrappers; a copy made by somebody's functools.wraps is none."""
+    function = _function(member)
+    while isinstance(function, FunctionType):
+        mark = vars(function).get(_MARK)
+        if mark is not None and mark.replacement is function:
+            yield mark
+        function = vars(function).get("__wrapped__")
+
+
+def apply_all(patches: Iterable[Patch], *, strict: bool, log: logging.Logger) -> list[Patch]:
+    """Apply feature by feature, each feature all or none, and return the applied patches.
+
+    A feature that does not fit is left off with one warning line. With ``strict`` everything
+    that this call applied is undone and the error is raised.
+
+    Raises:
+        CompatError: only with ``strict``; mostly a `DriftError`.
+    """
+    applied: list[Patch] = []
+    fresh: list[Patch] = []
+    for feature, group in _by_feature(patches).items():
+        new = [patch for patch in group if not patch.is_applied]
+        try:
+            _apply_group(group)
+        except CompatError as error:
+            if strict:
+                _undo_group(fresh)
+                raise
+            log.warning("stateful: feature %r is off: %s", feature, error)
+        else:
+            applied += group
+            fresh += new
+    return applied
+
+
+def _by_feature(patches: Iterable[Patch]) -> dict[str, list[Patch]]:
+    groups: dict[str, list[Patch]] = {}
+    for patch in patches:
+        groups.setdefault(patch.feature, []).append(patch)
+    return groups
+
+
+def _apply_group(group: list[Patch]) -> None:
+    try:
+        for patch in group:
+            patch.apply()
+    except Exception:
+        _undo_group(group)
+        raise
+
+
+def _undo_group(group: list[Patch]) -> None:
+    for patch in reversed(group):
+        patch.undo()

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option: its name, its environment variable, what is allowed, and what it does.
+
+The command line writes the environment, and every process (API server, engine core, worker)
+builds the same frozen ``StatefulConfig`` from it; children inherit it without further ado.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vllm_stateful.errors import ConfigError
+
+ENABLE_ENV = "VLLM_STATEFUL"
+"""Set to 1 by ``--plugin stateful``, or by hand for ``LLM(...)``."""
+
+TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+
+
+@dataclass(frozen=True)
+class StatefulConfig:
+    """The options of one server, validated."""
+
+    pin_fraction: float = 0.5
+    idle_seconds: float = 900.0
+    tenant: str = "api-key"
+    strict: bool = False
+    check_invariants: bool = False
+
+
+class Option(NamedTuple):
+    """One field of ``StatefulConfig`` as the user sees it."""
+
+    field: str
+    parse: Callable[[str], Any]
+    allowed: str
+    help: str
+    is_flag: bool = False
+
+    @property
+    def env(self) -> str:
+        return f"{ENABLE_ENV}_{self.field.upper()}"
+
+    @property
+    def flag(self) -> str:
+        return "--stateful-" + self.field.replace("_", "-")
+
+    def read(self, text: str, key: str) -> Any:
+        """Parse one value. Raises ConfigError naming ``key``, the value and what is allowed."""
+        try:
+            return self.parse(text)
+        except ValueError:
+            raise ConfigError(f"{key}={text!r}: must be {self.allowed}") from None
+
+
+def _within(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    return parse
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(text)
+        return text
+
+    return parse
+
+
+def parse_bool(text: str) -> bool:
+    """Read an on/off value. Raises ValueError for anything else."""
+    lowered = text.strip().lower()
+    if lowered not in TRUE + FALSE:
+        raise ValueError(text)
+    return lowered in TRUE
+
+
+YEAR_S = 365 * 24 * 3600.0
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "pin_fraction",
+        _within(0.0, 1.0),
+        "a number from 0 to 1",
+        "Largest share of the KV cache blocks that waiting sessions may keep from the free "
+        "pool. Never blocks anyone: under pressure they are given back. Default: 0.5.",
+    ),
+    Option(
+        "idle_seconds",
+        _within(1.0, YEAR_S),
+        f"a number of seconds from 1 to {YEAR_S:.0f}",
+        "A session that was not used for this long gives its blocks back. Default: 900.",
+    ),
+    Option(
+        "tenant",
+        _one_of("api-key", "cache-salt"),
+        "'api-key' or 'cache-salt'",
+        "What separates tenants, who never share KV: the API key together with the request's "
+        "cache_salt, or the cache_salt alone (as stock vLLM). Default: api-key.",
+    ),
+    Option(
+        "strict",
+        parse_bool,
+        "1 or 0",
+        "Refuse to start instead of serving as stock vLLM when the plugin, the vLLM version "
+        "or the model is not supported.",
+        is_flag=True,
+    ),
+    Option(
+        "check_invariants",
+        parse_bool,
+        "1 or 0",
+        "Check after every step that free + used + pinned blocks equal the pool, and stop the "
+        "engine if not. For debugging: costs time proportional to the pool.",
+        is_flag=True,
+    ),
+)
+
+
+def is_enabled(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process runs with the plugin on.
+
+    Raises:
+        ConfigError: the variable is set to something that is neither on nor off.
+    """
+    text = environ.get(ENABLE_ENV, "")
+    try:
+        return parse_bool(text)
+    except ValueError:
+        raise ConfigError(f"{ENABLE_ENV}={text!r}: must be 1 or 0") from None
+
+
+def load_config(environ: Mapping[str, str] = os.environ) -> StatefulConfig:
+    """Build the configuration from the environment.
+
+    Raises:
+        ConfigError: a value is not allowed, or a ``VLLM_STATEFUL_*`` variable does not exist.
+    """
+    known = {option.env: option for option in OPTIONS}
+    prefix = f"{ENABLE_ENV}_"
+    unknown = sorted(key for key in environ if key.startswith(prefix) and key not in known)
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: no such option; there are {', '.join(sorted(known))}")
+    values = {
+        option.field: option.read(environ[key], key)
+        for key, option in known.items()
+        if key in environ
+    }
+    return StatefulConfig(**values)
