@@ -14,7 +14,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup model lint format test demo serve bench clean
+.PHONY: help setup model lint format test demo serve clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,16 +38,13 @@ format: setup ## let ruff fix and format
 test: setup model lint ## everything: setup, model, lint, pytest (PYTEST_ARGS="-k name")
 	$(PY) -m pytest --durations=15 $(PYTEST_ARGS)
 
-demo: setup model ## a tool-calling conversation, stock against plugin
+demo: setup model ## three agents with tools, stock against plugin, table and plot
 	$(PY) -m benchmarks.demo
 
 serve: setup model ## the small model with the plugin on PORT
 	$(VENV)/bin/vllm serve $(MODEL) --plugin stateful --served-model-name smollm2 --port $(PORT) \
 	    --dtype float32 --max-model-len 8192 --enforce-eager \
 	    --chat-template $(TEMPLATE) --enable-auto-tool-choice --tool-call-parser hermes
-
-bench: setup model ## stock against plugin, alternating requests
-	$(PY) -m benchmarks.serving
 
 clean: ## remove caches and demo output; keeps .venv and the models
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

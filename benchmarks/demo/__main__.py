@@ -65,7 +65,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--model", type=Path, help="model folder (SmolLM2-135M-Instruct, made when missing)")
     add("--dtype", default="float32", help="bfloat16 or float32 (%(default)s)")
     add("--block-size", type=int, default=128, help="tokens in a KV block (%(default)s)")
-    add("--kv-gib", type=int, default=2, help="memory for the KV cache, GiB (%(default)s)")
+    add("--kv-gib", type=int, default=1, help="memory for the KV cache, GiB (%(default)s)")
     add("--port", type=int, help=f"port of --serve-only ({SERVE_PORT} when it is free)")
     # For working on the demo itself: --plugin-args "" compares stock with stock.
     add("--plugin-args", default="--plugin stateful", help=argparse.SUPPRESS)

@@ -187,6 +187,11 @@ def _group_exists(process: subprocess.Popen[bytes]) -> bool:
     return True
 
 
+# On CPU vLLM 0.32 cannot load the AOT artifact it has saved ("no attribute 'finalize_loading'") and
+# compiles again at every start. Inductor's own cache does work, and makes the same code.
+DEFAULTS = {"VLLM_USE_AOT_COMPILE": "0"}
+
+
 def _environment(options: ServerOptions, *, is_stock: bool) -> dict[str, str]:
     """The caller's environment; what would switch the plugin on is kept from the stock server."""
     environment = {
@@ -194,10 +199,14 @@ def _environment(options: ServerOptions, *, is_stock: bool) -> dict[str, str]:
         for name, value in os.environ.items()
         if not (is_stock and name.startswith("VLLM_STATEFUL"))
     }
-    return environment | {
-        "VLLM_CPU_KVCACHE_SPACE": str(options.kv_gib),
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "NO_COLOR": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
+    return (
+        DEFAULTS
+        | environment
+        | {
+            "VLLM_CPU_KVCACHE_SPACE": str(options.kv_gib),
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "NO_COLOR": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+    )

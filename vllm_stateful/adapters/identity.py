@@ -2,14 +2,15 @@
 """API process: which session and tenant a request belongs to, carried to the engine.
 
 vLLM asks for a session id once per HTTP request, just before it hands the prompt to the engine.
-What is found then is kept in a context variable, and put on the ``EngineCoreRequest`` as it is
-made: the session in ``session_id``, the tenant folded into ``cache_salt`` (so that vLLM's own
-block hashes keep tenants apart too), the end of a session as a KV hint.
+What is found then rides on the answer (a ``str`` that knows its ``TurnIdentity``), and is put on
+the ``EngineCoreRequest`` as that is made: the session in ``session_id``, the tenant folded into
+``cache_salt`` (so that vLLM's own block hashes keep tenants apart too), the end of a session as a
+KV hint. A context variable would not do: vLLM runs the handler of a streamed response in a task
+of its own, and the request to the engine is made in another.
 """
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -23,8 +24,20 @@ from vllm_stateful.config import load_config
 
 HINTS_PROTOCOL = "vllm-stateful/1"
 
-_identity: ContextVar[TurnIdentity | None] = ContextVar("stateful_identity", default=None)
 _responses = ResponseChain()
+
+
+class IdentifiedSession(str):
+    """A session id on its way through vLLM's API process; empty when there is none."""
+
+    __slots__ = ("identity",)
+    identity: TurnIdentity
+
+    @classmethod
+    def of(cls, session_id: str | None, identity: TurnIdentity) -> IdentifiedSession:
+        made = cls(session_id or "")
+        made.identity = identity
+        return made
 
 
 @lru_cache(maxsize=1)
@@ -33,8 +46,8 @@ def tenant_isolation() -> bool:
     return load_config().tenant == "api-key"
 
 
-def identify(request: Any, raw_request: Any | None, stock: str | None) -> str | None:
-    """Hook of ``session-identity``: the session id that the engine is told.
+def identify(request: Any, raw_request: Any | None, stock: str | None) -> IdentifiedSession:
+    """Hook of ``session-identity``: the session id that the engine is told, and whose it is.
 
     Args:
         request: vLLM's parsed chat, completion or responses request.
@@ -52,19 +65,18 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> str | 
             getattr(request, "request_id", None),
             stored=bool(getattr(request, "store", False)),
         )
-    _identity.set(identity)
     if identity.session_id is None and stock is not None and id_fault(stock) is None:
-        return None  # a gateway's cookie: it names a server
-    return identity.session_id or stock
+        stock = None  # a gateway's cookie: it names a server
+    return IdentifiedSession.of(identity.session_id or stock, identity)
 
 
 def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     """Hook of ``request-identity``: tenant and end of session, on the request to the engine."""
-    if request.session_id is None:
-        request.session_id = _offline_session_id(request)
-    identity = _identity.get()
-    if identity is None:
+    found = request.session_id
+    request.session_id = str(found) if found else _offline_session_id(request)
+    if not isinstance(found, IdentifiedSession):
         return request
+    identity = found.identity
     request.cache_salt = scoped_salt(identity.tenant, request.cache_salt)
     if identity.final and request.kv_hints is None:
         close = KvHintAction("0", CLOSE_ACTION, "1", {})

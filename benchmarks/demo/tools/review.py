@@ -68,7 +68,11 @@ def run_tests(path: str, fail_fast: bool, repeat: int) -> dict[str, Any]:
     results: list[dict[str, Any]] = []
     for name, test in _tests(SAMPLES / FILES[path]):
         error = next((e for e in (_error_of(test) for _ in range(repeat)) if e is not None), None)
-        row = {"test": name, "outcome": "passed" if error is None else "failed", "runs": repeat}
+        row: dict[str, Any] = {
+            "test": name,
+            "outcome": "passed" if error is None else "failed",
+            "runs": repeat,
+        }
         if error is not None:
             row |= {"error": type(error).__name__, "line": _last_line(error)}
         results.append(row)

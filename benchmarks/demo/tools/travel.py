@@ -43,7 +43,7 @@ def get_weather(city: str, month: int, days: int) -> dict[str, Any]:
     """A forecast from the yearly cycle of the city and a fixed pseudo-random ripple."""
     place = CITIES[city]
     season = math.cos((month - 7) / 12 * 2 * math.pi)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for day in range(1, days + 1):
         ripple = _ripple(city, month, day)
         high = place.mean_celsius + place.swing_celsius * season + 6 * (ripple - 0.5)
@@ -60,7 +60,7 @@ def search_flights(
     """Flights priced by great-circle distance, stops and cabin; the cheapest comes first."""
     distance_km = _distance_km(CITIES[origin], CITIES[destination])
     first_number = 100 + zlib.crc32(destination.encode()) % 800
-    flights = []
+    flights: list[dict[str, Any]] = []
     for number in range(4):
         stops = number % (max_stops + 1)
         hours = distance_km / 830 + 0.6 + 1.7 * stops
@@ -89,7 +89,7 @@ def book_hotel(city: str, nights: int, guests: int, board: str, refundable: bool
     """A booking with its price broken down night by night."""
     place = CITIES[city]
     rooms = math.ceil(guests / 2)
-    bill = []
+    bill: list[dict[str, Any]] = []
     for night in range(1, nights + 1):
         weekend = 1.2 if night % 7 in (5, 6) else 1.0
         room = rooms * place.night_eur * weekend * (1.1 if refundable else 1.0)
@@ -111,7 +111,7 @@ def book_hotel(city: str, nights: int, guests: int, board: str, refundable: bool
 
 def search_restaurants(city: str, cuisine: str, max_price_eur: int) -> dict[str, Any]:
     """Restaurants near the sights of the city that keep to the price."""
-    found = []
+    found: list[dict[str, Any]] = []
     for sight in SIGHTS[city]:
         price = 12 + round(38 * _ripple("price", city, cuisine, sight))
         rating = round(3.6 + 1.3 * _ripple("rating", city, cuisine, sight), 1)
@@ -127,7 +127,7 @@ def search_restaurants(city: str, cuisine: str, max_price_eur: int) -> dict[str,
 def create_itinerary(city: str, days: int, focus: str, start_hour: int) -> dict[str, Any]:
     """A day plan that takes two sights a day in a fixed order, with a walk between them."""
     sights = SIGHTS[city]
-    plan = []
+    plan: list[dict[str, Any]] = []
     for day in range(days):
         first, second = sights[2 * day % len(sights)], sights[(2 * day + 1) % len(sights)]
         hours = 2 + round(2 * _ripple(focus, city, day))

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Session and tenant on their way from the HTTP request to the engine."""
+
+import asyncio
+import base64
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+
+from vllm_stateful.adapters import identity
+from vllm_stateful.adapters.identity import copy_metadata, identify, salt_of, stamp
+from vllm_stateful.adapters.turn import CLOSE_ACTION, is_final
+from vllm_stateful.api import ResponseChain
+from vllm_stateful.api.session_identity import SALT_PREFIX
+
+SESSION = "0d3a9c52-6f1e-4b7a-8a55-2f6d0c9e7b11"
+ALICE = {"authorization": "Bearer key-of-alice"}
+BOB = {"authorization": "Bearer key-of-bob"}
+FINAL = {"x-dynamo-session-id": SESSION, "x-dynamo-session-final": "true"}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("VLLM_STATEFUL")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(identity, "_responses", ResponseChain())
+    identity.tenant_isolation.cache_clear()
+    yield
+    identity.tenant_isolation.cache_clear()
+
+
+def http(headers: dict[str, str]) -> SimpleNamespace:
+    return SimpleNamespace(headers=headers)
+
+
+def body(**fields: Any) -> SimpleNamespace:
+    return SimpleNamespace(**fields)
+
+
+def engine_request(
+    session_id: str | None = None, salt: str | None = None, **params: Any
+) -> EngineCoreRequest:
+    return EngineCoreRequest(
+        request_id="request-1",
+        prompt_token_ids=[1, 2, 3],
+        mm_features=None,
+        sampling_params=SamplingParams(**params),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=salt,
+        data_parallel_rank=None,
+        session_id=session_id,
+    )
+
+
+def sent(
+    headers: dict[str, str],
+    salt: str | None = None,
+    stock: str | None = None,
+    **fields: Any,
+) -> EngineCoreRequest:
+    """The request that the engine gets for an HTTP request."""
+    return stamp(engine_request(identify(body(**fields), http(headers), stock), salt))
+
+
+# ---- tenants ---------------------------------------------------------------------------------
+
+
+def test_one_session_id_under_two_api_keys_gets_two_salts() -> None:
+    named = {"x-session-id": SESSION}
+    alice, bob = (sent({**key, **named}, stock=SESSION) for key in (ALICE, BOB))
+    assert alice.session_id == bob.session_id == SESSION
+    assert alice.cache_salt != bob.cache_salt
+    for request in (alice, bob):
+        assert str(request.cache_salt).startswith(SALT_PREFIX)
+        assert "key-of" not in str(request.cache_salt)
+
+
+def test_the_same_key_gets_the_same_salt_and_the_clients_salt_still_counts() -> None:
+    assert sent(ALICE).cache_salt == sent(ALICE).cache_salt
+    assert sent(ALICE).cache_salt != sent(ALICE, salt="more").cache_salt
+    assert sent(ALICE, salt="a").cache_salt != sent(ALICE, salt="b").cache_salt
+
+
+@pytest.mark.parametrize("salt", [None, "", "salt-of-client"])
+def test_without_a_key_the_salt_stays_as_it_is(salt: str | None) -> None:
+    assert sent({}, salt=salt).cache_salt == salt
+
+
+def test_a_client_cannot_claim_the_salt_of_a_tenant() -> None:
+    stolen = sent(ALICE).cache_salt
+    assert sent({}, salt=stolen).cache_salt != stolen
+    assert sent(BOB, salt=stolen).cache_salt != stolen
+
+
+def test_with_tenant_cache_salt_the_api_key_does_not_separate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_STATEFUL_TENANT", "cache-salt")
+    assert sent(ALICE, salt="shared").cache_salt == sent(BOB, salt="shared").cache_salt == "shared"
+    assert sent(ALICE).cache_salt is None
+
+
+@pytest.mark.parametrize("headers", [{}, ALICE])
+@pytest.mark.parametrize("salt", [None, "salt-of-client"])
+def test_the_route_that_closes_a_session_uses_the_salt_of_its_turns(
+    headers: dict[str, str], salt: str | None
+) -> None:
+    assert salt_of(headers, salt) == sent(headers, salt=salt).cache_salt
+
+
+# ---- session ids -----------------------------------------------------------------------------
+
+
+def test_an_id_that_vllm_found_is_passed_on_as_it_is() -> None:
+    assert sent({"x-session-id": SESSION}, stock=SESSION).session_id == SESSION
+    assert sent({}, stock=SESSION, session_id=SESSION).session_id == SESSION
+
+
+def test_an_id_under_a_name_that_vllm_does_not_read_names_its_source() -> None:
+    assert sent({"x-claude-code-session-id": SESSION}).session_id == f"claude-code:{SESSION}"
+    assert sent({}, prompt_cache_key=SESSION).session_id == f"prompt-cache-key:{SESSION}"
+
+
+def test_the_identity_reaches_the_engines_request_in_another_task() -> None:
+    """vLLM identifies a streamed request in one task and sends it to the engine in another."""
+    found = asyncio.run(in_a_task(lambda: identify(body(), http({**ALICE, **FINAL}), None)))
+    request = asyncio.run(in_a_task(lambda: stamp(engine_request(found))))
+    assert request.cache_salt == sent(ALICE).cache_salt is not None
+    assert request.kv_hints is not None
+
+
+async def in_a_task(function: Callable[[], Any]) -> Any:
+    async def call() -> Any:
+        return function()
+
+    return await asyncio.create_task(call())
+
+
+def test_what_is_sent_to_the_engine_is_a_plain_string() -> None:
+    assert type(sent(ALICE, stock=SESSION, session_id=SESSION).session_id) is str
+
+
+def test_without_any_id_there_is_none() -> None:
+    assert sent({}).session_id is None
+    assert not identify(body(), None, None)
+
+
+@pytest.mark.parametrize("short", ["abc", "default", "1234567"])
+def test_an_unusable_id_keeps_what_stock_vllm_would_send(short: str) -> None:
+    assert identify(body(session_id=short), http({}), short) == short
+    assert identify(body(), http({"x-session-id": short}), short) == short
+
+
+@pytest.mark.parametrize("server", ["10.0.0.1:8000", "[fe80::1]:8000"])
+def test_a_gateways_cookie_is_dropped(server: str) -> None:
+    cookie = base64.b64encode(server.encode()).decode()
+    assert sent({"x-session-id": cookie}, stock=cookie).session_id is None
+
+
+def test_a_gateways_cookie_does_not_hide_the_agents_own_id() -> None:
+    cookie = base64.b64encode(b"10.0.0.1:8000").decode()
+    headers = {"x-session-id": cookie, "x-claude-code-session-id": SESSION}
+    assert identify(body(), http(headers), cookie) == f"claude-code:{SESSION}"
+
+
+def test_offline_the_session_comes_from_the_sampling_parameters() -> None:
+    request = stamp(engine_request(extra_args={"session_id": SESSION}))
+    assert (request.session_id, request.cache_salt) == (SESSION, None)
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"session_id": ""}, {"session_id": 7}])
+def test_offline_without_a_usable_id_there_is_no_session(extra: dict[str, Any] | None) -> None:
+    assert stamp(engine_request(extra_args=extra)).session_id is None
+
+
+def test_an_id_from_http_wins_over_the_sampling_parameters() -> None:
+    request = stamp(engine_request(SESSION, extra_args={"session_id": "session-other"}))
+    assert request.session_id == SESSION
+
+
+# ---- end of a session ------------------------------------------------------------------------
+
+
+def test_the_last_turn_carries_a_hint_that_the_engine_understands() -> None:
+    request = sent(FINAL)
+    assert request.session_id == f"dynamo:{SESSION}"
+    assert request.kv_hints is not None
+    assert [action.action_type for action in request.kv_hints.actions] == [CLOSE_ACTION]
+    assert is_final(request)  # type: ignore[arg-type]
+
+
+def test_other_turns_carry_no_hint() -> None:
+    assert sent({"x-dynamo-session-id": SESSION}).kv_hints is None
+    assert sent({**FINAL, "x-dynamo-session-final": "false"}).kv_hints is None
+
+
+def test_hints_of_somebody_else_are_kept() -> None:
+    theirs = object()
+    request = engine_request(identify(body(), http(FINAL), None))
+    request.kv_hints = theirs  # type: ignore[assignment]
+    assert stamp(request).kv_hints is theirs
+
+
+def test_one_requests_identity_does_not_reach_the_next() -> None:
+    sent({**ALICE, **FINAL})
+    request = sent({})
+    assert (request.cache_salt, request.kv_hints) == (None, None)
+
+
+# ---- the Responses API -----------------------------------------------------------------------
+
+
+def respond(headers: dict[str, str], response_id: str, previous: str | None = None) -> str:
+    return identify(
+        body(previous_response_id=previous, request_id=response_id, store=True),
+        http(headers),
+        None,
+    )
+
+
+def test_a_chain_of_responses_is_one_session() -> None:
+    first = respond({}, "resp_1")
+    assert first == "previous-response-id:resp_1"
+    assert respond({}, "resp_2", previous="resp_1") == first
+    assert respond({}, "resp_3", previous="resp_2") == first
+    assert respond({}, "resp_4") == "previous-response-id:resp_4"
+
+
+def test_a_chain_that_the_client_named_keeps_its_name() -> None:
+    assert respond({"x-session-id": SESSION}, "resp_1") == SESSION
+    assert respond({}, "resp_2", previous="resp_1") == SESSION
+
+
+def test_a_response_of_another_tenant_is_not_followed() -> None:
+    assert respond({**ALICE, "x-session-id": SESSION}, "resp_1") == SESSION
+    assert respond(BOB, "resp_2", previous="resp_1") == "previous-response-id:resp_1"
+
+
+def test_a_response_that_is_not_stored_starts_no_chain() -> None:
+    request = body(previous_response_id=None, request_id="resp_1", store=False)
+    assert not identify(request, http({}), None)
+
+
+# ---- Anthropic -------------------------------------------------------------------------------
+
+
+def test_metadata_is_copied_to_where_the_session_is_looked_for() -> None:
+    user = f"user_ab12_account_x_session_{SESSION}"
+    chat = SimpleNamespace()
+    for metadata in ({"user_id": user}, SimpleNamespace(model_dump=lambda: {"user_id": user})):
+        copy_metadata(SimpleNamespace(metadata=metadata), chat)
+        assert identify(chat, http({}), None) == f"metadata-user-id:{SESSION}"
+
+
+@pytest.mark.parametrize("source", [SimpleNamespace(), SimpleNamespace(metadata=None)])
+def test_without_metadata_nothing_is_set(source: SimpleNamespace) -> None:
+    chat = SimpleNamespace()
+    copy_metadata(source, chat)
+    assert vars(chat) == {}
