@@ -74,6 +74,6 @@ class Demotion(StrEnum):
     PREEMPTED = "preempted"
     """Its turn was preempted by vLLM."""
     RESET = "reset"
-    """``reset_prefix_cache``, sleep or a weight update."""
+    """``reset_prefix_cache``, sleep, a weight update, or an error during generation."""
     CLOSED = "closed"
     """The session was closed by its client."""

@@ -40,7 +40,7 @@ SERVE_PORT = 8000
 
 def main() -> int:
     arguments = parse(sys.argv[1:])
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     try:
         with contextlib.ExitStack() as stack:

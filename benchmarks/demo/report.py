@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from benchmarks.demo.turns import Measured
@@ -46,6 +47,7 @@ class Column:
     head: tuple[str, str]
     width: int
     text: Callable[[Row], str]
+    is_text: bool = False
 
 
 def _side(side: str, write: Callable[[Measured], str]) -> Callable[[Row], str]:
@@ -68,10 +70,11 @@ def _same(row: Row) -> str:
     return {True: "yes", False: "NO", None: MISSING}[row.same_answer]
 
 
+TOOL_COLUMN = Column(("", "tool called"), 18, lambda row: row.tool, is_text=True)
 COLUMNS = (
-    Column(("", "agent"), 14, lambda row: row.agent),
+    Column(("", "agent"), 14, lambda row: row.agent, is_text=True),
     Column(("", "turn"), 4, lambda row: str(row.turn)),
-    Column(("", "tool called"), 18, lambda row: row.tool),
+    TOOL_COLUMN,
     Column(("prompt", "tokens"), 6, lambda row: str(row.num_prompt_tokens)),
     Column(("new", "tokens"), 6, lambda row: str(row.num_new_tokens)),
     Column(("reused", "stock"), 6, _side(STOCK, _cached)),
@@ -82,19 +85,23 @@ COLUMNS = (
     Column(("total s", "plugin"), 7, _side(PLUGIN, _total)),
     Column(("same", "answer"), 6, _same),
 )
-NUM_TEXT_COLUMNS = 3
 
 
-def make_table(rows: Sequence[Row], note: str) -> Table:
+def make_table(rows: Sequence[Row], note: str, width: int) -> Table:
     """The table for a terminal; the note below it says what happens now."""
-    table = Table(caption=note, caption_justify="left", padding=(0, 1))
-    for number, column in enumerate(COLUMNS):
-        is_text = number in (0, NUM_TEXT_COLUMNS - 1)
-        table.add_column(
-            "\n".join(column.head).strip(), justify="left" if is_text else "right", no_wrap=True
-        )
+    is_wide = width >= sum(column.width + 1 for column in COLUMNS)
+    columns = [column for column in COLUMNS if is_wide or column is not TOOL_COLUMN]
+    table = Table(
+        caption=note, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False
+    )
+    for column in columns:
+        head = "\n".join(column.head)
+        if column.is_text:
+            table.add_column(head)
+        else:
+            table.add_column(head, justify="right", no_wrap=True, min_width=column.width)
     for row in rows:
-        cells = [column.text(row) for column in COLUMNS]
+        cells = [column.text(row) for column in columns]
         table.add_row(*cells, style="yellow" if row.same_answer is False else None)
     return table
 
@@ -111,10 +118,10 @@ def plain_row(row: Row) -> str:
 
 
 def _plain(cells: Sequence[str]) -> str:
-    padded = []
-    for number, (cell, column) in enumerate(zip(cells, COLUMNS, strict=True)):
-        is_text = number in (0, NUM_TEXT_COLUMNS - 1)
-        padded.append(cell.ljust(column.width) if is_text else cell.rjust(column.width))
+    padded = [
+        cell.ljust(column.width) if column.is_text else cell.rjust(column.width)
+        for cell, column in zip(cells, COLUMNS, strict=True)
+    ]
     return "  ".join(padded).rstrip()
 
 
@@ -143,6 +150,7 @@ def _medians(rows: Sequence[Row], side: str) -> dict[str, float]:
     values: dict[str, float] = {"first_turn_ttft_ms": statistics.median(m.ttft_ms for m in first)}
     if later:
         values["later_turn_ttft_ms"] = statistics.median(m.ttft_ms for m in later)
+        values["later_turn_first_chunk_ms"] = statistics.median(m.first_chunk_ms for m in later)
         values["later_turn_total_s"] = statistics.median(m.total_s for m in later)
         values["later_turn_tokens_computed"] = statistics.median(
             m.num_computed_tokens for m in later
@@ -155,6 +163,7 @@ def _medians(rows: Sequence[Row], side: str) -> dict[str, float]:
 LINES = (
     ("first_turn_ttft_ms", "TTFT, first turns, median (ms)", ".0f"),
     ("later_turn_ttft_ms", "TTFT, later turns, median (ms)", ".0f"),
+    ("later_turn_first_chunk_ms", "first chunk (role), later turns, median (ms)", ".0f"),
     ("later_turn_total_s", "whole turn, later turns, median (s)", ".2f"),
     ("later_turn_tokens_computed", "prompt tokens computed, later turns, median", ".0f"),
     ("all_turns_total_s", "all turns together (s)", ".1f"),

@@ -82,7 +82,8 @@ class TurnView:
     def note(self, text: str) -> None:
         """Say below the table what happens now."""
         if self._console.is_terminal:
-            self._live.update(make_table(self._rows, text), refresh=True)
+            table = make_table(self._rows, text, self._console.width)
+            self._live.update(table, refresh=True)
 
     def add(self, row: Row) -> None:
         """Show one more turn."""

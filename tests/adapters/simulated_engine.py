@@ -51,7 +51,7 @@ def next_prefix(prefix: int, token: int) -> int:
     """The digest of a prefix after one more token."""
     return int.from_bytes(
         hashlib.blake2b(
-            prefix.to_bytes(8, "big") + token.to_bytes(4, "big"), digest_size=8
+            prefix.to_bytes(8, "big") + (token & 0xFFFFFFFF).to_bytes(4, "big"), digest_size=8
         ).digest(),
         "big",
     )
@@ -106,7 +106,9 @@ class SimulatedWorker:
             self.slots[copy.dst_block_id] = list(self.slots[copy.src_block_id])
         self._update(step)
         sampled = {
-            request_id: self._run(request_id, num_tokens)
+            request_id: self._run(
+                request_id, num_tokens, step.scheduled_spec_decode_tokens.get(request_id, [])
+            )
             for request_id, num_tokens in step.num_scheduled_tokens.items()
         }
         ids = list(sampled)
@@ -132,24 +134,30 @@ class SimulatedWorker:
             elif new_blocks is not None:
                 request.block_ids.extend(new_blocks[0])
 
-    def _run(self, request_id: str, num_tokens: int) -> list[int]:
+    def _run(self, request_id: str, num_tokens: int, drafts: list[int]) -> list[int]:
+        """Compute ``num_tokens``; returns the sampled token, after the drafts it accepts."""
         request = self.requests[request_id]
         start, end = request.num_computed, request.num_computed + num_tokens
-        assert end <= len(request.tokens), f"{request_id}: scheduled beyond its tokens"
+        known = len(request.tokens)
+        assert end <= known + len(drafts), f"{request_id}: scheduled beyond its tokens"
         for position in range(start):
-            found = self._slot(request, position)
-            if found != request.prefix_after(position + 1):
+            if self._slot(request, position) != request.prefix_after(position + 1):
                 raise AssertionError(f"{request_id}: wrong KV at {position} of {start}")
-        for position in range(start, end):
+        prefix = request.prefix_after(min(start, known))
+        computed = [*request.tokens, *drafts][start:end]
+        sampled = []
+        accepting = True
+        for position, token in enumerate(computed, start):
+            accepting = accepting and (position < known or token == sampled[-1])
+            prefix = next_prefix(prefix, token)
             block = self.slots[request.block_ids[position // self.block_size]]
-            block[position % self.block_size] = request.prefix_after(position + 1)
+            block[position % self.block_size] = prefix
+            if position >= known - 1 and accepting:
+                sampled.append(sample(prefix))
         self.num_tokens_computed += num_tokens
         request.num_computed = end
-        if end < len(request.tokens):
-            return []
-        token = sample(request.prefix_after(end))
-        request.tokens.append(token)
-        return [token]
+        request.tokens.extend(sampled)
+        return sampled
 
     def _slot(self, request: WorkerRequest, position: int) -> int:
         block_id = request.block_ids[position // self.block_size]
@@ -194,6 +202,7 @@ class SimulatedEngine:
         max_batched: int = 64,
         async_scheduling: bool = False,
         scheduler_cls: type | None = None,
+        num_drafts: int = 0,
     ) -> None:
         config = vllm_config(block_size, max_num_seqs, max_batched)
         config.cache_config.num_gpu_blocks = num_blocks
@@ -209,8 +218,9 @@ class SimulatedEngine:
             structured_output_manager=StructuredOutputManager(config),
             block_size=block_size,
             hash_block_size=block_size,
-            log_stats=True,
+            log_stats=not num_drafts,
         )
+        self.num_drafts = self.scheduler.num_spec_tokens = num_drafts
         self.manager = self.scheduler.kv_cache_manager
         self.worker = SimulatedWorker(num_blocks, block_size)
         self.block_size = block_size
@@ -256,6 +266,16 @@ class SimulatedEngine:
                 return
         if self.in_flight:
             self.scheduler.update_from_output(*self.in_flight.popleft())
+            self._propose()
+
+    def _propose(self) -> None:
+        """Drafts as `ngram` makes them (synchronous scheduling): some right, some wrong."""
+        for request in self.scheduler.running if self.num_drafts else ():
+            if request.num_computed_tokens >= request.num_tokens - 1:
+                drafts = expected_answer(list(request.all_token_ids), self.num_drafts)
+                num_right = request.num_tokens % (self.num_drafts + 1)
+                wrong = [(token + 1) % VOCAB for token in drafts[num_right:]]
+                request.spec_token_ids = drafts[:num_right] + wrong
 
     def run(self, max_steps: int = 10_000) -> None:
         """Step until nothing is left to do. Fails when requests wait for ever."""

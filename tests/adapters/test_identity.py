@@ -13,7 +13,13 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_stateful.adapters import identity
-from vllm_stateful.adapters.identity import copy_metadata, identify, salt_of, stamp
+from vllm_stateful.adapters.identity import (
+    TenantMiddleware,
+    copy_metadata,
+    identify,
+    salt_of,
+    stamp,
+)
 from vllm_stateful.adapters.turn import CLOSE_ACTION, is_final
 from vllm_stateful.api import ResponseChain
 from vllm_stateful.api.session_identity import SALT_PREFIX
@@ -113,6 +119,35 @@ def test_the_route_that_closes_a_session_uses_the_salt_of_its_turns(
     headers: dict[str, str], salt: str | None
 ) -> None:
     assert salt_of(headers, salt) == sent(headers, salt=salt).cache_salt
+
+
+def through_middleware(headers: dict[str, str], kind: str = "http") -> EngineCoreRequest:
+    """A request on a route that never asks for a session id."""
+    made: list[EngineCoreRequest] = []
+
+    async def handler(scope: Any, receive: Any, send: Any) -> None:
+        made.append(await in_a_task(lambda: stamp(engine_request())))
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": kind, "headers": raw}
+    asyncio.run(TenantMiddleware(handler)(scope, None, None))
+    return made[0]
+
+
+def test_routes_that_ask_for_no_session_separate_tenants_all_the_same() -> None:
+    alice, bob = (through_middleware(key).cache_salt for key in (ALICE, BOB))
+    assert alice == sent(ALICE).cache_salt
+    assert bob == sent(BOB).cache_salt
+    assert through_middleware({}).cache_salt is None
+
+
+def test_the_middleware_leaves_what_is_no_http_request_alone() -> None:
+    assert through_middleware(ALICE, kind="lifespan").cache_salt is None
+
+
+def test_the_middleware_is_off_with_tenant_cache_salt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_STATEFUL_TENANT", "cache-salt")
+    assert through_middleware(ALICE).cache_salt is None
 
 
 # ---- session ids -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
@@ -46,6 +46,7 @@ class AgentSessions(RuleBasedStateMachine):
     """Conversations over one engine core, in a pool that holds about two of them."""
 
     async_scheduling = False
+    num_drafts = 0
     conversations = Bundle("conversations")
 
     @initialize()
@@ -56,6 +57,7 @@ class AgentSessions(RuleBasedStateMachine):
             max_num_seqs=4,
             max_batched=32,
             async_scheduling=self.async_scheduling,
+            num_drafts=self.num_drafts,
         )
         self.manager = self.engine.manager
         self.manager.store._clock = lambda: self.now
@@ -195,16 +197,23 @@ def _tiny_sessions_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residency, "MIN_SHARED_TOKENS", 2)
 
 
+class AgentSessionsWithDrafts(AgentSessions):
+    """The same with prompt-lookup drafts, of which about half are rejected."""
+
+    num_drafts = 3
+
+
 RUN = settings(
-    max_examples=150,
+    max_examples=100,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes here
 )
 
 
-@pytest.mark.parametrize("machine", [AgentSessions, AgentSessionsAsync])
+@pytest.mark.parametrize("machine", [AgentSessions, AgentSessionsAsync, AgentSessionsWithDrafts])
 def test_any_order_of_events(machine: type[RuleBasedStateMachine]) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 

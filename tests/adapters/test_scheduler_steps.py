@@ -63,7 +63,7 @@ class Engine(SimulatedEngine):
         return tuple(self.store.branches(SessionKey(Identity(), session_id)))
 
     def demotions(self) -> dict[str, int]:
-        return {str(why): n for why, n in self.store.counts.demotions.items() if n}
+        return {str(why): n for why, n in self.store.demotions.items() if n}
 
     def outcomes(self) -> dict[str, int]:
         return {str(outcome): n for outcome, n in self.counts.outcomes.items()}
@@ -106,8 +106,11 @@ def test_a_resumed_turn_computes_its_new_tokens_and_the_last_answer_token(
 
 def test_a_resumed_turn_reports_what_it_reused(engine: Engine) -> None:
     history = engine.turn("first", HISTORY)
-    engine.turn("second", [*history, 1, 2, 3])
-    assert engine.finished["second"].num_cached_tokens == 22
+    stats = engine.add("second", [*history, 1, 2, 3], session_id=ALICE).prefill_stats
+    engine.run()
+    assert stats is not None
+    assert stats.num_cached_tokens == 22
+    assert stats.num_computed_tokens == 4
     assert engine.counts.num_tokens_reused == 22
     assert engine.counts.num_tokens_computed == 22 + 4
 
@@ -195,9 +198,12 @@ def test_a_fork_computes_only_its_own_tokens(engine: Engine) -> None:
 
 def test_a_fork_at_the_frontier_leaves_the_residency_with_its_own_session(engine: Engine) -> None:
     history = engine.turn("first", HISTORY)
-    engine.turn("fork", [*history, 1], BOB)
-    assert len(engine.branches(ALICE)) == 1
+    other_token = (history[-1] + 1) % 100
+    engine.turn("fork", [*HISTORY, other_token], BOB)
+    assert engine.num_copies == 1
+    assert len(engine.branches(ALICE)) == len(engine.branches(BOB)) == 1
     engine.turn("second", [*history, 2])
+    assert engine.num_copies == 0
     assert engine.outcomes() == {"cold": 1, "forked": 1, "resumed": 1}
 
 
@@ -239,33 +245,59 @@ def test_a_preempted_turn_forfeits_what_it_borrowed_and_still_answers_right(
     for request_id, prompt in prompts.items():
         assert engine.answer(request_id) == expected_answer(prompt, 30)
     assert sum(request.num_preemptions for request in engine.finished.values()) > 0
-    assert engine.store.counts.demotions[Demotion.PREEMPTED] > 0
+    assert engine.store.demotions[Demotion.PREEMPTED] > 0
     assert engine.outcomes() == {"cold": 2, "resumed": 2}
     engine.check_nothing_is_lost()
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
-def test_urgent_turns_overtake_under_priority_scheduling_and_all_answer_right(
+def test_under_priority_scheduling_an_urgent_turn_overtakes_those_that_wait(
     options: dict[str, Any], policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_config(4, 2, 64).scheduler_config, "policy", policy)
-    engine = Engine(**{**options, "num_blocks": 26, "max_num_seqs": 2})
+    engine = Engine(**options, max_num_seqs=2)
     history = engine.turn("first", HISTORY)
-    prompts = {f"slow-{n}": [*history, n] for n in range(3)}
-    for request_id, prompt in prompts.items():
-        engine.add(request_id, prompt, session_id=ALICE, max_tokens=20, priority=5)
-    engine.step()
-    prompts["urgent"] = [*history, 90]
-    engine.add("urgent", prompts["urgent"], session_id=ALICE, max_tokens=20, priority=0)
-    order = []
-    while len(order) < len(prompts):
-        engine.step()
-        ended = [r for r in prompts if engine.finished[r].is_finished() and r not in order]
-        order += ended
+    lengths = {"slow-0": 4, "slow-1": 20, "slow-2": 4, "urgent": 4}
+    for position, (request_id, max_tokens) in enumerate(lengths.items()):
+        engine.add(
+            request_id,
+            [*history, position],
+            session_id=ALICE,
+            max_tokens=max_tokens,
+            priority=0 if request_id == "urgent" else 5,
+            arrival_time=float(position),
+        )
+    engine.outputs.clear()
+    engine.run()
+    for position, (request_id, max_tokens) in enumerate(lengths.items()):
+        assert engine.answer(request_id) == expected_answer([*history, position], max_tokens)
+    admitted = list(dict.fromkeys(r for o in engine.outputs for r in o.num_scheduled_tokens))
+    expected = ["slow-0", "slow-1", "slow-2"]
+    expected.insert(0 if policy == "priority" else 3, "urgent")
+    assert admitted == expected
+    engine.check_nothing_is_lost()
+
+
+@pytest.mark.parametrize(("policy", "preempted"), [("fcfs", "urgent"), ("priority", "slow")])
+def test_under_priority_scheduling_the_less_urgent_turn_is_preempted(
+    options: dict[str, Any], policy: str, preempted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_config(4, 8, 64).scheduler_config, "policy", policy)
+    engine = Engine(**{**options, "num_blocks": 18})
+    prompts = {"slow": [1, *HISTORY[:13]], "urgent": [2, *HISTORY[:13]]}
+    for position, (request_id, prompt) in enumerate(prompts.items()):
+        engine.add(
+            request_id,
+            prompt,
+            session_id=f"session-{request_id}",
+            max_tokens=30,
+            priority=0 if request_id == "urgent" else 5,
+            arrival_time=float(position),
+        )
     engine.run()
     for request_id, prompt in prompts.items():
-        assert engine.answer(request_id) == expected_answer(prompt, 20)
-    assert (order.index("urgent") < order.index("slow-2")) == (policy == "priority")
+        assert engine.answer(request_id) == expected_answer(prompt, 30)
+    assert [r for r in prompts if engine.finished[r].num_preemptions] == [preempted]
     engine.check_nothing_is_lost()
 
 
@@ -326,7 +358,7 @@ def test_a_turn_that_grows_while_it_decodes_takes_blocks_from_idle_sessions(
     engine.run()
     assert engine.answer("long") == expected_answer([77, *HISTORY], 100)
     assert request.num_preemptions == 0
-    assert engine.store.counts.demotions[Demotion.PRESSURE] >= 4
+    assert engine.store.demotions[Demotion.PRESSURE] >= 4
     engine.check_nothing_is_lost()
 
 
@@ -340,6 +372,33 @@ def test_pinned_blocks_stay_within_their_budget(
         engine.turn(f"turn-{number}", [number, *HISTORY], f"session-{number}")
         assert engine.store.pins.num_pinned <= int(float(fraction) * 40)
     assert engine.store.num_sessions == int(float(fraction) * 40) // 6
+    engine.check_nothing_is_lost()
+
+
+def test_a_turn_larger_than_the_whole_budget_does_not_cost_the_others_their_kv(
+    options: dict[str, Any],
+) -> None:
+    engine = Engine(**options)
+    engine.turn("small-0", [0, *HISTORY], ALICE)
+    engine.turn("small-1", [1, *HISTORY], BOB)
+    engine.turn("big", [(7 * n) % 100 for n in range(90)], "session-big")
+    assert engine.demotions() == {"budget": 1}
+    assert (len(engine.branches(ALICE)), len(engine.branches(BOB))) == (1, 1)
+    engine.check_nothing_is_lost()
+
+
+def test_a_turn_that_can_never_fit_costs_no_session_its_kv(options: dict[str, Any]) -> None:
+    """Somebody else's running turn holds the blocks: giving up sessions would not help."""
+    engine = Engine(**options)
+    engine.turn("small", HISTORY)
+    engine.add("running", [50, *HISTORY], session_id=BOB, max_tokens=40)
+    engine.step()
+    engine.add("big", [(7 * n) % 100 for n in range(150)], session_id="session-big")
+    for _ in range(5):
+        engine.step()
+    assert engine.demotions() == {}
+    assert len(engine.branches(ALICE)) == 1
+    engine.run()
     engine.check_nothing_is_lost()
 
 
@@ -407,9 +466,10 @@ def test_a_turn_that_ended_in_an_error_is_not_kept(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("running_too", [False, True], ids=["keep-running", "restart-running"])
-def test_after_a_reset_nothing_computed_before_it_is_kept(
+def test_after_a_reset_only_what_was_computed_since_is_kept(
     engine: Engine, running_too: bool
 ) -> None:
+    """A turn that goes on over old KV keeps nothing; one that starts again may be kept."""
     engine.turn("idle", [60, *HISTORY], BOB)
     engine.add("running", HISTORY, session_id=ALICE, max_tokens=8)
     for _ in range(3):
@@ -421,8 +481,8 @@ def test_after_a_reset_nothing_computed_before_it_is_kept(
     assert engine.demotions() == {"reset": 1}
     engine.run()
     assert engine.answer("running") == expected_answer(HISTORY, 8)
-    assert engine.store.num_sessions == 0
-    assert engine.store.pins.num_pinned == 0
+    assert len(engine.branches(ALICE)) == int(running_too)
+    assert engine.store.num_sessions == int(running_too)
 
 
 def test_a_reset_under_a_turn_that_borrowed_leaves_it_running_and_drops_its_session(
@@ -471,6 +531,31 @@ def test_a_session_that_is_closed_starts_cold_under_new_blocks(engine: Engine) -
     assert engine.demotions() == {"closed": 1}
     engine.turn("second", [*history, 1])
     assert engine.outcomes() == {"cold": 2}
+
+
+def test_a_session_that_is_closed_while_its_turn_runs_keeps_nothing_after_it(
+    engine: Engine,
+) -> None:
+    history = engine.turn("first", HISTORY)
+    engine.add("second", [*history, 1], session_id=ALICE, max_tokens=8)
+    for _ in range(3):
+        engine.step()
+    close = {"session_id": ALICE, "cache_salt": None}
+    assert engine.scheduler.stateful("close", close) == {"closed": 1}
+    engine.run()
+    assert engine.answer("second") == expected_answer([*history, 1], 8)
+    assert engine.store.num_sessions == 0
+    assert engine.demotions() == {"closed": 1}
+    engine.turn("third", [*history, 2])
+    assert len(engine.branches(ALICE)) == 1
+
+
+def test_the_last_turn_of_a_session_ends_its_parallel_branches_too(engine: Engine) -> None:
+    history = engine.turn("first", HISTORY)
+    engine.add("a", [*history, 1], session_id=ALICE, max_tokens=2)
+    engine.add("b", [*history, 2], session_id=ALICE, max_tokens=6).kv_hints = closing_hint()
+    engine.run()
+    assert engine.store.num_sessions == 0
 
 
 def test_a_close_under_another_salt_closes_nothing(engine: Engine) -> None:
@@ -578,7 +663,7 @@ def test_two_hundred_sessions_in_a_pool_for_twenty_are_all_answered_and_none_is_
             check_pool(engine.scheduler)
     assert sum(engine.outcomes().values()) == 400
     assert 1 <= engine.store.num_sessions <= 20
-    assert engine.store.counts.demotions[Demotion.BUDGET] > 300
+    assert engine.store.demotions[Demotion.BUDGET] > 300
     engine.check_nothing_is_lost()
 
 

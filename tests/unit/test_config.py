@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,7 @@ ALLOWED = [
 
 
 @pytest.mark.parametrize(("field", "text", "value"), ALLOWED)
-def test_allowed_values_are_read(field: str, text: str, value: object) -> None:
+def test_allowed_values_are_read(field: str, text: str, value: Any) -> None:
     config = load_config({BY_FIELD[field].env: text})
     assert config == dataclasses.replace(StatefulConfig(), **{field: value})
 

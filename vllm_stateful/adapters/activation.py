@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-from functools import partial
 from typing import Any
 
 from vllm import envs
@@ -68,6 +66,8 @@ def activate() -> None:
     strict = load_config().strict
     _announce_variables()
     reason = probe.unsupported_reason(probe.vllm_version())
+    if reason is None and envs.VLLM_USE_RUST_FRONTEND:
+        reason = "the Rust frontend would send requests without their tenant"
     if reason is not None:
         report_problem(reason)
         return
@@ -82,9 +82,13 @@ def activate() -> None:
 
 
 def _announce_variables() -> None:
-    """Tell vLLM our environment variables, so that it does not warn of unknown ones."""
+    """Tell vLLM our environment variables, so that it does not warn of unknown ones.
+
+    Their values are none of its business: what vLLM can read is part of the key of its compile
+    cache, and no option of ours changes what is compiled.
+    """
     for name in (ENABLE_ENV, *(option.env for option in OPTIONS)):
-        envs.environment_variables.setdefault(name, partial(os.environ.get, name))
+        envs.environment_variables.setdefault(name, lambda: None)
 
 
 def _missing(wanted: list[Patch], applied: list[Patch]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
@@ -19,7 +18,7 @@ from vllm_stateful.errors import ConfigError, StatefulError
 logger = init_logger("vllm.stateful")
 
 PLUGIN_NAME = "stateful"
-USAGE_FLAG = "enable-prompt-tokens-details"
+USAGE_OPTION = "enable_prompt_tokens_details"
 GENERAL_GROUPS = (
     "vllm.general_plugins",
     "vllm.platform_plugins",
@@ -46,8 +45,17 @@ def extend_parser(parser: argparse.ArgumentParser) -> None:
     )
     for option in OPTIONS:
         group.add_argument(option.flag, **_argument(option))
-    if is_enabled():
-        _truthful_usage(parser.set_defaults)
+    _truthful_usage(parser)
+
+
+class _NotGiven(int):
+    """False, as long as the user has said nothing."""
+
+
+def _truthful_usage(parser: argparse.ArgumentParser) -> None:
+    """``usage.prompt_tokens_details.cached_tokens``: on with the plugin, unless switched off."""
+    if any(action.dest == USAGE_OPTION for action in parser._actions):
+        parser.set_defaults(**{USAGE_OPTION: True if is_enabled() else _NotGiven()})
 
 
 def _argument(option: Option) -> dict[str, Any]:
@@ -72,8 +80,8 @@ class _EnablePlugin(argparse.Action):
             return
         os.environ[ENABLE_ENV] = "1"
         _allow_endpoint_plugin()
-        if not any(USAGE_FLAG in argument for argument in sys.argv):
-            _truthful_usage(lambda **values: vars(namespace).update(values))
+        if isinstance(getattr(namespace, USAGE_OPTION, None), _NotGiven):
+            setattr(namespace, USAGE_OPTION, True)
         _guarded(parser, activation.activate)
 
 
@@ -123,11 +131,6 @@ def _guarded(parser: argparse.ArgumentParser, install: Callable[[], None]) -> No
 def _problem(parser: argparse.ArgumentParser, text: str) -> None:
     """One clear line and stock vLLM, or, when strict, an error."""
     _guarded(parser, lambda: activation.report_problem(text))
-
-
-def _truthful_usage(set_values: Callable[..., None]) -> None:
-    """``usage.prompt_tokens_details.cached_tokens``, on by default with the plugin."""
-    set_values(enable_prompt_tokens_details=True)
 
 
 def _allow_endpoint_plugin() -> None:

@@ -15,7 +15,7 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.datastructures import State
 from vllm.logger import init_logger
 
-from vllm_stateful.adapters.identity import salt_of
+from vllm_stateful.adapters.identity import TenantMiddleware, salt_of
 from vllm_stateful.adapters.metrics_exporter import MetricsExporter
 from vllm_stateful.config import is_enabled
 
@@ -54,9 +54,10 @@ class StatefulEndpoint:
     required_tasks: tuple[str, ...] | None = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the session routes; none when the plugin is installed but not enabled."""
+        """Add the session routes and the tenant middleware; nothing when not enabled."""
         if is_enabled():
             app.include_router(router)
+            app.add_middleware(TenantMiddleware)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Start polling the engine. Only the first of several API servers does."""
@@ -68,14 +69,15 @@ class StatefulEndpoint:
 
 
 async def _poll(engine_client: Any, exporter: MetricsExporter) -> None:
-    while True:
+    failed = False
+    while not engine_client.errored:
         try:
             exporter.update(await _ask_all(engine_client, "stats", {}))
-        except asyncio.CancelledError:
-            raise
+            failed = False
         except Exception as error:
-            logger.warning("stateful: metrics stop here: %s", error)
-            return
+            if not failed:
+                logger.warning("stateful: no metrics from the engine: %r", error)
+            failed = True
         await asyncio.sleep(POLL_SECONDS)
 
 

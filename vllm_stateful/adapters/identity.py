@@ -5,20 +5,23 @@ vLLM asks for a session id once per HTTP request, just before it hands the promp
 What is found then rides on the answer (a ``str`` that knows its ``TurnIdentity``), and is put on
 the ``EngineCoreRequest`` as that is made: the session in ``session_id``, the tenant folded into
 ``cache_salt`` (so that vLLM's own block hashes keep tenants apart too), the end of a session as a
-KV hint. A context variable would not do: vLLM runs the handler of a streamed response in a task
-of its own, and the request to the engine is made in another.
+KV hint. A context variable set there would not do: vLLM runs a handler in a task of its own, and
+the request of a streamed response is made in another. Routes that never ask for a session id
+(token-in-token-out and others) get their tenant from ``TenantMiddleware``, which is outside both.
 """
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
+from starlette.datastructures import Headers
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
 from vllm_stateful.adapters.turn import CLOSE_ACTION
-from vllm_stateful.api import ResponseChain, TurnIdentity, resolve_turn, scoped_salt
+from vllm_stateful.api import ResponseChain, TurnIdentity, resolve_turn, scoped_salt, tenant_of
 from vllm_stateful.api.session_identity import id_fault
 from vllm_stateful.config import load_config
 
@@ -38,6 +41,22 @@ class IdentifiedSession(str):
         made = cls(session_id or "")
         made.identity = identity
         return made
+
+
+_tenant: ContextVar[str] = ContextVar("stateful_tenant", default="")
+
+
+class TenantMiddleware:
+    """ASGI middleware that remembers, for one HTTP request, whose it is."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass everything on untouched."""
+        if scope["type"] == "http" and tenant_isolation():
+            _tenant.set(tenant_of(Headers(scope=scope)))
+        await self.app(scope, receive, send)
 
 
 @lru_cache(maxsize=1)
@@ -75,6 +94,7 @@ def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     found = request.session_id
     request.session_id = str(found) if found else _offline_session_id(request)
     if not isinstance(found, IdentifiedSession):
+        request.cache_salt = scoped_salt(_tenant.get(), request.cache_salt)
         return request
     identity = found.identity
     request.cache_salt = scoped_salt(identity.tenant, request.cache_salt)

@@ -11,9 +11,10 @@ counting: the block list moves to the request as it is.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.request import Request, RequestStatus
@@ -30,6 +31,17 @@ from vllm_stateful.adapters.turn import (
 from vllm_stateful.observe.turn_counts import TurnCounts
 from vllm_stateful.prefix.residency import FinishedTurn, Match, Residency, ResidencyStore
 from vllm_stateful.types import Bypass, Demotion, Outcome, SessionKey
+
+
+class Ask(NamedTuple):
+    """The arguments of one call to ``allocate_slots``."""
+
+    request: Request
+    num_new: int
+    num_computed: int
+    computed: KVCacheBlocks | None
+    options: dict[str, Any]
+
 
 Computed = tuple[KVCacheBlocks, int, int]
 """Blocks, number of computed tokens, shared-prefix boundary: as vLLM's own method returns."""
@@ -95,7 +107,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         if turn is None:
             return self._stock_lookup(request)
         computed = self._lookup(request, turn)
-        turn.lookup_s += time.perf_counter() - started
+        turn.lookup_s = time.perf_counter() - started
         return computed
 
     def _turn_of(self, request: Request) -> Turn | None:
@@ -106,7 +118,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         if reason is not None:
             self._count_bypass(request, reason)
             return None
-        turn = self.turns[request.request_id] = start_turn(request, self.epoch)
+        turn = self.turns[request.request_id] = start_turn(request)
         return turn
 
     def _count_bypass(self, request: Request, reason: Bypass) -> None:
@@ -115,14 +127,21 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             self.turn_counts.bypassed(reason)
 
     def _lookup(self, request: Request, turn: Turn) -> Computed:
+        turn.epoch = self.epoch
         tokens = turn.prompt
         if request.num_tokens > len(tokens):  # preempted after it had generated something
             tokens = tokens_so_far(turn, request, request.num_tokens)
         match = self.store.match(session_of(request), tokens, request.num_tokens - 1)
-        turn.session, turn.offer = match.session, self._offer(match, turn)
-        if turn.offer is None or self._stock_reaches_further(request, turn.offer.num_tokens):
-            turn.offer = None
+        turn.session = match.session
+        turn.offer = self._offer(match, turn)
+        if turn.offer is None:
             return self._stock_lookup(request)
+        if self._stock_may_reach_further(request, turn.offer.num_tokens):
+            stock = self._stock_lookup(request)
+            if stock[1] > turn.offer.num_tokens:
+                turn.offer = None
+                return stock
+        self._report_reuse(request, turn.offer)
         return turn.offer.blocks, turn.offer.num_tokens, 0
 
     def _stock_lookup(self, request: Request) -> Computed:
@@ -134,21 +153,40 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         found, num_tokens = match.residency, match.num_tokens
         if found is None:
             return None
-        if turn.only_full_blocks and num_tokens != found.frontier:
+        if turn.only_full_blocks and not self._continues_in_place(turn, found, num_tokens):
             num_tokens -= num_tokens % self._block_size
         if num_tokens == 0:
             return None
         blocks = found.blocks[: -(-num_tokens // self._block_size)]
         return Offer(KVCacheBlocks((blocks,)), found, num_tokens, match.outcome)
 
-    def _stock_reaches_further(self, request: Request, num_hit: int) -> bool:
-        """Whether the block hash chain goes on after our hit: one probe, as it is a chain."""
+    def _continues_in_place(self, turn: Turn, found: Residency, num_tokens: int) -> bool:
+        """Whether a turn may append where the residency ends, without a copy.
+
+        Only a turn of the same session: a fork leaves its parent's residency where it is. Not
+        when another turn does so already, and not when vLLM hashed the partly filled last block
+        as full (a turn was aborted with a step in flight): others may read it then.
+        """
+        if not found.is_idle or num_tokens != found.frontier or found.session != turn.session:
+            return False
+        is_partial = num_tokens % self._block_size != 0
+        return not is_partial or found.blocks[-1].block_hash is None
+
+    def _stock_may_reach_further(self, request: Request, num_hit: int) -> bool:
+        """Whether vLLM's cache holds the block after our hit: one probe instead of a walk."""
         next_block = num_hit // self._block_size
         usable_blocks = (request.num_tokens - 1) // self._block_size
         if next_block >= min(usable_blocks, len(request.block_hashes)):
             return False
         block_hash = request.block_hashes[next_block]
         return self.block_pool.get_cached_block(block_hash, [0]) is not None
+
+    def _report_reuse(self, request: Request, offer: Offer) -> None:
+        """KV events about reused blocks, for those who ask for them (``full`` reports)."""
+        if self.enable_kv_cache_events and request.kv_cache_report_mode == "full":
+            full = offer.residency.blocks[: offer.num_tokens // self._block_size]
+            hashed = list(itertools.takewhile(lambda block: block.block_hash is not None, full))
+            self.coordinator.emit_cached_block_events(request, (hashed,))
 
     # ---- take it -------------------------------------------------------------------------
 
@@ -164,69 +202,49 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
 
         Refuses only when stock vLLM would, with no session in the cache.
         """
+        ask = Ask(request, num_new_tokens, num_new_computed_tokens, new_computed_blocks, options)
         turn = self.turns.get(request.request_id)
-        if turn is None or request.num_computed_tokens > 0:
-            return self._demoting(
-                lambda: self._stock_allocate(
-                    request, num_new_tokens, num_new_computed_tokens, new_computed_blocks, options
-                )
-            )
-        started = time.perf_counter()
-        allocated = self._admit(
-            request, turn, num_new_tokens, num_new_computed_tokens, new_computed_blocks, options
+        if turn is not None and request.num_computed_tokens == 0:
+            return self._admit(ask, turn)
+        allocated = self._stock_allocate(ask)
+        if allocated is None and self._demoting_can_help(ask, 0):
+            while allocated is None and self._demote_one():
+                allocated = self._stock_allocate(ask)
+        return allocated
+
+    def _stock_allocate(self, ask: Ask) -> KVCacheBlocks | None:
+        return super().allocate_slots(
+            ask.request, ask.num_new, ask.num_computed, ask.computed, **ask.options
         )
-        turn.lookup_s += time.perf_counter() - started
-        if allocated is not None and not turn.is_counted:
-            self._count_admission(request, turn, num_new_computed_tokens)
-        return allocated
 
-    def _stock_allocate(
-        self,
-        request: Request,
-        num_new: int,
-        num_computed: int,
-        computed: KVCacheBlocks | None,
-        options: dict[str, Any],
-    ) -> KVCacheBlocks | None:
-        return super().allocate_slots(request, num_new, num_computed, computed, **options)
-
-    def _admit(
-        self,
-        request: Request,
-        turn: Turn,
-        num_new: int,
-        num_computed: int,
-        computed: KVCacheBlocks | None,
-        options: dict[str, Any],
-    ) -> KVCacheBlocks | None:
+    def _admit(self, ask: Ask, turn: Turn) -> KVCacheBlocks | None:
         """The first allocation of a turn: borrow or share what its lookup offered."""
-        offer = turn.offer
-        if offer is not None and computed is not offer.blocks:
-            offer = turn.offer = None  # somebody replaced our answer
-
-        def attempt() -> KVCacheBlocks | None:
-            if offer is not None and offer.continues and self._can_append(offer.residency):
-                return self._allocate_borrowing(request, turn, offer, num_new, options)
-            return self._stock_allocate(request, num_new, num_computed, computed, options)
-
-        allocated = self._demoting(attempt, offer)
+        if turn.offer is not None and ask.computed is not turn.offer.blocks:
+            turn.offer = None  # somebody replaced our answer
+        started = time.perf_counter()
+        allocated = self._adopt(ask, turn)
+        if allocated is None and self._demoting_can_help(ask, self._num_blocks_kept(turn)):
+            while allocated is None and self._demote_one(turn):
+                allocated = self._adopt(ask, turn)
+        turn.lookup_s += time.perf_counter() - started
         if allocated is None:
-            turn.only_full_blocks = offer is not None
+            turn.only_full_blocks = turn.offer is not None
+        elif not turn.is_counted:
+            self._count_admission(ask, turn)
         return allocated
 
-    def _can_append(self, residency: Residency) -> bool:
-        """False when vLLM hashed the partly filled last block as full: others may read it."""
-        is_partial = residency.frontier % self._block_size != 0
-        return not is_partial or residency.blocks[-1].block_hash is None
+    def _adopt(self, ask: Ask, turn: Turn) -> KVCacheBlocks | None:
+        offer = turn.offer
+        if offer is None or not self._continues_in_place(turn, offer.residency, offer.num_tokens):
+            return self._stock_allocate(ask)
+        return self._allocate_borrowing(ask, turn, offer)
 
-    def _allocate_borrowing(
-        self, request: Request, turn: Turn, offer: Offer, num_new: int, options: dict[str, Any]
-    ) -> KVCacheBlocks | None:
+    def _allocate_borrowing(self, ask: Ask, turn: Turn, offer: Offer) -> KVCacheBlocks | None:
         """Move the residency's block list to the request, and append to it."""
-        group, request_id = self._group, request.request_id
+        group, request_id = self._group, ask.request.request_id
         group.req_to_blocks[request_id] = self.store.borrow(offer.residency, request_id)
         group.num_cached_block[request_id] = offer.num_tokens // self._block_size
-        allocated = self._stock_allocate(request, num_new, offer.num_tokens, None, options)
+        allocated = self._stock_allocate(ask._replace(computed=None))
         if allocated is None:
             del group.req_to_blocks[request_id]
             del group.num_cached_block[request_id]
@@ -235,33 +253,52 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             turn.borrowed = offer.residency
         return allocated
 
-    def _demoting(
-        self, attempt: Callable[[], KVCacheBlocks | None], offer: Offer | None = None
-    ) -> KVCacheBlocks | None:
-        """Try, and as long as the pool refuses, give it the least valuable residency's blocks."""
-        allocated = attempt()
-        while allocated is None and self._demote_one(offer):
-            allocated = attempt()
-        return allocated
+    def _num_blocks_kept(self, turn: Turn) -> int:
+        """Idle blocks that stay out of the pool because the turn will borrow them."""
+        offer = turn.offer
+        if offer is None or not self._continues_in_place(turn, offer.residency, offer.num_tokens):
+            return 0
+        return len(offer.residency.blocks)
 
-    def _demote_one(self, offer: Offer | None) -> bool:
+    def _demoting_can_help(self, ask: Ask, num_kept: int) -> bool:
+        """Whether all pins together could satisfy the request; else none is worth losing.
+
+        Args:
+            ask: what was refused.
+            num_kept: idle blocks that the request itself would borrow.
+        """
+        request, options = ask.request, ask.options
+        num_tokens = request.num_computed_tokens + ask.num_computed + ask.num_new
+        if options.get("full_sequence_must_fit"):
+            num_tokens = max(num_tokens, request.num_tokens)
+        held = len(self._group.req_to_blocks.get(request.request_id, ())) + num_kept
+        if num_kept == 0 and ask.computed is not None:
+            held += sum(1 for block in ask.computed.blocks[0] if block.ref_cnt > 0)
+        needed = -(-min(num_tokens, self.max_model_len) // self._block_size) - held
+        pool = self.block_pool.get_num_free_blocks() + self.store.pins.num_pinned - num_kept
+        return bool(needed <= pool)
+
+    def _demote_one(self, turn: Turn | None = None) -> bool:
         """False when no residency is left to give.
 
         The one that the turn builds on goes last, and not at all when the turn continues it in
         place: then it needs no block that stock vLLM would not need.
         """
+        offer = None if turn is None else turn.offer
         base = None if offer is None else offer.residency
         if self.store.demote_next(Demotion.PRESSURE, keep=base) is not None:
             return True
-        if offer is None or offer.continues or base is None or not base.is_idle:
+        if turn is None or offer is None or not offer.residency.is_idle:
             return False
-        self.store.demote(base, Demotion.PRESSURE)
+        if self._continues_in_place(turn, offer.residency, offer.num_tokens):
+            return False
+        self.store.demote(offer.residency, Demotion.PRESSURE)
         return True
 
-    def _count_admission(self, request: Request, turn: Turn, num_reused: int) -> None:
+    def _count_admission(self, ask: Ask, turn: Turn) -> None:
         turn.is_counted = True
         outcome = Outcome.COLD if turn.offer is None else turn.offer.outcome
-        self.turn_counts.admitted(outcome, num_reused, request.num_prompt_tokens)
+        self.turn_counts.admitted(outcome, ask.num_computed, ask.request.num_prompt_tokens)
         if turn.offer is not None:
             self.turn_counts.resumed_after(turn.lookup_s)
 
@@ -269,51 +306,64 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
 
     def free(self, request: Request) -> None:
         """Keep a finished turn's blocks with its session; free those of any other request."""
+        if not request.is_finished():
+            self._free_preempted(request)
+            return
+        self.bypassed.discard(request.request_id)
         turn = self.turns.pop(request.request_id, None)
-        if request.is_finished():
-            self.bypassed.discard(request.request_id)
-        if turn is None or not request.is_finished():
-            self._free_unfinished(request, turn)
-        elif turn.epoch != self.epoch or request.status == RequestStatus.FINISHED_ERROR:
-            self._forfeit(turn)
-            super().free(request)
-        elif is_final(request):
-            self._forfeit(turn)
-            super().free(request)
-            self.store.close(turn.session)
-        else:
+        if turn is not None and self._is_worth_keeping(request, turn):
             self._keep(request, turn)
-
-    def _free_unfinished(self, request: Request, turn: Turn | None) -> None:
-        """A preempted turn loses its blocks, as in stock vLLM, and looks up again later."""
+            return
         if turn is not None:
-            self._forfeit(turn)
-            self.turns[request.request_id] = turn
+            self._forfeit(turn, Demotion.CLOSED if turn.is_closing else Demotion.RESET)
         super().free(request)
 
-    def _forfeit(self, turn: Turn) -> None:
+    def _is_worth_keeping(self, request: Request, turn: Turn) -> bool:
+        if is_final(request):
+            turn.is_closing = True
+            self.store.close(turn.session)
+        failed = request.status == RequestStatus.FINISHED_ERROR
+        return not (turn.is_closing or failed or turn.epoch != self.epoch)
+
+    def _free_preempted(self, request: Request) -> None:
+        """A preempted turn loses its blocks, as in stock vLLM, and looks up again later."""
+        turn = self.turns.get(request.request_id)
+        if turn is not None:
+            self._forfeit(turn, Demotion.PREEMPTED)
+        super().free(request)
+
+    def _forfeit(self, turn: Turn, why: Demotion) -> None:
         if turn.borrowed is not None:
-            self.store.forfeit(turn.borrowed)
+            self.store.forfeit(turn.borrowed, why)
         turn.borrowed = turn.offer = None
 
     def _keep(self, request: Request, turn: Turn) -> None:
+        """Hand the turn's blocks to a residency, up to the last token that is sure.
+
+        Drafts that were accepted and then trimmed by a stop, or not yet verified when the client
+        went away, count as computed but are no tokens of the request: hence the ``min``.
+        """
         frontier = request.num_computed_tokens - request.num_output_placeholders
+        frontier = min(frontier, request.num_tokens)
+        if frontier > 0:
+            self.cache_blocks(request, frontier)  # blocks that accepted drafts filled
         blocks = self.pop_blocks_for_free(request)
         num_kept = -(-frontier // self._block_size)
         self.block_pool.free_blocks(reversed(blocks[num_kept:]))
-        del blocks[num_kept:]
         if frontier <= 0:
             return
-        self.store.finish(
+        made = self.store.finish(
             FinishedTurn(
                 session=turn.session,
                 tokens=tokens_so_far(turn, request, frontier),
-                blocks=blocks,
+                blocks=blocks[:num_kept],
                 borrowed=turn.borrowed,
                 base=None if turn.offer is None else turn.offer.residency,
                 num_base_tokens=0 if turn.offer is None else turn.offer.num_tokens,
             )
         )
+        if made is not None and len(made.blocks) > self.store.pins.budget_blocks:
+            self.store.demote(made, Demotion.BUDGET)  # rather than all others, then this one
         self.store.enforce_budget()
 
     # ---- drop it -------------------------------------------------------------------------
@@ -325,8 +375,15 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         return bool(super().reset_prefix_cache())
 
     def close_session(self, session: SessionKey) -> int:
-        """Release what a session keeps. Returns the number of branches that were dropped."""
-        return self.store.close(session)
+        """Release what a session keeps; turns of it that still run will keep nothing either.
+
+        Returns:
+            The number of branches that were dropped, running turns included.
+        """
+        running = [turn for turn in self.turns.values() if turn.session == session]
+        for turn in running:
+            turn.is_closing = True
+        return self.store.close(session) + len(running)
 
     def new_step_starts(self) -> None:
         """Called by the scheduler at the start of each step; ends idle sessions."""

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from vllm_stateful.adapters.invariants import check_pool
@@ -34,17 +35,35 @@ def unsupported_reason(scheduler: Scheduler) -> str | None:
     if len(groups) != 1:
         return f"the model has {len(groups)} KV cache groups (hybrid or sliding-window layers)"
     spec = groups[0].kv_cache_spec
-    if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
-        return f"its KV cache is a {type(spec).__name__}"
+    keeper = type(manager.coordinator.single_type_managers[0])
+    if (
+        type(spec) not in (FullAttentionSpec, MLAAttentionSpec)
+        or keeper is not FullAttentionManager
+    ):
+        return f"its KV cache is a {type(spec).__name__} kept by a {keeper.__name__}"
     if spec.sliding_window is not None or spec.attention_chunk_size is not None:
         return "the model attends to a window only"
+    if spec.tokens_per_state != 1 or spec.non_causal:
+        return "its KV is compressed or not causal"
+    return _unsupported_setting(scheduler, spec)
+
+
+def _unsupported_setting(scheduler: Scheduler, spec: Any) -> str | None:
     if scheduler.connector is not None:
         return "a KV connector is configured"
     if scheduler.use_eagle or scheduler.num_prefill_lookahead or scheduler.prefix_replay_tokens:
         return "the speculative method keeps KV of its own (EAGLE, MTP)"
-    if scheduler.dcp_world_size != 1 or scheduler.block_size != spec.block_size:
+    if scheduler.aux_output_connector is not None:
+        return "auxiliary outputs (routed experts) are kept per whole block"
+    if scheduler.num_sampled_tokens_per_step != 1:
+        return "the model does not sample one token a step"
+    if (
+        scheduler.dcp_world_size != 1
+        or scheduler.pcp_world_size != 1
+        or scheduler.block_size != spec.block_size
+    ):
         return "context parallelism is on"
-    if scheduler.hash_block_size != scheduler.block_size:
+    if not scheduler.hash_block_size == scheduler.block_size == spec.block_size:
         return "blocks are hashed in another size than they are allocated"
     return None
 
@@ -122,7 +141,7 @@ class _StatefulMixin:
         manager: StatefulKVCacheManager = self.kv_cache_manager
         store = manager.store
         return {
-            **manager.turn_counts.snapshot(store.counts.demotions),
+            **manager.turn_counts.snapshot(store.demotions),
             "num_sessions": store.num_sessions,
             "num_blocks_pinned": store.pins.num_pinned,
             "num_blocks_budget": store.pins.budget_blocks,

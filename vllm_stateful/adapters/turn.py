@@ -27,11 +27,6 @@ class Offer(NamedTuple):
     num_tokens: int
     outcome: Outcome
 
-    @property
-    def continues(self) -> bool:
-        """Whether the turn can append where the residency ends, in place."""
-        return self.residency.is_idle and self.num_tokens == self.residency.frontier
-
 
 @dataclass(slots=True)
 class Turn:
@@ -39,14 +34,16 @@ class Turn:
 
     session: SessionKey
     prompt: TokenArray
-    epoch: int
-    """Resets seen when it started; KV computed before a reset is not kept."""
+    epoch: int = 0
+    """Resets seen at its last lookup; KV computed before a reset is not kept."""
     offer: Offer | None = None
     """What the last lookup returned; None when it returned stock's answer."""
     borrowed: Residency | None = None
     only_full_blocks: bool = False
     """Its partial block could not be copied for lack of one free block: align the hit."""
     is_counted: bool = False
+    is_closing: bool = False
+    """Its session was closed while it ran, or this is its last turn."""
     lookup_s: float = 0.0
 
 
@@ -92,10 +89,10 @@ def is_final(request: Request) -> bool:
     return hints is not None and any(a.action_type == CLOSE_ACTION for a in hints.actions)
 
 
-def start_turn(request: Request, epoch: int) -> Turn:
+def start_turn(request: Request) -> Turn:
     """Begin the record of a turn. Copies the prompt's ids."""
     assert request.prompt_token_ids is not None
-    return Turn(session_of(request), token_array(request.prompt_token_ids), epoch)
+    return Turn(session_of(request), token_array(request.prompt_token_ids))
 
 
 def tokens_so_far(turn: Turn, request: Request, num_tokens: int) -> TokenArray:

@@ -15,8 +15,8 @@ Source: arXiv:2605.26289 (persistent per-session KV, metadata-only aliasing).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,13 +100,6 @@ class FinishedTurn:
     num_base_tokens: int = 0
 
 
-@dataclass(slots=True)
-class StoreCounts:
-    """Totals since start, for the metrics."""
-
-    demotions: dict[Demotion, int] = field(default_factory=lambda: dict.fromkeys(Demotion, 0))
-
-
 class ResidencyStore:
     """All residencies of one engine core. Not thread-safe: owned by the scheduler's thread.
 
@@ -128,7 +121,7 @@ class ResidencyStore:
     ) -> None:
         self.block_size = block_size
         self.pins = PinLedger(num_blocks, budget_blocks)
-        self.counts = StoreCounts()
+        self.demotions = dict.fromkeys(Demotion, 0)
         self._release = release
         self._clock = clock
         self._indexes: dict[Identity, TokenIndex[Residency]] = {}
@@ -169,8 +162,25 @@ class ResidencyStore:
         num_tokens, found = index.match(wanted) if index is not None else (0, None)
         if found is None or num_tokens < min(MIN_SHARED_TOKENS, found.frontier, limit):
             return Match(session, Outcome.COLD, None, 0)
-        found = _prefer_own(self.branches(session), found, wanted[:num_tokens])
+        own = self._own_branch(session, wanted[:num_tokens])
+        if own is not None:
+            found, num_tokens = own, min(own.frontier, num_tokens)
         return self._classify(session, found, num_tokens, limit)
+
+    def _own_branch(self, session: SessionKey, shared: TokenArray) -> Residency | None:
+        """The session's own branch, unless somebody else's saves a whole block more.
+
+        A fork computes its parent's last sampled token first, so it often matches one token
+        further; that is no reason to leave one's own session.
+        """
+        least = len(shared) - self.block_size + 1
+        for branch in sorted(self.branches(session), key=lambda branch: branch.frontier):
+            if branch.frontier < least:
+                continue
+            common = shared[: branch.frontier]
+            if np.array_equal(branch.tokens[: len(common)], common):
+                return branch
+        return None
 
     @staticmethod
     def _classify(session: SessionKey, found: Residency, num_tokens: int, limit: int) -> Match:
@@ -200,12 +210,12 @@ class ResidencyStore:
         residency.borrower = None
         self._park(residency)
 
-    def forfeit(self, residency: Residency) -> None:
-        """Forget a borrowed residency; its blocks stay with the borrower (preemption)."""
+    def forfeit(self, residency: Residency, why: Demotion) -> None:
+        """Forget a borrowed residency; its blocks stay with the borrower, who frees them."""
         assert residency.borrower is not None
         if residency.alive:
             self._forget(residency)
-            self.counts.demotions[Demotion.PREEMPTED] += 1
+            self.demotions[why] += 1
 
     def finish(self, turn: FinishedTurn) -> Residency | None:
         """Keep what a turn computed, in place of what it makes redundant.
@@ -220,16 +230,24 @@ class ResidencyStore:
         num_turns = 1 if turn.borrowed is None else turn.borrowed.num_turns + 1
         if turn.borrowed is not None and turn.borrowed.alive:
             self._forget(turn.borrowed)
-        self._mark_superseded(turn)
-        if self._settle_branches(turn):
+        if self._is_covered(turn):
             self._release(reversed(turn.blocks))
             return None
-        ids = np.fromiter((b.block_id for b in turn.blocks), np.int32, len(turn.blocks))
+        self._mark_superseded(turn)
+        self._make_room(turn)
+        ids = self._block_ids(turn)
         made = Residency(turn.session, turn.tokens, turn.blocks, ids, num_turns)
         self._sessions.setdefault(turn.session, []).append(made)
         self._indexes.setdefault(turn.session.identity, TokenIndex()).insert(made.tokens, made)
         self._park(made)
         return made
+
+    @staticmethod
+    def _block_ids(turn: FinishedTurn) -> BlockIds:
+        """The ids of the turn's blocks; those that it borrowed are known already."""
+        known = np.empty(0, np.int32) if turn.borrowed is None else turn.borrowed.block_ids
+        new = turn.blocks[len(known) :]
+        return np.concatenate([known, np.fromiter((b.block_id for b in new), np.int32, len(new))])
 
     def _mark_superseded(self, turn: FinishedTurn) -> None:
         """An edit kills the branch it rewrote; a short common prefix is only a sibling."""
@@ -239,23 +257,28 @@ class ResidencyStore:
         edited = turn.num_base_tokens < base.frontier <= 2 * turn.num_base_tokens
         if base.session == turn.session and edited:
             base.superseded = True
-            if base.borrower is None:
+            if base.is_idle:
                 self._idle.add(base, base.worth, self._clock())
 
-    def _settle_branches(self, turn: FinishedTurn) -> bool:
-        """Drop branches that the turn covers; say whether one of them covers the turn."""
-        covered = False
+    def _is_covered(self, turn: FinishedTurn) -> bool:
+        """Whether a branch of the session holds all that the turn computed (a repeated turn)."""
         for branch in self.branches(turn.session):
-            shared = common_prefix_len(branch.tokens, turn.tokens)
-            if shared == len(turn.tokens):
-                covered = True
-            elif shared == branch.frontier and branch.borrower is None:
+            if common_prefix_len(branch.tokens, turn.tokens) == len(turn.tokens):
+                if branch.is_idle:
+                    self._idle.add(branch, branch.worth, self._clock())
+                return True
+        return False
+
+    def _make_room(self, turn: FinishedTurn) -> None:
+        """Drop the branches that the turn covers, and the least worthy beyond the limit."""
+        idle = [branch for branch in self.branches(turn.session) if branch.is_idle]
+        for branch in [*idle]:
+            if common_prefix_len(branch.tokens, turn.tokens) == branch.frontier:
                 self.demote(branch, Demotion.SUPERSEDED)
-        idle = [b for b in self.branches(turn.session) if b.borrower is None]
-        idle.sort(key=lambda b: b.worth)
-        while not covered and len(idle) >= MAX_BRANCHES:
+                idle.remove(branch)
+        idle.sort(key=lambda branch: branch.worth)
+        while len(idle) >= MAX_BRANCHES:
             self.demote(idle.pop(0), Demotion.SUPERSEDED)
-        return covered
 
     # ---- giving blocks back --------------------------------------------------------------
 
@@ -272,7 +295,7 @@ class ResidencyStore:
         self._forget(residency)
         self.pins.unpin(residency.block_ids)
         self._release(reversed(residency.blocks))
-        self.counts.demotions[why] += 1
+        self.demotions[why] += 1
         return before - self.pins.num_pinned
 
     def demote_next(self, why: Demotion, keep: Residency | None = None) -> int | None:
@@ -293,7 +316,7 @@ class ResidencyStore:
 
     def close(self, session: SessionKey) -> int:
         """Demote all idle branches of a session. Returns how many there were."""
-        idle = [branch for branch in self.branches(session) if branch.borrower is None]
+        idle = [branch for branch in self.branches(session) if branch.is_idle]
         for branch in idle:
             self.demote(branch, Demotion.CLOSED)
         return len(idle)
@@ -305,7 +328,7 @@ class ResidencyStore:
                 self.demote(residency, Demotion.RESET)
             else:
                 self._forget(residency)
-                self.counts.demotions[Demotion.RESET] += 1
+                self.demotions[Demotion.RESET] += 1
 
     # ---- bookkeeping ---------------------------------------------------------------------
 
@@ -324,13 +347,3 @@ class ResidencyStore:
         index.remove(residency)
         if not len(index):
             del self._indexes[residency.session.identity]
-
-
-def _prefer_own(own: Sequence[Residency], found: Residency, shared: TokenArray) -> Residency:
-    """Of those that share all of ``shared``, the session's own branch, shortest first."""
-    candidates = [
-        branch
-        for branch in own
-        if branch.frontier >= len(shared) and np.array_equal(branch.tokens[: len(shared)], shared)
-    ]
-    return min(candidates, key=lambda branch: branch.frontier, default=found)

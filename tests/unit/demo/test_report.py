@@ -69,12 +69,15 @@ def test_plain_lines_are_aligned(rows: list[Row]) -> None:
     assert plain_row(rows[2]).endswith("NO")
 
 
-def test_table_shows_every_row(rows: list[Row]) -> None:
-    console = Console(width=160, record=True, quiet=True)
+@pytest.mark.parametrize(("width", "num_tools"), [(120, 3), (80, 0)])
+def test_table_leaves_the_tool_out_where_the_terminal_is_narrow(
+    rows: list[Row], width: int, num_tools: int
+) -> None:
+    console = Console(width=width)
     with console.capture() as capture:
-        console.quiet = False
-        console.print(make_table(rows, "now"))
-    assert capture.get().count("query_db") == 3
+        console.print(make_table(rows, "now", width))
+    assert capture.get().count("query_db") == num_tools
+    assert capture.get().count("1000") == 3
 
 
 def test_files_are_written(rows: list[Row], tmp_path: Path) -> None:

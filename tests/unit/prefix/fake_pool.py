@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_stateful.prefix.residency import FinishedTurn, Match, Residency, ResidencyStore
-from vllm_stateful.types import Identity, SessionKey, TokenArray
+from vllm_stateful.types import Demotion, Identity, SessionKey, TokenArray
 
 BLOCK_SIZE = 4
 
@@ -115,7 +115,7 @@ class FakeEngine:
     def preempt(self, turn: RunningTurn) -> None:
         self.running.remove(turn)
         if turn.borrowed is not None:
-            self.store.forfeit(turn.borrowed)
+            self.store.forfeit(turn.borrowed, Demotion.PREEMPTED)
         self.pool.release(reversed(turn.blocks))
 
     def turn(

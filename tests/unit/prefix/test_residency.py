@@ -173,14 +173,16 @@ def test_giving_back_restores_pins_and_moves_to_the_back_of_the_queue(engine: Fa
     assert made.alive
 
 
+@pytest.mark.parametrize("why", [Demotion.PREEMPTED, Demotion.CLOSED, Demotion.RESET])
 def test_a_forfeited_residency_is_forgotten_and_its_blocks_stay_with_the_turn(
-    engine: FakeEngine,
+    engine: FakeEngine, why: Demotion
 ) -> None:
     engine.kept(ALICE, HISTORY)
     turn = engine.start(ALICE, [*HISTORY, 1])
-    engine.store.forfeit(turn.match.residency)  # type: ignore[arg-type]
+    assert turn.borrowed is not None
+    engine.store.forfeit(turn.borrowed, why)
     assert engine.store.num_sessions == 0
-    assert engine.store.counts.demotions[Demotion.PREEMPTED] == 1
+    assert {w: n for w, n in engine.store.demotions.items() if n} == {why: 1}
     engine.check()
 
 
@@ -214,7 +216,7 @@ def test_branches_per_session_are_capped_and_the_oldest_goes(engine: FakeEngine)
         engine.kept(ALICE, [number, *HISTORY])
     kept = [int(branch.tokens[0]) for branch in engine.store.branches(ALICE)]
     assert kept == [3, 4, 5, 6]
-    assert engine.store.counts.demotions[Demotion.SUPERSEDED] == 3
+    assert engine.store.demotions[Demotion.SUPERSEDED] == 3
     engine.check()
 
 
@@ -234,7 +236,7 @@ def test_a_shorter_branch_that_a_new_turn_covers_is_dropped(engine: FakeEngine) 
     assert len(engine.store.branches(ALICE)) == 1
     longer = engine.finish(quick)
     assert engine.store.branches(ALICE) == (longer,)
-    assert engine.store.counts.demotions[Demotion.SUPERSEDED] == 1
+    assert engine.store.demotions[Demotion.SUPERSEDED] == 1
     engine.check()
 
 
@@ -396,7 +398,7 @@ def test_demote_releases_tail_first_and_says_how_many_blocks_became_free(
     made = engine.kept(ALICE, HISTORY)
     assert engine.store.demote(made, Demotion.PRESSURE) == 6
     assert engine.pool.released == made.block_ids.tolist()[::-1]
-    assert engine.store.counts.demotions[Demotion.PRESSURE] == 1
+    assert engine.store.demotions[Demotion.PRESSURE] == 1
     assert engine.pool.ref_cnts == {}
 
 
@@ -421,7 +423,7 @@ def test_enforce_budget_demotes_the_least_recently_used_until_it_fits() -> None:
     engine.store.enforce_budget()
     assert [r.alive for r in made] == [False, True, True]
     assert engine.store.pins.num_pinned == 12
-    assert engine.store.counts.demotions[Demotion.BUDGET] == 1
+    assert engine.store.demotions[Demotion.BUDGET] == 1
     engine.check()
 
 
@@ -451,7 +453,7 @@ def test_expire_demotes_what_was_not_used_for_that_long(engine: FakeEngine) -> N
     engine.now = 100.5
     engine.store.expire(idle_s=100.0)
     assert (old.alive, young.alive) == (False, True)
-    assert engine.store.counts.demotions[Demotion.IDLE] == 1
+    assert engine.store.demotions[Demotion.IDLE] == 1
     engine.check()
 
 
@@ -473,7 +475,7 @@ def test_close_drops_all_idle_branches_of_that_session_only(engine: FakeEngine) 
     assert engine.store.close(ALICE) == 2
     assert engine.store.close(ALICE) == 0
     assert engine.store.residencies() == [bob]
-    assert engine.store.counts.demotions[Demotion.CLOSED] == 2
+    assert engine.store.demotions[Demotion.CLOSED] == 2
     engine.check()
 
 
@@ -491,11 +493,11 @@ def test_reset_drops_everything_and_running_turns_keep_their_blocks(engine: Fake
     turn = engine.start(ALICE, [*HISTORY, 1])
     engine.store.reset()
     assert engine.store.num_sessions == engine.store.num_residencies == engine.store.num_idle == 0
-    assert engine.store.counts.demotions[Demotion.RESET] == 2
+    assert engine.store.demotions[Demotion.RESET] == 2
     engine.check()
     engine.preempt(turn)
     assert engine.pool.ref_cnts == {}
-    assert engine.store.counts.demotions[Demotion.PREEMPTED] == 0
+    assert engine.store.demotions[Demotion.PREEMPTED] == 0
 
 
 def test_a_turn_that_ends_after_a_reset_can_still_be_kept(engine: FakeEngine) -> None:
@@ -508,7 +510,7 @@ def test_a_turn_that_ends_after_a_reset_can_still_be_kept(engine: FakeEngine) ->
 
 
 def test_every_demotion_is_listed_from_the_start(engine: FakeEngine) -> None:
-    assert engine.store.counts.demotions == dict.fromkeys(Demotion, 0)
+    assert engine.store.demotions == dict.fromkeys(Demotion, 0)
 
 
 def test_tokens_of_a_residency_are_those_of_its_turn(engine: FakeEngine) -> None:

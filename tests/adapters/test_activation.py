@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turning the plugin on: everything, or nothing and one line that says why."""
+
+import dataclasses
+import importlib
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import envs
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_stateful.adapters import activation
+from vllm_stateful.adapters.scheduler import StatefulAsyncScheduler, StatefulScheduler
+from vllm_stateful.compat import probe
+from vllm_stateful.compat.ledger import PATCHES
+from vllm_stateful.compat.patch import Patch
+from vllm_stateful.compat.v0_32 import cli_flags, scheduler_class, session_identity
+from vllm_stateful.errors import ConfigError, UnsupportedError
+
+SESSIONS = {patch.name for patch in PATCHES if patch.feature == "sessions"}
+HOOKS = [importlib.import_module(patch.wrap.__module__).hook for patch in PATCHES]
+
+# Runs in a fresh interpreter: the process in which vLLM calls the entry point.
+SUBPROCESS = """
+import importlib, os, sys
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+from vllm_stateful.compat.ledger import PATCHES
+from vllm_stateful.plugin import register
+
+def members():
+    found = {}
+    for patch in PATCHES:
+        module, _, path = patch.target.partition(":")
+        *owners, name = path.split(".")
+        owner = importlib.import_module(module)
+        for part in owners:
+            owner = getattr(owner, part)
+        found[patch.name] = vars(owner).get(name)
+    return found
+
+def loaded():
+    return {name for name in sys.modules if name.startswith("vllm_stateful.adapters")}
+
+before = members()
+"""
+
+
+def run_fresh(code: str, **environment: str) -> str:
+    """Run ``code`` after SUBPROCESS; returns what it wrote to the log."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_STATEFUL")}
+    done = subprocess.run(
+        [sys.executable, "-c", SUBPROCESS + code],
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_installed_but_not_asked_for_every_symbol_of_vllm_is_the_very_same_object() -> None:
+    run_fresh(
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "register()\n"
+        "assert all(member is before[name] for name, member in members().items())\n"
+        "assert not any(patch.is_applied for patch in PATCHES)\n"
+        "assert loaded() == set(), loaded()\n"
+        "assert 'vllm_stateful.plugin' in sys.modules\n"
+    )
+
+
+def test_enabled_all_patches_are_applied_once_and_undone_exactly() -> None:
+    run_fresh(
+        "sys.argv = ['vllm', 'serve', 'model', '--stateful-strict']\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "load_general_plugins()\n"
+        "assert all(patch.is_applied for patch in PATCHES)\n"
+        "after = members()\n"
+        "assert not any(member is before[name] for name, member in after.items())\n"
+        "register()\n"
+        "assert all(member is after[name] for name, member in members().items())\n"
+        "from vllm_stateful.adapters.activation import problems\n"
+        "assert problems() == ()\n"
+        "from vllm.platforms import current_platform\n"
+        "current_platform.validate_environ(hard_fail=True)\n"
+        "for patch in PATCHES: patch.undo()\n"
+        "assert all(member is before[name] for name, member in members().items())\n",
+        VLLM_STATEFUL="1",
+        VLLM_STATEFUL_IDLE_SECONDS="60",
+    )
+
+
+# ---- in this process -------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _stock_before_and_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No patch, hook or problem is left over, nor a variable of ours."""
+    for name in [name for name in os.environ if name.startswith("VLLM_STATEFUL")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(activation, "_problems", [])
+    undo_all()
+    yield
+    undo_all()
+
+
+def undo_all() -> None:
+    for patch in PATCHES:
+        patch.undo()
+    for hook in HOOKS:
+        hook.clear()
+
+
+class Lines(logging.Handler):
+    """The log lines of the plugin, from warnings up."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    handler = Lines()
+    monkeypatch.setattr(activation.logger, "level", logging.WARNING)
+    activation.logger.manager._clear_cache()  # type: ignore[attr-defined]
+    activation.logger.addHandler(handler)
+    yield handler.texts
+    activation.logger.removeHandler(handler)
+    activation.logger.manager._clear_cache()  # type: ignore[attr-defined]
+
+
+def applied() -> set[str]:
+    return {patch.name for patch in PATCHES if patch.is_applied}
+
+
+def drift(monkeypatch: pytest.MonkeyPatch, *drifted: Patch) -> None:
+    """As if vLLM had added an argument to the targets of these patches."""
+    changed = [
+        dataclasses.replace(patch, signature="(self, something_else)")
+        if patch in drifted
+        else patch
+        for patch in PATCHES
+    ]
+    monkeypatch.setattr(activation, "PATCHES", tuple(changed))
+
+
+def test_activate_applies_all_but_the_command_line_without_a_word(lines: list[str]) -> None:
+    activation.activate()
+    assert applied() == {patch.name for patch in PATCHES} - {"cli-flags"}
+    assert lines == []
+    assert activation.problems() == ()
+
+
+def test_the_command_line_alone_patches_nothing_else() -> None:
+    activation.install_command_line()
+    assert applied() == {"cli-flags"}
+    assert cli_flags.hook.fn is not None
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])
+def test_an_unsupported_vllm_is_one_line_and_nothing_is_patched(
+    version: str, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    monkeypatch.setattr(probe, "vllm_version", lambda: version)
+    activation.activate()
+    assert applied() == set()
+    assert all(hook.fn is None for hook in HOOKS)
+    assert lines == [f"stateful: off, serving as stock vLLM: {activation.problems()[0]}"]
+    assert version in lines[0]
+    assert "0.32.x" in lines[0]
+
+
+def test_the_rust_frontend_is_one_line_and_nothing_is_patched(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    activation.activate()
+    assert applied() == set()
+    assert len(lines) == 1
+    assert "Rust frontend" in lines[0]
+
+
+def test_strict_an_unsupported_vllm_is_an_error_and_nothing_is_patched(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    monkeypatch.setattr(probe, "vllm_version", lambda: "0.33.0")
+    monkeypatch.setenv("VLLM_STATEFUL_STRICT", "1")
+    with pytest.raises(UnsupportedError, match=r"vLLM 0\.33\.0 is not supported"):
+        activation.activate()
+    assert applied() == set()
+    assert lines == []
+
+
+@pytest.mark.parametrize("position", range(len(SESSIONS)))
+def test_one_drifted_signature_turns_the_whole_feature_off_with_one_line(
+    position: int, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    patch = [patch for patch in PATCHES if patch.feature == "sessions"][position]
+    drift(monkeypatch, patch)
+    activation.activate()
+    assert applied() & SESSIONS == set()
+    assert len(lines) == 1
+    for part in ("stateful: feature 'sessions' is off", repr(patch.name)):
+        assert part in lines[0]
+    assert activation.problems()
+
+
+def test_a_drifted_feature_leaves_the_other_features_on(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    (anthropic,) = (patch for patch in PATCHES if patch.feature == "anthropic-identity")
+    drift(monkeypatch, anthropic)
+    activation.activate()
+    assert applied() == SESSIONS
+    assert len(lines) == 1
+
+
+def test_strict_a_drifted_signature_is_an_error_and_nothing_stays_patched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drift(monkeypatch, session_identity.PATCH)
+    monkeypatch.setenv("VLLM_STATEFUL_STRICT", "1")
+    with pytest.raises(UnsupportedError, match="session-identity"):
+        activation.activate()
+    assert applied() == set()
+
+
+def test_a_bad_option_is_an_error_before_anything_is_patched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_STATEFUL_PIN_FRACTION", "2")
+    with pytest.raises(ConfigError, match="VLLM_STATEFUL_PIN_FRACTION='2'"):
+        activation.activate()
+    assert applied() == set()
+
+
+def test_our_options_are_no_part_of_the_key_of_vllms_compile_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another pin fraction compiles the same kernels: on a GPU that is minutes of start time."""
+    activation.activate()
+    factors = []
+    for fraction in ("0.3", "0.4"):
+        monkeypatch.setenv("VLLM_STATEFUL_PIN_FRACTION", fraction)
+        factors.append(envs.compile_factors())
+    assert factors[0] == factors[1]
+
+
+# ---- the scheduler that is chosen ------------------------------------------------------------
+
+
+def config_of(scheduler: Any = None, *, is_async: bool = False) -> Any:
+    """What ``get_scheduler_cls`` reads of a SchedulerConfig."""
+    return SimpleNamespace(scheduler_cls=scheduler, async_scheduling=is_async)
+
+
+def chosen(config: Any) -> type:
+    from vllm.config.scheduler import SchedulerConfig
+
+    found: type = SchedulerConfig.get_scheduler_cls(config)
+    return found
+
+
+def test_both_stock_schedulers_have_a_stateful_counterpart() -> None:
+    assert [chosen(config_of(is_async=a)) for a in (False, True)] == [Scheduler, AsyncScheduler]
+    activation.activate()
+    assert [chosen(config_of(is_async=a)) for a in (False, True)] == [
+        StatefulScheduler,
+        StatefulAsyncScheduler,
+    ]
+
+
+class Custom(Scheduler):  # type: ignore[misc]
+    """A scheduler that the user chose."""
+
+
+def test_a_scheduler_of_the_users_own_is_kept_with_one_line(lines: list[str]) -> None:
+    activation.activate()
+    assert chosen(config_of(Custom)) is Custom
+    assert len(lines) == 1
+    assert "Custom (scheduler_cls)" in lines[0]
+
+
+def test_strict_a_scheduler_of_the_users_own_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_STATEFUL_STRICT", "1")
+    activation.activate()
+    with pytest.raises(UnsupportedError, match="Custom"):
+        chosen(config_of(Custom))
+
+
+def test_the_hook_of_the_scheduler_class_is_filled_by_activation_only() -> None:
+    assert scheduler_class.hook.fn is None
+    activation.activate()
+    assert scheduler_class.hook.fn is not None
