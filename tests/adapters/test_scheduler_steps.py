@@ -207,6 +207,16 @@ def test_a_fork_at_the_frontier_leaves_the_residency_with_its_own_session(engine
     assert engine.outcomes() == {"cold": 1, "forked": 1, "resumed": 1}
 
 
+def test_a_fork_that_computed_its_parents_last_token_does_not_lure_the_parent_away(
+    engine: Engine,
+) -> None:
+    history = engine.turn("first", HISTORY)
+    engine.turn("fork", [*history, 1], BOB)
+    engine.turn("second", [*history, 2])
+    assert engine.num_copies == 0
+    assert engine.outcomes() == {"cold": 1, "forked": 1, "resumed": 1}
+
+
 def test_a_fork_that_ends_for_good_does_not_take_the_parents_session_along(
     engine: Engine,
 ) -> None:

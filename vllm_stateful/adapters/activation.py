@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 from vllm import envs
@@ -72,13 +73,27 @@ def activate() -> None:
         report_problem(reason)
         return
     _fill_hooks()
-    wanted = [patch for patch in PATCHES if patch is not cli_flags.PATCH]
+    wanted = _patches_of(multiprocessing.current_process().name)
     try:
         applied = apply_all(wanted, strict=strict, log=logger)
     except CompatError as error:
         _problems.append(str(error))
         raise UnsupportedError(str(error)) from error
     _problems.extend(_missing(wanted, applied))
+
+
+def _patches_of(process_name: str) -> list[Patch]:
+    """The patches that a process needs, by the name that vLLM gives it.
+
+    A worker needs none and the engine core only its own: the others would import vLLM's HTTP
+    entry points there. Any other process may hold everything (``LLM`` without multiprocessing).
+    """
+    if process_name.startswith("VllmWorker"):
+        return []
+    only_engine = process_name.startswith("EngineCore")
+    runs_here = ("engine", "all") if only_engine else ("api", "engine", "all")
+    usable = [patch for patch in PATCHES if patch is not cli_flags.PATCH]
+    return [patch for patch in usable if patch.process in runs_here]
 
 
 def _announce_variables() -> None:

@@ -48,6 +48,18 @@ def extend_parser(parser: argparse.ArgumentParser) -> None:
     _truthful_usage(parser)
 
 
+def options_help() -> str:
+    """The help text of the plugin's options, as ``vllm serve --help=StatefulPlugin`` has it."""
+    parser = argparse.ArgumentParser(
+        prog="vllm serve",
+        add_help=False,
+        usage=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=96),
+    )
+    extend_parser(parser)
+    return parser.format_help().strip()
+
+
 class _NotGiven(int):
     """False, as long as the user has said nothing."""
 

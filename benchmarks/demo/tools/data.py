@@ -142,8 +142,8 @@ def _grouped(metric: str, column: str) -> dict[str, list[float]]:
 
 
 METRIC = choice(METRICS, "What to measure; revenue is units times price after the discount.")
-MONTH_FROM = whole(1, 6, "First month of the period, 1 to 6.")
-MONTH_TO = whole(7, 12, "Last month of the period, 7 to 12.")
+MONTH_FROM = whole(3, 6, "First month of the period, 3 to 6.")
+MONTH_TO = whole(7, 9, "Last month of the period, 7 to 9.")
 
 DATA_TOOLS = (
     Tool(

@@ -289,6 +289,25 @@ def test_of_its_own_branches_a_session_prefers_the_one_it_can_continue_in_place(
     assert match.outcome is Outcome.RESUMED
 
 
+@pytest.mark.parametrize(
+    ("num_further", "outcome", "num_tokens"),
+    [
+        (1, Outcome.RESUMED, 22),
+        (BLOCK_SIZE - 1, Outcome.RESUMED, 22),
+        (BLOCK_SIZE, Outcome.FORKED, 22 + BLOCK_SIZE),
+    ],
+)
+def test_a_session_leaves_its_own_branch_only_for_one_that_saves_a_whole_block(
+    engine: FakeEngine, num_further: int, outcome: Outcome, num_tokens: int
+) -> None:
+    """A fork computes its parent's last sampled token first, and so reaches one further."""
+    engine.kept(ALICE, HISTORY)
+    engine.kept(BOB, [*HISTORY, *WORDS[:num_further], 1])
+    prompt = [*HISTORY, *WORDS]
+    match = engine.store.match(ALICE, array(prompt), len(prompt) - 1)
+    assert (match.outcome, match.num_tokens) == (outcome, num_tokens)
+
+
 # ---- edits -----------------------------------------------------------------------------------
 
 
