@@ -5,25 +5,23 @@ Installed but not asked for, it does nothing: no import of vLLM's internals, no 
 asked for by ``vllm serve --plugin stateful`` or by ``VLLM_STATEFUL=1``.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
-from vllm_stateful.config import ENABLE_ENV, is_enabled
+from vllm_stateful.config import is_enabled
 
 _CLI_WORDS = ("--plugin", "--stateful-", "--help", "--config")
 
 
 def register() -> None:
     """Install what this process needs. Re-entrant: a second call changes nothing."""
-    wants_cli = _asks_for_cli(sys.argv)
-    if not wants_cli and not os.environ.get(ENABLE_ENV):
+    enabled = is_enabled()
+    if not enabled and not _asks_for_cli(sys.argv):
         return
     from vllm_stateful.adapters import activation
 
-    if wants_cli:
-        activation.install_command_line()
-    if is_enabled():
+    activation.install_command_line()
+    if enabled:
         activation.activate()
 
 

@@ -181,7 +181,7 @@ class AgentSessions(RuleBasedStateMachine):
         self.finish_all()
         assert not self.running
         for resident in self.manager.store.residencies():
-            self.manager.close_session(resident.session)
+            self.manager.store.close(resident.session)
         counts = check_pool(self.engine.scheduler)
         assert counts["free"] == counts["total"] == NUM_BLOCKS - 1
 

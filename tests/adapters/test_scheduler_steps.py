@@ -70,7 +70,7 @@ class Engine(SimulatedEngine):
 
     def check_nothing_is_lost(self) -> None:
         for residency in self.store.residencies():
-            self.manager.close_session(residency.session)
+            self.manager.store.close(residency.session)
         counts = check_pool(self.scheduler)
         assert counts["free"] == counts["total"]
         assert not self.manager.turns

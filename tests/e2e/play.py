@@ -141,7 +141,7 @@ class Player:
             from vllm_stateful.adapters.invariants import check_pool
 
             for residency in self.scheduler.kv_cache_manager.store.residencies():
-                self.scheduler.kv_cache_manager.close_session(residency.session)
+                self.scheduler.kv_cache_manager.store.close(residency.session)
             pool = check_pool(self.scheduler)
             stats = self.scheduler.stateful("stats", {})
         return {

@@ -46,6 +46,8 @@ def extend_parser(parser: argparse.ArgumentParser) -> None:
     for option in OPTIONS:
         group.add_argument(option.flag, **_argument(option))
     _truthful_usage(parser)
+    if is_enabled():
+        _allow_endpoint_plugin()
 
 
 def options_help() -> str:

@@ -63,7 +63,7 @@ class StatefulEndpoint:
         """Start polling the engine. Only the first of several API servers does."""
         if not is_enabled() or engine_client is None:
             return
-        if getattr(engine_client, "client_index", 0) not in (0, None):
+        if getattr(engine_client.engine_core, "client_index", 0) != 0:
             return
         state.stateful_poll = asyncio.create_task(_poll(engine_client, MetricsExporter()))
 

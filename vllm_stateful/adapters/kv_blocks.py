@@ -374,16 +374,26 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         self.store.reset()
         return bool(super().reset_prefix_cache())
 
-    def close_session(self, session: SessionKey) -> int:
+    def close_session(self, session_id: str, cache_salt: str | None) -> int:
         """Release what a session keeps; turns of it that still run will keep nothing either.
+
+        Args:
+            session_id: as the engine was told.
+            cache_salt: as the engine was told; sessions of other tenants stay. The same id
+                under several LoRA adapters is closed under all of them.
 
         Returns:
             The number of branches that were dropped, running turns included.
         """
-        running = [turn for turn in self.turns.values() if turn.session == session]
+
+        def is_meant(session: SessionKey) -> bool:
+            return session.session_id == session_id and session.identity.cache_salt == cache_salt
+
+        running = [turn for turn in self.turns.values() if is_meant(turn.session)]
         for turn in running:
             turn.is_closing = True
-        return self.store.close(session) + len(running)
+        sessions = [session for session in self.store.sessions() if is_meant(session)]
+        return len(running) + sum(self.store.close(session) for session in sessions)
 
     def new_step_starts(self) -> None:
         """Called by the scheduler at the start of each step; ends idle sessions."""

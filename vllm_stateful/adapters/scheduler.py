@@ -21,7 +21,6 @@ from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.config import StatefulConfig, load_config
 from vllm_stateful.errors import UnsupportedError
-from vllm_stateful.types import Identity, SessionKey
 
 logger = init_logger("vllm.stateful")
 
@@ -151,8 +150,7 @@ class _StatefulMixin:
 
     def _close(self, session_id: str, cache_salt: str | None) -> int:
         """Base-model sessions of that id and salt; those of LoRA adapters by their own end."""
-        session = SessionKey(Identity(cache_salt), session_id)
-        return int(self.kv_cache_manager.close_session(session))
+        return int(self.kv_cache_manager.close_session(session_id, cache_salt))
 
 
 class StatefulScheduler(_StatefulMixin, Scheduler):  # type: ignore[misc]

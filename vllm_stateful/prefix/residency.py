@@ -145,6 +145,9 @@ class ResidencyStore:
     def residencies(self) -> list[Residency]:
         return [found for branches in self._sessions.values() for found in branches]
 
+    def sessions(self) -> list[SessionKey]:
+        return list(self._sessions)
+
     def branches(self, session: SessionKey) -> tuple[Residency, ...]:
         return tuple(self._sessions.get(session, ()))
 
