@@ -73,9 +73,10 @@ def _truthful_usage(parser: argparse.ArgumentParser) -> None:
 
 
 def _argument(option: Option) -> dict[str, Any]:
+    common = {"option": option, "help": option.help, "default": argparse.SUPPRESS}
     if option.is_flag:
-        return {"action": _SetFlag, "nargs": 0, "option": option, "help": option.help}
-    return {"action": _SetOption, "metavar": "VALUE", "option": option, "help": option.help}
+        return {"action": _SetFlag, "nargs": 0, **common}
+    return {"action": _SetOption, "metavar": "VALUE", **common}
 
 
 class _EnablePlugin(argparse.Action):
