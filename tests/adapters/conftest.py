@@ -3,7 +3,9 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,3 +14,18 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["VLLM_STATEFUL_CHECK_INVARIANTS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
+
+from recorded_engine import Engine
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {"num_blocks": 41, "async_scheduling": request.param}
+
+
+@pytest.fixture
+def engine(options: dict[str, Any]) -> Iterator[Engine]:
+    engine = Engine(**options)
+    yield engine
+    engine.run()
+    engine.check_nothing_is_lost()

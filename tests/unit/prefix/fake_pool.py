@@ -148,3 +148,13 @@ class FakeEngine:
         for residency in idle:
             assert len(residency.blocks) == -(-residency.frontier // BLOCK_SIZE)
             assert residency.block_ids.tolist() == [b.block_id for b in residency.blocks]
+
+
+HISTORY = list(range(100, 122))
+"""22 tokens: five full blocks and one half full."""
+
+
+def parallel(engine: FakeEngine, session: SessionKey, *continuations: Sequence[int]) -> None:
+    turns = [engine.start(session, [*HISTORY, *more]) for more in continuations]
+    for turn in turns:
+        engine.finish(turn)
