@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With the plugin the answers are those of stock vLLM, and a turn costs what is new in it."""
+"""With the plugin the answers are those of stock vLLM, and a turn costs what is new in it.
+
+``pytest tests/e2e/test_equal_answers.py -rP`` prints the figures behind each line.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +31,7 @@ def assert_same_answers(stock: dict[str, Any], plugin: dict[str, Any]) -> int:
         if not turn["aborted"]:
             assert turn["answer"] == other["answer"], turn["name"]
             compared += 1
+    print(f"{compared} answers equal; {plugin['stats']['turns']}; {plugin['pool_after_close']}")
     return compared
 
 
@@ -70,6 +74,7 @@ def test_no_turn_recomputes_what_the_turn_before_computed(play: Play, block_size
     options = () if block_size == "32" else ("--block-size", block_size)
     model = SMOLLM2 if block_size == "32" else TINY
     recomputed = num_recomputed(play(model, "--plugin", *options))
+    print(f"{len(recomputed)} continuing turns, most recomputed: {max(recomputed.values())} tokens")
     assert len(recomputed) >= 50
     assert max(recomputed.values()) <= 1
     stock = num_recomputed(play(model, *options))
@@ -127,4 +132,5 @@ def test_bf16_first_token_logprobs_are_within_tolerance(play: Play, recorded: st
         for token in shared:
             difference = turn["first_logprobs"][token] - stock[name]["first_logprobs"][token]
             worst = max(worst, abs(difference))
+    print(f"{len(plugin)} turns, worst difference {worst:.2g}")
     assert worst <= BF16_LOGPROB_TOLERANCE
