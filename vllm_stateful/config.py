@@ -25,6 +25,11 @@ class StatefulConfig:
     pin_fraction: float = 0.5
     idle_seconds: float = 900.0
     tenant: str = "api-key"
+    history: str = "retokenize"
+    verify_tokens: float = 0.01
+    render_bytes: int = 1 << 30
+    base_bytes: int = 1 << 29
+    disable: frozenset[str] = frozenset()
     strict: bool = False
     check_invariants: bool = False
 
@@ -73,6 +78,26 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _bytes(text: str) -> int:
+    """A number of bytes, with K, M or G for powers of 1024."""
+    scale = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper())
+    number = int(text) if scale is None else float(text[:-1]) * (1 << scale)
+    if not 0 <= number < float("inf"):
+        raise ValueError(text)
+    return int(number)
+
+
+FEATURES = ("tokenize", "messages", "detokenize", "reasoning", "transport", "worker-ids")
+"""What ``--stateful-disable`` may name: each leaves one stage to stock vLLM."""
+
+
+def _features(text: str) -> frozenset[str]:
+    names = frozenset(filter(None, (name.strip() for name in text.split(","))))
+    if not names <= set(FEATURES):
+        raise ValueError(text)
+    return names
+
+
 def parse_bool(text: str) -> bool:
     """Read an on/off value. Raises ValueError for anything else."""
     lowered = text.strip().lower()
@@ -103,6 +128,42 @@ OPTIONS: tuple[Option, ...] = (
         "'api-key' or 'cache-salt'",
         "What separates tenants, who never share KV: the API key together with the request's "
         "cache_salt, or the cache_salt alone (as stock vLLM). Default: api-key.",
+    ),
+    Option(
+        "history",
+        _one_of("retokenize", "generated"),
+        "'retokenize' or 'generated'",
+        "Token ids of earlier answers in a prompt: retokenize makes them from the rendered text, "
+        "equal to stock vLLM; generated keeps the ids that the model generated, and their KV, "
+        "where the text or the tool call means the same. Another input than stock vLLM's, and "
+        "faster. Default: retokenize.",
+    ),
+    Option(
+        "verify_tokens",
+        _within(0.0, 1.0),
+        "a number from 0 to 1",
+        "Share of the incrementally tokenized prompts that are tokenized in full as well, in "
+        "the background; one difference turns the feature off. Default: 0.01.",
+    ),
+    Option(
+        "render_bytes",
+        _bytes,
+        "a number of bytes (K, M, G allowed)",
+        "Memory for remembered prompts in each API server; a prompt of 100k tokens takes about "
+        "1.2M. Default: 1G.",
+    ),
+    Option(
+        "base_bytes",
+        _bytes,
+        "a number of bytes (K, M, G allowed)",
+        "Memory for remembered prompts in each engine core, so that only what is new has to be "
+        "sent. Default: 512M.",
+    ),
+    Option(
+        "disable",
+        _features,
+        f"some of {', '.join(FEATURES)}, separated by commas",
+        f"Leave these stages to stock vLLM: {', '.join(FEATURES)}. Default: none.",
     ),
     Option(
         "strict",

@@ -21,10 +21,12 @@ from vllm_stateful.adapters.scheduler import StatefulAsyncScheduler, StatefulSch
 from vllm_stateful.compat import probe
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.compat.patch import Patch
-from vllm_stateful.compat.v0_32 import cli_flags, scheduler_class, session_identity
+from vllm_stateful.compat.v0_32 import cli_flags, prompt_miss, scheduler_class, session_identity
+from vllm_stateful.config import FEATURES
 from vllm_stateful.errors import ConfigError, UnsupportedError
 
 SESSIONS = {patch.name for patch in PATCHES if patch.feature == "sessions"}
+EVERYTHING = {patch.name for patch in PATCHES} - {"cli-flags"}
 HOOKS = [importlib.import_module(patch.wrap.__module__).hook for patch in PATCHES]
 
 # Runs in a fresh interpreter: the process in which vLLM calls the entry point.
@@ -96,6 +98,7 @@ def test_enabled_all_patches_are_applied_once_and_undone_exactly() -> None:
         "assert all(member is before[name] for name, member in members().items())\n",
         VLLM_STATEFUL="1",
         VLLM_STATEFUL_IDLE_SECONDS="60",
+        VLLM_STATEFUL_HISTORY="generated",
     )
 
 
@@ -159,7 +162,7 @@ def drift(monkeypatch: pytest.MonkeyPatch, *drifted: Patch) -> None:
 
 def test_activate_applies_all_but_the_command_line_without_a_word(lines: list[str]) -> None:
     activation.activate()
-    assert applied() == {patch.name for patch in PATCHES} - {"cli-flags"}
+    assert applied() == EVERYTHING - {"finished-answer"}
     assert lines == []
     assert activation.problems() == ()
 
@@ -224,7 +227,55 @@ def test_a_drifted_feature_leaves_the_other_features_on(
     (anthropic,) = (patch for patch in PATCHES if patch.feature == "anthropic-identity")
     drift(monkeypatch, anthropic)
     activation.activate()
-    assert applied() == SESSIONS
+    assert applied() == EVERYTHING - {"anthropic-metadata", "finished-answer"}
+    assert len(lines) == 1
+
+
+def test_generated_history_is_told_of_finished_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_STATEFUL_HISTORY", "generated")
+    activation.activate()
+    assert applied() == EVERYTHING
+
+
+def patches_of(*features: str) -> set[str]:
+    return {patch.name for patch in PATCHES if patch.feature in features}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_disabled_stage_is_left_to_vllm_without_a_word(
+    feature: str, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    monkeypatch.setenv("VLLM_STATEFUL_DISABLE", feature)
+    activation.activate()
+    assert applied() == EVERYTHING - {"finished-answer"} - patches_of(feature)
+    assert lines == []
+    assert activation.problems() == ()
+
+
+def ready() -> Any:
+    """What an engine core answers a client that wants to send deltas."""
+    return activation._utility(None, "transport", {})["ready"]
+
+
+def test_an_engine_takes_deltas_when_both_of_its_patches_are_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not ready()
+    activation.activate()
+    assert ready()
+    undo_all()
+    monkeypatch.setenv("VLLM_STATEFUL_DISABLE", "transport")
+    activation.activate()
+    assert not ready()
+
+
+def test_one_drifted_end_of_the_transport_leaves_prompts_in_full(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    drift(monkeypatch, prompt_miss.PATCH)
+    activation.activate()
+    assert applied() & patches_of("transport") == set()
+    assert not ready()
     assert len(lines) == 1
 
 

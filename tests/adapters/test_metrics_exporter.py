@@ -9,6 +9,7 @@ from simulated_engine import SimulatedEngine
 
 from vllm_stateful.adapters.metrics_exporter import MetricsExporter
 from vllm_stateful.observe.metrics import METRICS, RESUME_BUCKETS_S
+from vllm_stateful.observe.prompt_counts import PromptCounts, Sent, Tokenized, Verified
 from vllm_stateful.observe.turn_counts import TurnCounts
 from vllm_stateful.types import Demotion, Outcome
 
@@ -38,6 +39,11 @@ class Exported:
 @pytest.fixture
 def exported() -> Exported:
     return Exported()
+
+
+def own_snapshot(**values: Any) -> dict[str, Any]:
+    """What an API process says of itself, all zero but for ``values``."""
+    return {**PromptCounts().snapshot(), **values}
 
 
 def test_every_metric_is_registered_under_its_name(exported: Exported) -> None:
@@ -122,7 +128,7 @@ def test_the_engines_own_snapshot_feeds_every_metric(exported: Exported) -> None
         engine.add(str(number), prompt, session_id="session-one", max_tokens=1)
         engine.run()
     stats = engine.scheduler.stateful("stats", {})
-    assert {metric.key for metric in METRICS} <= set(stats)
+    assert {metric.key for metric in METRICS if metric.process == "engine"} <= set(stats)
     exported.update(stats)
     assert exported.value("turns_total", outcome=str(Outcome.RESUMED)) == 1
     assert exported.value("prompt_tokens_reused_total") == 21
@@ -133,3 +139,56 @@ def test_the_engines_own_snapshot_feeds_every_metric(exported: Exported) -> None
     assert exported.value("resume_seconds_count") == 1
     for why in Demotion:
         assert exported.value("demotions_total", reason=str(why)) == 0
+
+
+# ---- the totals of the API process itself ------------------------------------------------------
+
+
+def test_own_totals_become_increments(exported: Exported) -> None:
+    counts = PromptCounts()
+    counts.tokenized(Tokenized.FULL, 100)
+    exported.exporter.update_own(counts.snapshot())
+    counts.tokenized(Tokenized.INCREMENTAL, 130, 90)
+    counts.sent(Sent.DELTA)
+    counts.verified(Verified.EQUAL)
+    counts.watch_memory(lambda: 4096)
+    for _ in range(2):
+        exported.exporter.update_own(counts.snapshot())
+    assert exported.value("prompts_tokenized_total", how="full") == 1
+    assert exported.value("prompts_tokenized_total", how="incremental") == 1
+    assert exported.value("prompt_tokens_tokenized_total", kind="reused") == 90
+    assert exported.value("prompt_tokens_tokenized_total", kind="new") == 140
+    assert exported.value("prompts_sent_total", how="delta") == 1
+    assert exported.value("prompts_sent_total", how="resent") == 0
+    assert exported.value("prompts_verified_total", result="equal") == 1
+    assert exported.value("render_bytes") == 4096
+
+
+def test_own_totals_and_those_of_the_engine_leave_each_other_alone(exported: Exported) -> None:
+    exported.exporter.update_own(own_snapshot(render_bytes=7, prompts_sent={"full": 3}))
+    exported.update(snapshot(num_sessions=2, num_tokens_reused=5))
+    assert exported.value("render_bytes") == 7
+    assert exported.value("prompts_sent_total", how="full") == 3
+    exported.exporter.update_own(own_snapshot(render_bytes=8, prompts_sent={"full": 4}))
+    assert exported.value("sessions") == 2
+    assert exported.value("prompt_tokens_reused_total") == 5
+    assert exported.value("prompts_sent_total", how="full") == 4
+
+
+def test_without_an_engine_to_ask_own_totals_are_there(exported: Exported) -> None:
+    """Only the first of several API servers asks the engine."""
+    exported.exporter.update_own(own_snapshot(prompts_sent={"full": 1}))
+    assert exported.value("prompts_sent_total", how="full") == 1
+    assert exported.value("prompt_tokens_reused_total") == 0
+
+
+def test_a_gauge_of_several_api_servers_is_their_sum_and_one_of_the_engine_is_not(
+    exported: Exported,
+) -> None:
+    modes = {
+        metric.key: made._multiprocess_mode
+        for metric, made in exported.exporter._made.items()
+        if metric.kind == "gauge"
+    }
+    assert modes.pop("render_bytes") == "livesum"
+    assert set(modes.values()) == {"mostrecent"}

@@ -2,12 +2,13 @@
 """Each patch against the installed vLLM: it fits, it opens its hook, empty it changes nothing.
 
 The tests named ``test_stock_...`` are death notices: when one fails, vLLM has learned what the
-patch is for, and the patch can go.
+patch is for, and the patch can go. The patches along the way of a prompt are in
+``test_v0_32_prompts``.
 """
 
 import asyncio
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -28,12 +29,18 @@ from vllm.entrypoints.anthropic.protocol import (
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.reasoning.basic_parsers import BaseThinkingReasoningParser
+from vllm.renderers import hf
 from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
 
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.compat.patch import CompatError, Patch, call_shape
@@ -46,14 +53,6 @@ from vllm_stateful.compat.v0_32 import (
     session_identity,
 )
 
-MODULES = (
-    anthropic_metadata,
-    cli_flags,
-    engine_utility,
-    request_identity,
-    scheduler_class,
-    session_identity,
-)
 OWNERS = {
     "anthropic-metadata": AnthropicServingMessages,
     "cli-flags": EngineArgs,
@@ -61,30 +60,23 @@ OWNERS = {
     "request-identity": InputProcessor,
     "scheduler-class": SchedulerConfig,
     "session-identity": GenerateBaseServing,
+    "detokenizer-prompt": FastIncrementalDetokenizer,
+    "prompt-send": AsyncMPClient,
+    "prompt-answers": AsyncMPClient,
+    "prompt-abort": DPLBAsyncMPClient,
+    "prompt-handover": EngineCore,
+    "prompt-miss": EngineCoreProc,
+    "worker-ids": NewRequestData,
+    "reasoning-end": BaseThinkingReasoningParser,
+    "finished-answer": OutputProcessor,
+    "message-parsing": hf,
 }
+pytestmark = pytest.mark.usefixtures("stock_vllm")
 by_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
 
 
-@pytest.fixture(autouse=True)
-def _vanilla() -> Iterator[None]:
-    """Every test starts and ends on stock vLLM, also when other tests left patches behind."""
-    before = [patch for patch in PATCHES if patch.is_applied]
-    hooks = [(module.hook, module.hook.fn) for module in MODULES]
-    for patch in reversed(before):
-        patch.undo()
-    for hook, _ in hooks:
-        hook.clear()
-    yield
-    for patch in reversed(PATCHES):
-        patch.undo()
-    for patch in before:
-        patch.apply()
-    for hook, fn in hooks:
-        hook.clear() if fn is None else hook.set(fn)
-
-
 def member(patch: Patch) -> Any:
-    return vars(OWNERS[patch.name]).get(patch.target.rpartition(".")[2])
+    return vars(OWNERS[patch.name]).get(patch.target.replace(":", ".").rpartition(".")[2])
 
 
 @by_patch

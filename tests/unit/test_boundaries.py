@@ -25,6 +25,8 @@ PURE_PACKAGES = [
     "vllm_stateful.prefix",
     "vllm_stateful.schedule",
     "vllm_stateful.observe",
+    "vllm_stateful.render",
+    "vllm_stateful.transport",
 ]
 
 IMPORT_EACH = """
@@ -105,6 +107,8 @@ STAGE_IMPORTS = {
     "prefix": {"prefix", "schedule"},
     "schedule": {"schedule"},
     "observe": {"observe"},
+    "render": {"render", "prefix", "transport"},
+    "transport": {"transport"},
 }
 EVERYONE = {"config", "errors", "types"}
 

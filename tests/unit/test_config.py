@@ -9,6 +9,7 @@ import pytest
 
 from vllm_stateful.config import (
     ENABLE_ENV,
+    FEATURES,
     OPTIONS,
     Option,
     StatefulConfig,
@@ -40,7 +41,8 @@ def test_an_empty_environment_gives_the_defaults() -> None:
 def test_defaults_are_allowed_values() -> None:
     for option in OPTIONS:
         default = getattr(StatefulConfig(), option.field)
-        assert option.read(str(default), option.env) == default
+        text = ",".join(default) if isinstance(default, frozenset) else str(default)
+        assert option.read(text, option.env) == default
 
 
 def test_the_configuration_is_frozen() -> None:
@@ -63,6 +65,21 @@ ALLOWED = [
     ("idle_seconds", YEAR, 31536000.0),
     ("tenant", "api-key", "api-key"),
     ("tenant", "cache-salt", "cache-salt"),
+    ("verify_tokens", "0", 0.0),
+    ("verify_tokens", "1", 1.0),
+    ("verify_tokens", "1e-3", 0.001),
+    ("render_bytes", "0", 0),
+    ("render_bytes", "1000000", 1_000_000),
+    ("render_bytes", "64K", 64 << 10),
+    ("render_bytes", "256m", 256 << 20),
+    ("render_bytes", "1.5G", 3 << 29),
+    ("base_bytes", "2g", 2 << 30),
+    ("base_bytes", "0K", 0),
+    ("disable", "", frozenset()),
+    ("disable", "tokenize", frozenset({"tokenize"})),
+    ("disable", " transport , worker-ids,", frozenset({"transport", "worker-ids"})),
+    ("disable", "transport,transport", frozenset({"transport"})),
+    ("disable", ",".join(FEATURES), frozenset(FEATURES)),
     ("strict", "1", True),
     ("strict", "0", False),
     ("check_invariants", "true", True),
@@ -80,6 +97,13 @@ REFUSED = [
     *[("pin_fraction", text) for text in ("-0.01", "1.01", "nan", "inf", "half", "", "0,5", "50%")],
     *[("idle_seconds", text) for text in ("0", "0.99", "31536001", "-1", "inf", "nan", "15m", "")],
     *[("tenant", text) for text in ("", "API-KEY", "api_key", "none", " api-key")],
+    *[("verify_tokens", text) for text in ("-0.1", "1.1", "nan", "1%", "")],
+    *[
+        (field, text)
+        for field in ("render_bytes", "base_bytes")
+        for text in ("", "-1", "-1K", "1.5", "K", "1T", "1GB", "1 0", "nanG", "infG", "1e999G")
+    ],
+    *[("disable", text) for text in ("sessions", "Tokenize", "tokenize;transport", "all", "none")],
     *[("strict", text) for text in ("2", "-1", "maybe", "t")],
     *[("check_invariants", text) for text in ("2", "enabled")],
 ]
@@ -100,6 +124,8 @@ def test_what_is_allowed_names_both_bounds() -> None:
     assert BY_FIELD["pin_fraction"].allowed == "a number from 0 to 1"
     assert BY_FIELD["idle_seconds"].allowed == f"a number of seconds from 1 to {YEAR}"
     assert BY_FIELD["tenant"].allowed == "'api-key' or 'cache-salt'"
+    assert BY_FIELD["base_bytes"].allowed == "a number of bytes (K, M, G allowed)"
+    assert all(feature in BY_FIELD["disable"].allowed for feature in FEATURES)
 
 
 def test_an_unknown_variable_is_an_error_that_lists_the_known_ones() -> None:

@@ -15,15 +15,27 @@ from vllm_stateful.compat.patch import CompatError, Patch, apply_all
 from vllm_stateful.compat.v0_32 import (
     anthropic_metadata,
     cli_flags,
+    detokenizer_prompt,
     engine_utility,
+    finished_answer,
+    message_parsing,
+    prompt_abort,
+    prompt_answers,
+    prompt_handover,
+    prompt_miss,
+    prompt_send,
+    reasoning_end,
     request_identity,
     scheduler_class,
     session_identity,
+    worker_ids,
 )
 from vllm_stateful.config import ENABLE_ENV, OPTIONS, load_config
 from vllm_stateful.errors import UnsupportedError
 
 logger = init_logger("vllm.stateful")
+
+_RENDERER = ("vllm_stateful.adapters.renderer", "StatefulHfRenderer")
 
 _problems: list[str] = []
 
@@ -80,6 +92,8 @@ def activate() -> None:
         _problems.append(str(error))
         raise UnsupportedError(str(error)) from error
     _problems.extend(_missing(wanted, applied))
+    if not multiprocessing.current_process().name.startswith(("VllmWorker", "EngineCore")):
+        _register_renderer()
 
 
 def _patches_of(process_name: str) -> list[Patch]:
@@ -92,8 +106,28 @@ def _patches_of(process_name: str) -> list[Patch]:
         return []
     only_engine = process_name.startswith("EngineCore")
     runs_here = ("engine", "all") if only_engine else ("api", "engine", "all")
-    usable = [patch for patch in PATCHES if patch is not cli_flags.PATCH]
+    config = load_config()
+    off = config.disable if config.history == "generated" else config.disable | {"history"}
+    usable = [p for p in PATCHES if p is not cli_flags.PATCH and p.feature not in off]
     return [patch for patch in usable if patch.process in runs_here]
+
+
+def _register_renderer() -> None:
+    """Put our renderer in the place of vLLM's for Hugging Face tokenizers.
+
+    Through the registry, without importing either; another plugin's renderer stays.
+    """
+    from vllm.renderers.registry import RENDERER_REGISTRY
+
+    stock, ours = ("vllm.renderers.hf", "HfRenderer"), _RENDERER
+    found = RENDERER_REGISTRY.renderers.get("hf")
+    if found == ours:
+        return
+    if found != stock:
+        report_problem(f"prompts are rendered by {found}")
+        return
+    del RENDERER_REGISTRY.renderers["hf"]  # else ``register`` warns of overwriting it
+    RENDERER_REGISTRY.register("hf", *ours)
 
 
 def _announce_variables() -> None:
@@ -117,6 +151,16 @@ def _fill_hooks() -> None:
     request_identity.hook.set(_stamp)
     engine_utility.hook.set(_utility)
     anthropic_metadata.hook.set(_copy_metadata)
+    detokenizer_prompt.hook.set(_with_prompt_tail)
+    prompt_send.hook.set(_pack)
+    prompt_answers.hook.set(_take_misses)
+    prompt_abort.hook.set(_aborted)
+    prompt_handover.hook.set(_receive)
+    prompt_miss.hook.set(_answer_miss)
+    worker_ids.hook.set(_worker_ids)
+    reasoning_end.hook.set(_is_reasoning_end)
+    finished_answer.hook.set(_note_answer)
+    message_parsing.hook.set(_parse_new_messages)
 
 
 def _choose_scheduler(_: Any, stock: type) -> type:
@@ -147,7 +191,73 @@ def _copy_metadata(anthropic_request: Any, chat_request: Any) -> None:
     copy_metadata(anthropic_request, chat_request)
 
 
+def _with_prompt_tail(tokenizer: Any, request: Any) -> Any:
+    from vllm_stateful.adapters.detokenizer import with_prompt_tail
+
+    return with_prompt_tail(tokenizer, request)
+
+
+def _is_reasoning_end(parser: Any, token_ids: Any) -> bool | None:
+    """The last thinking token decides, and the prompt may know where it is."""
+    from vllm_stateful.transport.prompt_ids import PromptTokenIds
+
+    if not isinstance(token_ids, PromptTokenIds):
+        return None
+    end, start = parser.end_token_id, parser.start_token_id
+    return token_ids.last_place(end) > token_ids.last_place(start)
+
+
+def _note_answer(state: Any) -> None:
+    from vllm_stateful.adapters.renderer import note_answer
+
+    note_answer(state)
+
+
+async def _parse_new_messages(parse: Any, messages: Any, *arguments: Any) -> Any:
+    from vllm_stateful.adapters.messages import parse_new_messages
+
+    return await parse_new_messages(parse, messages, *arguments)
+
+
+def _pack(client: Any, request_type: Any, message: Any, engine: Any) -> Any:
+    from vllm_stateful.adapters.prompt_sender import pack
+
+    return pack(client, request_type, message, engine)
+
+
+def _take_misses(client: Any, outputs: Any) -> list[Any]:
+    from vllm_stateful.adapters.prompt_sender import sender_of
+
+    return sender_of(client).take_misses(outputs)
+
+
+def _aborted(client: Any, request_ids: list[str]) -> None:
+    from vllm_stateful.adapters.prompt_sender import sender_of
+
+    sender_of(client).aborted(request_ids)
+
+
+def _receive(core: Any, request: Any, proceed: Any) -> Any:
+    from vllm_stateful.adapters.prompt_receiver import receive
+
+    return receive(core, request, proceed)
+
+
+def _answer_miss(core: Any, request: Any) -> bool:
+    from vllm_stateful.adapters.prompt_receiver import answer_miss
+
+    return answer_miss(core, request)
+
+
+def _worker_ids(request: Any, is_v2: bool, uses_mrope: bool) -> Any:
+    from vllm_stateful.adapters.worker_ids import worker_ids
+
+    return worker_ids(request, is_v2, uses_mrope)
+
+
 def _utility(engine_core: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
     from vllm_stateful.adapters.scheduler import answer_utility
 
+    if operation == "transport":
+        return {"ready": prompt_handover.PATCH.is_applied and prompt_miss.PATCH.is_applied}
     return answer_utility(engine_core.scheduler, operation, arguments)

@@ -17,7 +17,9 @@ from vllm.logger import init_logger
 
 from vllm_stateful.adapters.identity import TenantMiddleware, salt_of
 from vllm_stateful.adapters.metrics_exporter import MetricsExporter
+from vllm_stateful.adapters.prompt_sender import ask_for_deltas
 from vllm_stateful.config import is_enabled
+from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 
 logger = init_logger("vllm.stateful")
 
@@ -60,19 +62,21 @@ class StatefulEndpoint:
             app.add_middleware(TenantMiddleware)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Start polling the engine. Only the first of several API servers does."""
+        """Start the metrics' poll. Only the first of several API servers asks the engine."""
         if not is_enabled() or engine_client is None:
             return
-        if getattr(engine_client.engine_core, "client_index", 0) != 0:
-            return
-        state.stateful_poll = asyncio.create_task(_poll(engine_client, MetricsExporter()))
+        asks = getattr(engine_client.engine_core, "client_index", 0) == 0
+        ask_for_deltas(engine_client.engine_core)
+        state.stateful_poll = asyncio.create_task(_poll(engine_client, MetricsExporter(), asks))
 
 
-async def _poll(engine_client: Any, exporter: MetricsExporter) -> None:
+async def _poll(engine_client: Any, exporter: MetricsExporter, asks_engine: bool) -> None:
     failed = False
     while not engine_client.errored:
+        exporter.update_own(PROMPT_COUNTS.snapshot())
         try:
-            exporter.update(await _ask_all(engine_client, "stats", {}))
+            if asks_engine:
+                exporter.update(await _ask_all(engine_client, "stats", {}))
             failed = False
         except Exception as error:
             if not failed:

@@ -59,6 +59,11 @@ class TenantMiddleware:
         await self.app(scope, receive, send)
 
 
+def current_tenant() -> str:
+    """The tenant of the HTTP request that is being served; empty when there is none."""
+    return _tenant.get()
+
+
 @lru_cache(maxsize=1)
 def tenant_isolation() -> bool:
     """Whether the API key separates tenants (``--stateful-tenant``)."""

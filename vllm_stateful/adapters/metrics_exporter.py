@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prometheus metrics in the API process, fed by snapshots of the engine core."""
+"""Prometheus metrics in the API process, fed by its own totals and those of the engine core."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_stateful.observe.metrics import METRICS, RESUME_BUCKETS_S, Metric
 
 
 class MetricsExporter:
-    """Turns the engine's running totals into increments of Prometheus metrics.
+    """Turns running totals into increments of Prometheus metrics.
 
     Args:
         registry: where the metrics are registered; vLLM's ``/metrics`` serves the default one.
@@ -19,12 +19,22 @@ class MetricsExporter:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._made = {metric: _make(metric, registry) for metric in METRICS}
+        self._own = [metric for metric in METRICS if metric.process == "api"]
+        self._engine = [metric for metric in METRICS if metric.process == "engine"]
         self._totals: dict[tuple[int, str, str], float] = {}
 
     def update(self, snapshots: list[dict[str, Any]]) -> None:
         """Apply one snapshot per engine. An engine that is off sends ``{"off": reason}``."""
         live = [(rank, s) for rank, s in enumerate(snapshots) if "off" not in s]
-        for metric, made in self._made.items():
+        self._apply(self._engine, live)
+
+    def update_own(self, snapshot: dict[str, Any]) -> None:
+        """Apply the totals of this API process."""
+        self._apply(self._own, [(0, snapshot)])
+
+    def _apply(self, metrics: list[Metric], live: list[tuple[int, dict[str, Any]]]) -> None:
+        for metric in metrics:
+            made = self._made[metric]
             if metric.kind == "gauge":
                 made.set(sum(snapshot[metric.key] for _, snapshot in live))
                 continue
@@ -55,6 +65,11 @@ def _make(metric: Metric, registry: CollectorRegistry) -> Any:
         return Counter(metric.name, metric.help, labels, registry=registry)
     if metric.kind == "gauge":
         return Gauge(
-            metric.name, metric.help, labels, registry=registry, multiprocess_mode="mostrecent"
+            metric.name, metric.help, labels, registry=registry, multiprocess_mode=_across(metric)
         )
     return Histogram(metric.name, metric.help, labels, registry=registry, buckets=RESUME_BUCKETS_S)
+
+
+def _across(metric: Metric) -> str:
+    """How Prometheus joins the gauges of several API servers."""
+    return "livesum" if metric.process == "api" else "mostrecent"

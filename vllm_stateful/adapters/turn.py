@@ -89,10 +89,26 @@ def is_final(request: Request) -> bool:
     return hints is not None and any(a.action_type == CLOSE_ACTION for a in hints.actions)
 
 
+PROMPT_ARRAY = "stateful_prompt_array"
+"""Attribute that ``adapters.prompt_receiver`` sets on a request: its prompt as int32."""
+
+
+WORKER_ARRAY = "stateful_worker_array"
+"""Attribute with the same array where the worker may be given it in place of the list."""
+
+
+def prompt_array(request: Request) -> TokenArray | None:
+    """The prompt, shape ``[num_prompt_tokens]``; None when it came without a header."""
+    return getattr(request, PROMPT_ARRAY, None)
+
+
 def start_turn(request: Request) -> Turn:
-    """Begin the record of a turn. Copies the prompt's ids."""
+    """Begin the record of a turn; copies the prompt's ids where they are not at hand."""
     assert request.prompt_token_ids is not None
-    return Turn(session_of(request), token_array(request.prompt_token_ids))
+    array = prompt_array(request)
+    return Turn(
+        session_of(request), token_array(request.prompt_token_ids) if array is None else array
+    )
 
 
 def tokens_so_far(turn: Turn, request: Request, num_tokens: int) -> TokenArray:

@@ -8,10 +8,20 @@ from vllm_stateful.compat.patch import CompatError, Patch
 from vllm_stateful.compat.v0_32 import (
     anthropic_metadata,
     cli_flags,
+    detokenizer_prompt,
     engine_utility,
+    finished_answer,
+    message_parsing,
+    prompt_abort,
+    prompt_answers,
+    prompt_handover,
+    prompt_miss,
+    prompt_send,
+    reasoning_end,
     request_identity,
     scheduler_class,
     session_identity,
+    worker_ids,
 )
 
 PATCHES: tuple[Patch, ...] = (
@@ -21,6 +31,16 @@ PATCHES: tuple[Patch, ...] = (
     request_identity.PATCH,
     engine_utility.PATCH,
     anthropic_metadata.PATCH,
+    detokenizer_prompt.PATCH,
+    prompt_send.PATCH,
+    prompt_answers.PATCH,
+    prompt_abort.PATCH,
+    prompt_handover.PATCH,
+    prompt_miss.PATCH,
+    worker_ids.PATCH,
+    reasoning_end.PATCH,
+    finished_answer.PATCH,
+    message_parsing.PATCH,
 )
 
 _MARKDOWN_HEAD = """\

@@ -5,13 +5,15 @@ from typing import Literal, NamedTuple
 
 
 class Metric(NamedTuple):
-    """One Prometheus metric and the entry of the engine's snapshot that feeds it."""
+    """One Prometheus metric and the entry of the snapshot that feeds it."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     key: str
     label: str | None
     help: str
+    process: Literal["engine", "api"] = "engine"
+    """Whose snapshot: that of the engine core, or that of each API server."""
 
 
 METRICS: tuple[Metric, ...] = (
@@ -77,6 +79,55 @@ METRICS: tuple[Metric, ...] = (
         "resume_latencies_s",
         None,
         "Host time that a turn spent on finding, verifying and adopting its KV.",
+    ),
+    Metric(
+        "vllm_stateful_prompts_tokenized",
+        "counter",
+        "prompts_tokenized",
+        "how",
+        "Prompts by how they were tokenized: incremental, full, stock.",
+        "api",
+    ),
+    Metric(
+        "vllm_stateful_prompt_tokens_tokenized",
+        "counter",
+        "num_tokens_tokenized",
+        "kind",
+        "Prompt tokens that were known from an earlier prompt (reused), and others (new).",
+        "api",
+    ),
+    Metric(
+        "vllm_stateful_prompts_verified",
+        "counter",
+        "prompts_verified",
+        "result",
+        "Incrementally tokenized prompts that were tokenized in full as well: equal, different.",
+        "api",
+    ),
+    Metric(
+        "vllm_stateful_prompts_sent",
+        "counter",
+        "prompts_sent",
+        "how",
+        "Prompts by how they were sent to the engine: delta, full, resent.",
+        "api",
+    ),
+    Metric(
+        "vllm_stateful_answers",
+        "counter",
+        "answers",
+        "result",
+        "Generated answers that came back in a history, with --stateful-history generated: kept, "
+        "different, unfinished.",
+        "api",
+    ),
+    Metric(
+        "vllm_stateful_render_bytes",
+        "gauge",
+        "render_bytes",
+        None,
+        "Memory that remembered prompts take in the API servers.",
+        "api",
     ),
 )
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A radix tree over token ids that finds the stored sequence with the longest common prefix.
 
-Edges are compressed runs of token ids. ``match`` is read-only; ``insert`` splits edges and
-``remove`` merges them again, so the tree never holds more nodes than twice its sequences.
+Edges are compressed runs of token ids (or of the bytes of a text: any one-dimensional integer
+array will do). ``match`` is read-only; ``insert`` splits edges and ``remove`` merges them again,
+so the tree never holds more nodes than twice its sequences. Every edge owns its array: nothing
+that was removed is kept alive by a view.
 Idea: RadixAttention (SGLang), section 4 of arXiv:2605.26289. The KV blocks themselves are
 not in the tree: any sequence below the matching point holds KV for the whole match.
 """
@@ -10,13 +12,15 @@ not in the tree: any sequence below the matching point holds KV for the whole ma
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-
-from vllm_stateful.types import TokenArray
+from numpy.typing import NDArray
 
 V = TypeVar("V")
+
+Ids = NDArray[np.integer[Any]]
+"""Token ids (``types.TokenArray``) or the bytes of a text, shape ``[length]``."""
 
 
 class PrefixMatch(NamedTuple, Generic[V]):
@@ -27,7 +31,7 @@ class PrefixMatch(NamedTuple, Generic[V]):
     """A sequence that shares those tokens; None when nothing is shared."""
 
 
-def common_prefix_len(left: TokenArray, right: TokenArray) -> int:
+def common_prefix_len(left: Ids, right: Ids) -> int:
     """The number of leading tokens that two arrays share."""
     length = min(len(left), len(right))
     differs = left[:length] != right[:length]
@@ -40,7 +44,7 @@ class _Node(Generic[V]):
 
     __slots__ = ("children", "parent", "tokens", "values")
 
-    def __init__(self, tokens: TokenArray, parent: _Node[V] | None) -> None:
+    def __init__(self, tokens: Ids, parent: _Node[V] | None) -> None:
         self.tokens = tokens
         self.parent = parent
         self.children: dict[int, _Node[V]] = {}
@@ -57,7 +61,7 @@ class TokenIndex(Generic[V]):
     def __len__(self) -> int:
         return len(self._leaf_of)
 
-    def match(self, tokens: TokenArray) -> PrefixMatch[V]:
+    def match(self, tokens: Ids) -> PrefixMatch[V]:
         """Find the longest prefix of ``tokens`` that any stored sequence starts with.
 
         Args:
@@ -72,7 +76,7 @@ class TokenIndex(Generic[V]):
             return PrefixMatch(0, None)
         return PrefixMatch(matched, self._newest(below or node))
 
-    def insert(self, tokens: TokenArray, value: V) -> None:
+    def insert(self, tokens: Ids, value: V) -> None:
         """Store ``value`` under ``tokens``.
 
         Raises:
@@ -84,7 +88,7 @@ class TokenIndex(Generic[V]):
         if below is not None:
             node = self._split(below, matched - self._depth(node))
         if matched < len(tokens):
-            child: _Node[V] = _Node(tokens[matched:], node)
+            child: _Node[V] = _Node(tokens[matched:].copy(), node)
             self._attach(child)
             node = child
         node.values.append(value)
@@ -105,7 +109,7 @@ class TokenIndex(Generic[V]):
             yield from node.values
             stack.extend(node.children.values())
 
-    def _descend(self, tokens: TokenArray) -> tuple[_Node[V], int, _Node[V] | None]:
+    def _descend(self, tokens: Ids) -> tuple[_Node[V], int, _Node[V] | None]:
         """Walk down: the last fully matched node, tokens matched, a partly matched child."""
         node, matched = self._root, 0
         while matched < len(tokens):
@@ -140,9 +144,9 @@ class TokenIndex(Generic[V]):
 
     def _split(self, child: _Node[V], offset: int) -> _Node[V]:
         """Cut the edge of ``child`` after ``offset`` tokens; the new node in between."""
-        upper: _Node[V] = _Node(child.tokens[:offset], child.parent)
+        upper: _Node[V] = _Node(child.tokens[:offset].copy(), child.parent)
         self._attach(upper)
-        child.tokens = child.tokens[offset:]
+        child.tokens = child.tokens[offset:].copy()
         child.parent = upper
         self._attach(child)
         return upper

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from vllm_stateful.observe.metrics import METRICS, RESUME_BUCKETS_S
+from vllm_stateful.observe.metrics import METRICS, RESUME_BUCKETS_S, Metric
 from vllm_stateful.observe.turn_counts import MAX_RECENT_LATENCIES, TurnCounts
 from vllm_stateful.types import Bypass, Demotion, Outcome
 
@@ -83,12 +83,12 @@ def test_a_snapshot_is_plain_data_with_plain_string_keys() -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
-def test_each_metric_has_a_unit_free_of_suffixes_that_prometheus_adds(metric: object) -> None:
-    name, kind, _, _, text = metric  # type: ignore[misc]
-    assert name.startswith("vllm_stateful_")
-    assert not name.endswith("_total")
-    assert kind in {"counter", "gauge", "histogram"}
-    assert text.endswith(".")
+def test_each_metric_has_a_unit_free_of_suffixes_that_prometheus_adds(metric: Metric) -> None:
+    assert metric.name.startswith("vllm_stateful_")
+    assert not metric.name.endswith("_total")
+    assert metric.kind in {"counter", "gauge", "histogram"}
+    assert metric.process in {"api", "engine"}
+    assert metric.help.endswith(".")
 
 
 def test_names_and_keys_are_unique_and_buckets_rise() -> None:

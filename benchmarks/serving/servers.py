@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two servers, stock and with the plugin, each a process group that always ends."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from benchmarks.demo.servers import HOST, ServerFailedError, free_port
+
+STOCK, PLUGIN = "stock", "plugin"
+SIDES = (STOCK, PLUGIN)
+MODEL_NAME = "tiny"
+MAX_MODEL_LEN = 262144
+KV_GIB = 2
+START_LIMIT_S = 600
+STOP_LIMIT_S = 20
+NUM_TAIL_LINES = 40
+
+
+def serve_command(model: Path, port: int, side: str) -> list[str]:
+    """The arguments of `vllm`; nothing but `--plugin stateful` differs between the sides."""
+    return [
+        "serve",
+        str(model),
+        *("--served-model-name", MODEL_NAME),
+        *("--host", HOST, "--port", str(port)),
+        *("--max-model-len", str(MAX_MODEL_LEN)),
+        *("--dtype", "float32"),
+        "--enable-prefix-caching",
+        "--enable-prompt-tokens-details",
+        "--enforce-eager",
+        *("--max-num-batched-tokens", "8192"),
+        *(("--plugin", "stateful") if side == PLUGIN else ()),
+    ]
+
+
+def environment(side: str) -> dict[str, str]:
+    """The caller's, without what would switch the plugin on in the stock server."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not (side == STOCK and name.startswith("VLLM_STATEFUL"))
+    }
+    return inherited | {
+        "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
+        "VLLM_USE_AOT_COMPILE": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
+        "HF_HUB_OFFLINE": "1",
+        "NO_COLOR": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+class Server:
+    """One running server; its times lie in `times` when it was started with timers."""
+
+    def __init__(self, side: str, model: Path, logs: Path, *, is_timed: bool) -> None:
+        self.side = side
+        self.port = free_port()
+        self.log = logs / f"{side}.log"
+        self.times = logs / f"{side}.times.d"
+        self._is_timed = is_timed
+        self._arguments = serve_command(model, self.port, side)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.times.mkdir(parents=True, exist_ok=True)
+        for old in self.times.glob("*.times"):
+            old.unlink()
+        program = [str(Path(sys.executable).with_name("vllm"))]
+        if self._is_timed:
+            launcher = "benchmarks.serving.timed_server"
+            program = [sys.executable, "-m", launcher, str(self.times)]
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*program, *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(self.side),
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            process.terminate()
+            deadline = time.monotonic() + STOP_LIMIT_S
+            while _group_exists(process) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def wait_until_ready(self) -> float:
+        """Seconds until it answered.
+
+        Raises:
+            ServerFailedError: it ended or never answered; with the end of its log.
+        """
+        start = time.monotonic()
+        while time.monotonic() - start < START_LIMIT_S:
+            self.check_alive()
+            with contextlib.suppress(httpx.TransportError):
+                health = httpx.get(f"http://{HOST}:{self.port}/health", timeout=2)
+                if health.status_code == httpx.codes.OK:
+                    return time.monotonic() - start
+            time.sleep(0.5)
+        raise ServerFailedError(self.report(f"no answer within {START_LIMIT_S} s"))
+
+    def check_alive(self) -> None:
+        """Raise ServerFailedError, with the end of its log, when the server has ended."""
+        code = self._process.poll() if self._process else None
+        if code is not None:
+            raise ServerFailedError(self.report(f"ended with exit status {code}"))
+
+    def report(self, problem: str) -> str:
+        """The problem and the end of the log."""
+        lines = self.log.read_text(errors="replace").splitlines()[-NUM_TAIL_LINES:]
+        tail = "\n".join(f"    {line}" for line in lines)
+        return f"the {self.side} server: {problem}. The end of {self.log}:\n{tail}"
+
+    @contextmanager
+    def probed_loop(self) -> Iterator[None]:
+        """Watch the server's event loop; only a server with timers can do that."""
+        assert self._process is not None
+        assert self._is_timed
+        self._process.send_signal(signal.SIGUSR1)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGUSR2)
+
+
+@contextmanager
+def both_servers(
+    model: Path, logs: Path, say: Callable[[str], None], *, is_timed: bool
+) -> Iterator[dict[str, Server]]:
+    """Stock and plugin, started one after the other."""
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        servers = {}
+        for side in SIDES:
+            server = stack.enter_context(Server(side, model, logs, is_timed=is_timed))
+            say(f"{side}: starting, log in {server.log}")
+            say(f"{side}: ready after {server.wait_until_ready():.0f} s")
+            servers[side] = server
+        yield servers
+
+
+def _group_exists(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process of the group is left; collects the leader when it has ended."""
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

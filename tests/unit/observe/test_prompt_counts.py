@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an API process counts of its prompts."""
+
+import json
+
+from vllm_stateful.observe.metrics import METRICS
+from vllm_stateful.observe.prompt_counts import PromptCounts, Sent, Tokenized, Verified
+
+
+def test_a_fresh_snapshot_names_every_label_at_zero() -> None:
+    snapshot = PromptCounts().snapshot()
+    assert snapshot["prompts_tokenized"] == {"incremental": 0, "full": 0, "stock": 0}
+    assert snapshot["prompts_verified"] == {"equal": 0, "different": 0}
+    assert snapshot["prompts_sent"] == {"delta": 0, "full": 0, "resent": 0}
+    assert snapshot["num_tokens_tokenized"] == {"reused": 0, "new": 0}
+    assert snapshot["answers"] == {}
+    assert snapshot["render_bytes"] == 0
+
+
+def test_the_tokens_of_a_prompt_split_into_reused_and_new() -> None:
+    counts = PromptCounts()
+    counts.tokenized(Tokenized.FULL, 100)
+    counts.tokenized(Tokenized.INCREMENTAL, 150, 90)
+    counts.tokenized(Tokenized.STOCK)
+    snapshot = counts.snapshot()
+    assert snapshot["prompts_tokenized"] == {"incremental": 1, "full": 1, "stock": 1}
+    assert snapshot["num_tokens_tokenized"] == {"reused": 90, "new": 160}
+
+
+def test_each_event_counts_once_under_its_label() -> None:
+    counts = PromptCounts()
+    for how in (Sent.FULL, Sent.DELTA, Sent.DELTA, Sent.RESENT):
+        counts.sent(how)
+    for result in (Verified.EQUAL, Verified.EQUAL, Verified.DIFFERENT):
+        counts.verified(result)
+    for answer in ("kept", "different", "kept"):
+        counts.answered(answer)
+    snapshot = counts.snapshot()
+    assert snapshot["prompts_sent"] == {"delta": 2, "full": 1, "resent": 1}
+    assert snapshot["prompts_verified"] == {"equal": 2, "different": 1}
+    assert snapshot["answers"] == {"kept": 2, "different": 1}
+
+
+def test_memory_is_read_when_it_is_asked_for() -> None:
+    counts, sizes = PromptCounts(), [5, 7]
+    counts.watch_memory(lambda: sizes.pop(0))
+    assert [counts.snapshot()["render_bytes"] for _ in range(2)] == [5, 7]
+
+
+def test_a_snapshot_is_a_copy_of_plain_data() -> None:
+    counts = PromptCounts()
+    snapshot = counts.snapshot()
+    counts.tokenized(Tokenized.FULL, 10)
+    counts.sent(Sent.FULL)
+    counts.answered("kept")
+    assert snapshot == PromptCounts().snapshot()
+    assert json.loads(json.dumps(snapshot)) == snapshot
+    for labels in (value for value in snapshot.values() if isinstance(value, dict)):
+        assert all(type(label) is str for label in labels)
+
+
+def test_the_snapshot_feeds_exactly_the_metrics_of_the_api_process() -> None:
+    own = {metric.key for metric in METRICS if metric.process == "api"}
+    assert set(PromptCounts().snapshot()) == own
+
+
+def test_the_help_of_a_labelled_metric_names_its_labels() -> None:
+    snapshot = PromptCounts().snapshot()
+    for metric in METRICS:
+        if metric.process == "api" and metric.label is not None:
+            assert all(label in metric.help for label in snapshot[metric.key]), metric.name

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one API process did with its prompts, until the metrics ask for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+
+class Tokenized(StrEnum):
+    """How a prompt was tokenized; the label of ``vllm_stateful_prompts_tokenized_total``."""
+
+    INCREMENTAL = "incremental"
+    """Only what an earlier prompt lacked."""
+    FULL = "full"
+    """In full, and remembered."""
+    STOCK = "stock"
+    """By vLLM's own path: short, truncated, multimodal, or an unsafe tokenizer."""
+
+
+class Verified(StrEnum):
+    """What came of tokenizing a prompt in full as well."""
+
+    EQUAL = "equal"
+    DIFFERENT = "different"
+
+
+class Sent(StrEnum):
+    """How a prompt reached the engine core; the label of ``vllm_stateful_prompts_sent_total``."""
+
+    DELTA = "delta"
+    """A base that the engine holds, and what is new."""
+    FULL = "full"
+    """All token ids."""
+    RESENT = "resent"
+    """All token ids, after the engine said that it no longer holds the base."""
+
+
+class PromptCounts:
+    """Running totals of one process."""
+
+    def __init__(self) -> None:
+        self._tokenized = dict.fromkeys(Tokenized, 0)
+        self._verified = dict.fromkeys(Verified, 0)
+        self._sent = dict.fromkeys(Sent, 0)
+        self._answers: Counter[str] = Counter()
+        self._num_tokens = {"reused": 0, "new": 0}
+        self._memory: Callable[[], int] = int
+
+    def tokenized(self, how: Tokenized, num_tokens: int = 0, num_reused: int = 0) -> None:
+        """Count one prompt of ``num_tokens`` tokens, the first ``num_reused`` known before."""
+        self._tokenized[how] += 1
+        self._num_tokens["reused"] += num_reused
+        self._num_tokens["new"] += num_tokens - num_reused
+
+    def verified(self, result: Verified) -> None:
+        """Count one prompt that was tokenized a second time, in full."""
+        self._verified[result] += 1
+
+    def sent(self, how: Sent) -> None:
+        """Count one request to the engine core."""
+        self._sent[how] += 1
+
+    def answered(self, result: str) -> None:
+        """Count what became of one generated answer in a history (``render.splicer``)."""
+        self._answers[result] += 1
+
+    def watch_memory(self, num_bytes: Callable[[], int]) -> None:
+        """Where the size of the remembered texts is read."""
+        self._memory = num_bytes
+
+    def snapshot(self) -> dict[str, Any]:
+        """Totals by the keys of ``observe.metrics``."""
+        return {
+            "prompts_tokenized": {str(how): n for how, n in self._tokenized.items()},
+            "prompts_verified": {str(result): n for result, n in self._verified.items()},
+            "prompts_sent": {str(how): n for how, n in self._sent.items()},
+            "answers": dict(self._answers),
+            "num_tokens_tokenized": dict(self._num_tokens),
+            "render_bytes": self._memory(),
+        }
+
+
+PROMPT_COUNTS = PromptCounts()
+"""Of this process."""

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts that were tokenized lately, found by their longest common prefix; bounded in bytes.
+
+One per API process. Scopes (a tenant, and how special tokens are added) never see each other's
+texts. Nothing here is keyed by a session id: the text itself says what it continues.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vllm_stateful.prefix.token_index import TokenIndex
+from vllm_stateful.render.safe_cuts import ByteArray, Cuts
+from vllm_stateful.transport.prompt_ids import LastPlace
+
+BYTES_PER_TOKEN = 8
+"""One pointer: the integers themselves are shared by all entries (``IncrementalTokenizer``)."""
+
+BYTES_PER_ANSWER_TOKEN = 40
+"""A pointer and an integer of its own."""
+
+BYTES_PER_CUT = 16
+
+BYTES_PER_ENTRY = 2048
+"""The entry's own objects and its nodes in the index, rounded up."""
+
+CONTINUED_TAIL_BYTES = 512
+"""A text of which no more than this follows the common prefix (a generation prompt) is
+continued by the new text, not a sibling of it."""
+
+MAX_ANSWERS = 4
+"""Answers kept per prompt (``n`` > 1, or the same prompt asked again)."""
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class Entry:
+    """One tokenized text. Immutable."""
+
+    scope: Hashable
+    version: int
+    num_bytes: int
+    token_ids: tuple[int, ...]
+    """A tuple: the garbage collector stops looking at it after its first pass."""
+    cuts: Cuts
+    last_places: dict[int, LastPlace]
+    """What ``PromptTokenIds.last_place`` found; filled later, by whoever asks."""
+    answers: list[tuple[int, ...]]
+    """What was generated for this prompt, with ``--stateful-history generated``."""
+    is_spliced: bool
+    """Whether generated ids stand in it for text that was rendered anew."""
+
+    @property
+    def cost(self) -> int:
+        """Bytes held: text in the index, token ids, cuts, answers."""
+        return (
+            self.num_bytes
+            + BYTES_PER_TOKEN * len(self.token_ids)
+            + BYTES_PER_ANSWER_TOKEN * sum(map(len, self.answers))
+            + BYTES_PER_CUT * len(self.cuts)
+            + BYTES_PER_ENTRY
+        )
+
+
+class Found(NamedTuple):
+    """The entry that shares most with a text, and how much."""
+
+    entry: Entry
+    num_bytes: int
+
+    @property
+    def is_continued(self) -> bool:
+        return self.entry.num_bytes - self.num_bytes <= CONTINUED_TAIL_BYTES
+
+
+class TextMemory:
+    """A least-recently-used set of entries. Thread-safe.
+
+    Args:
+        max_bytes: what all entries together may cost (``Entry.cost``); a text that alone costs
+            more is not kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[int, Entry] = OrderedDict()
+        self._indexes: dict[Hashable, TokenIndex[Entry]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, scope: Hashable, text: ByteArray) -> Found | None:
+        """The entry of that scope with the longest common prefix, or None."""
+        with self._lock:
+            index = self._indexes.get(scope)
+            if index is None:
+                return None
+            num_bytes, entry = index.match(text)
+            if entry is None:
+                return None
+            self._entries.move_to_end(entry.version)
+            return Found(entry, num_bytes)
+
+    def keep(self, text: ByteArray, made: Entry, instead_of: Found | None) -> None:
+        """Remember a text, in place of the one that it continues."""
+        with self._lock:
+            if instead_of is not None and instead_of.is_continued:
+                self._drop(instead_of.entry.version)
+            if made.cost > self.max_bytes or len(text) == 0:
+                return
+            self._indexes.setdefault(made.scope, TokenIndex()).insert(text, made)
+            self._entries[made.version] = made
+            self.num_bytes += made.cost
+            self._shrink()
+
+    def add_answer(self, version: int, token_ids: tuple[int, ...]) -> None:
+        """Note what was generated for a prompt; only the first few of several answers."""
+        with self._lock:
+            entry = self._entries.get(version)
+            if entry is None or len(entry.answers) >= MAX_ANSWERS:
+                return
+            before = entry.cost
+            entry.answers.append(token_ids)
+            self.num_bytes += entry.cost - before
+            self._shrink()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self._indexes.clear()
+            self.num_bytes = 0
+
+    def _shrink(self) -> None:
+        while self.num_bytes > self.max_bytes:
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, version: int) -> None:
+        entry = self._entries.pop(version, None)
+        if entry is None:
+            return
+        self.num_bytes -= entry.cost
+        index = self._indexes[entry.scope]
+        index.remove(entry)
+        if not len(index):
+            del self._indexes[entry.scope]
