@@ -8,48 +8,33 @@ block pool inconsistent, the engine would have stopped and all later tests would
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
 import httpx
 import openai
 import pytest
+from live_server import LiveServer
 from local_models import ROOT, SMOLLM2
 
 pytestmark = pytest.mark.e2e
 
-START_SECONDS = 600
 SYSTEM = "You are a careful assistant who answers in plain words and in one sentence. " * 4
 
 
 class Server:
     """A running `vllm serve` and the ways to talk to it."""
 
-    def __init__(self, port: int, model: str) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, live: LiveServer, model: str) -> None:
+        self.url = live.url
+        self.metric = live.metric
         self.model = model
 
     def openai(self, api_key: str = "tenant-one") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0)
-
-    def metric(self, name: str, **labels: str) -> float:
-        """The current value of one metric, after the next poll."""
-        time.sleep(1.5)
-        wanted = ",".join(f'{key}="{value}"' for key, value in labels.items())
-        line = f"{name}{{{wanted}}} " if labels else f"{name} "
-        for found in httpx.get(f"{self.url}/metrics").text.splitlines():
-            if found.startswith(line):
-                return float(found.rsplit(" ", 1)[1])
-        return 0.0
 
     def chat(self, messages: list[Any], api_key: str = "tenant-one", **options: Any) -> Any:
         options = {"max_tokens": 12, "temperature": 0, **options}
@@ -88,58 +73,15 @@ def new_id() -> dict[str, str]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if not (SMOLLM2 / "config.json").exists():
         pytest.skip("smollm2-135m is not built: run `make model`")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "server.log"
-    process = start(port, log)
-    try:
-        wait_until_up(process, port, log)
-        yield Server(port, "smollm2")
-        assert process.poll() is None, log.read_text()[-4000:]
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def start(port: int, log: Path) -> subprocess.Popen[bytes]:
     template = ROOT / "benchmarks" / "models" / "smollm2_tools.jinja"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(SMOLLM2)]
-    command += ["--plugin", "stateful", "--stateful-check-invariants"]
-    command += ["--port", str(port), "--served-model-name", "smollm2", "--dtype", "float32"]
-    command += ["--max-model-len", "2048", "--block-size", "32", "--enforce-eager"]
-    command += ["--scheduling-policy", "priority", "--chat-template", str(template)]
-    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_SERVER_DEV_MODE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    with log.open("wb") as output:
-        return subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-
-
-def wait_until_up(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-6000:]
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                return
-        except httpx.HTTPError:
-            time.sleep(1)
-    raise AssertionError(f"not up after {START_SECONDS} s:\n{log.read_text()[-6000:]}")
+    options = ["--plugin", "stateful", "--stateful-check-invariants"]
+    options += ["--served-model-name", "smollm2", "--max-model-len", "2048", "--block-size", "32"]
+    options += ["--scheduling-policy", "priority", "--chat-template", str(template)]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with LiveServer(SMOLLM2, log, *options) as live:
+        yield Server(live, "smollm2")
+        assert live.process.poll() is None, live.last_words()
 
 
 def test_a_turn_resumes_at_the_last_computed_token(server: Server) -> None:
