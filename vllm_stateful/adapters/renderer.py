@@ -23,11 +23,13 @@ from tokenizers import Tokenizer
 from transformers import TokenizersBackend
 from vllm.inputs import TextPrompt, TokensPrompt
 from vllm.logger import init_logger
-from vllm.renderers.hf import HfRenderer
+from vllm.renderers.hf import HfRenderer, resolve_chat_template, safe_apply_chat_template
 from vllm.renderers.params import TokenizeParams
+from vllm.utils.async_utils import make_async
 
 from vllm_stateful.adapters.detokenizer import try_tail_decoding
 from vllm_stateful.adapters.identity import current_tenant
+from vllm_stateful.adapters.messages import ChatRenderer
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Tokenized, Verified
 from vllm_stateful.render.incremental_tokenizer import Encode, IncrementalTokenizer
@@ -63,6 +65,11 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         # where the request's context variables are not visible.
         self._stock_tokenize_prompt_async: Any = self.__dict__["_tokenize_prompt_async"]
         self._tokenize_prompt_async = self._tokenize_prompt_in_context
+        if "messages" not in self._stateful_config.disable:
+            self._apply_chat_template_async = make_async(
+                ChatRenderer(safe_apply_chat_template, resolve_chat_template),
+                executor=self._executor,
+            )
 
     # ---- may this tokenizer be used in parts? --------------------------------------------
 
@@ -135,24 +142,26 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         return await loop.run_in_executor(self._executor, self._tokenize_as, prompt, params, tenant)
 
     def _tokenize_prompt(self, prompt: TextPrompt, params: TokenizeParams) -> TokensPrompt:
-        if self._why_stock(prompt, params) is not None:
-            return self._tokenize_in_full(prompt, params)
+        if (why := self._why_stock(prompt, params)) is not None:
+            return self._tokenize_in_full(prompt, params, why)
         return self._tokenize_as(prompt, params, (current_tenant(), _salt.get()))
 
-    def _why_stock(self, prompt: TextPrompt, params: TokenizeParams) -> str | None:
+    def _why_stock(self, prompt: TextPrompt, params: TokenizeParams) -> Tokenized | None:
         """Why vLLM's own tokenization is used, if it is."""
         if self._incremental is None or self._tokenizer_off is not None:
-            return "tokenizer"
+            return Tokenized.TOKENIZER
         if params.truncate_prompt_tokens is not None or params.pad_prompt_tokens is not None:
-            return "truncated or padded"
+            return Tokenized.PARAMETERS
         if params.do_lower_case or self._wants_offsets(prompt, params):
-            return "lower case or offsets"
+            return Tokenized.PARAMETERS
         if prompt.get("multi_modal_data") or prompt.get("_prompt_embeds"):
-            return "multimodal"
+            return Tokenized.MULTIMODAL
         return None
 
-    def _tokenize_in_full(self, prompt: TextPrompt, params: TokenizeParams) -> TokensPrompt:
-        PROMPT_COUNTS.tokenized(Tokenized.STOCK)
+    def _tokenize_in_full(
+        self, prompt: TextPrompt, params: TokenizeParams, why: Tokenized
+    ) -> TokensPrompt:
+        PROMPT_COUNTS.tokenized(why)
         return super()._tokenize_prompt(prompt, params)
 
     def _tokenize_as(
@@ -167,7 +176,9 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         )
         limit = params.max_input_tokens
         if ids is None or (limit is not None and len(ids) > limit):
-            return self._tokenize_in_full(prompt, params)
+            is_short = len(prompt["prompt"]) < self._incremental.min_bytes
+            why = Tokenized.SHORT if is_short else Tokenized.UNUSUAL
+            return self._tokenize_in_full(prompt, params, why)
         PROMPT_COUNTS.tokenized(
             Tokenized.INCREMENTAL if ids.num_parent_tokens else Tokenized.FULL,
             len(ids),

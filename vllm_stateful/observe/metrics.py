@@ -81,11 +81,20 @@ METRICS: tuple[Metric, ...] = (
         "Host time that a turn spent on finding, verifying and adopting its KV.",
     ),
     Metric(
+        "vllm_stateful_chats_rendered",
+        "counter",
+        "chats_rendered",
+        "how",
+        "Conversations of many messages by how they were rendered: incremental, full.",
+        "api",
+    ),
+    Metric(
         "vllm_stateful_prompts_tokenized",
         "counter",
         "prompts_tokenized",
         "how",
-        "Prompts by how they were tokenized: incremental, full, stock.",
+        "Prompts by how they were tokenized: incremental, full; or by stock vLLM, and why: short, "
+        "tokenizer, parameters, multimodal, unusual.",
         "api",
     ),
     Metric(

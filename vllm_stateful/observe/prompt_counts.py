@@ -9,6 +9,15 @@ from enum import StrEnum
 from typing import Any
 
 
+class Rendered(StrEnum):
+    """How a long conversation was rendered; the label of ``vllm_stateful_chats_rendered_total``."""
+
+    INCREMENTAL = "incremental"
+    """Only the messages that an earlier conversation lacked."""
+    FULL = "full"
+    """All messages: the first turn, an edit, or a template that looks at other messages."""
+
+
 class Tokenized(StrEnum):
     """How a prompt was tokenized; the label of ``vllm_stateful_prompts_tokenized_total``."""
 
@@ -16,8 +25,16 @@ class Tokenized(StrEnum):
     """Only what an earlier prompt lacked."""
     FULL = "full"
     """In full, and remembered."""
-    STOCK = "stock"
-    """By vLLM's own path: short, truncated, multimodal, or an unsafe tokenizer."""
+    SHORT = "short"
+    """By vLLM, in full: there was nothing to gain."""
+    TOKENIZER = "tokenizer"
+    """By vLLM: the tokenizer is not known to be safe, or the feature is off."""
+    PARAMETERS = "parameters"
+    """By vLLM: to be truncated, padded or lower-cased, or with character offsets."""
+    MULTIMODAL = "multimodal"
+    """By vLLM: more than text."""
+    UNUSUAL = "unusual"
+    """By vLLM: no Unicode, too long, or special tokens not found where their text stands."""
 
 
 class Verified(StrEnum):
@@ -42,12 +59,17 @@ class PromptCounts:
     """Running totals of one process."""
 
     def __init__(self) -> None:
+        self._rendered = dict.fromkeys(Rendered, 0)
         self._tokenized = dict.fromkeys(Tokenized, 0)
         self._verified = dict.fromkeys(Verified, 0)
         self._sent = dict.fromkeys(Sent, 0)
         self._answers: Counter[str] = Counter()
         self._num_tokens = {"reused": 0, "new": 0}
         self._memory: Callable[[], int] = int
+
+    def rendered(self, how: Rendered) -> None:
+        """Count one conversation of many messages."""
+        self._rendered[how] += 1
 
     def tokenized(self, how: Tokenized, num_tokens: int = 0, num_reused: int = 0) -> None:
         """Count one prompt of ``num_tokens`` tokens, the first ``num_reused`` known before."""
@@ -74,6 +96,7 @@ class PromptCounts:
     def snapshot(self) -> dict[str, Any]:
         """Totals by the keys of ``observe.metrics``."""
         return {
+            "chats_rendered": {str(how): n for how, n in self._rendered.items()},
             "prompts_tokenized": {str(how): n for how, n in self._tokenized.items()},
             "prompts_verified": {str(result): n for result, n in self._verified.items()},
             "prompts_sent": {str(how): n for how, n in self._sent.items()},

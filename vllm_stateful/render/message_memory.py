@@ -2,13 +2,15 @@
 """Conversations whose messages were parsed lately, found by their own last message.
 
 A turn sends all messages again and adds a few. Parsing one does not depend on the others, so
-what the unchanged ones were parsed to is taken from here. Bounded in messages, not only in
+what the unchanged ones were parsed to is taken from here, and what they were rendered to if the
+chat template allows it (``append_only``). Bounded in messages, not only in
 bytes: what they were parsed to are small dicts, and the garbage collector looks at each of them.
 """
 
 from __future__ import annotations
 
 import marshal
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -32,24 +34,41 @@ _CANONICAL = 2
 _Key = tuple[Hashable, int, bytes]
 
 
+class Text(NamedTuple):
+    """What a conversation was rendered to."""
+
+    body: str
+    generation_prompt: str
+    """What follows the body when the model is to answer."""
+
+
 @dataclass(eq=False, frozen=True, slots=True)
-class _Conversation:
+class Conversation:
+    """Messages, what they were parsed to, and what they were rendered to."""
+
     images: list[bytes]
     parsed: list[Any]
+    texts: dict[Hashable, Text]
+    """By template and its arguments; filled when rendered."""
 
     @property
     def cost(self) -> int:
-        return sum(map(len, self.images))
+        """Bytes."""
+        return sum(map(len, self.images)) + sum(len(text.body) for text in self.texts.values())
 
 
 class Known(NamedTuple):
-    """The leading messages that were seen before, and what they were parsed to."""
+    """The leading messages that were seen before."""
 
     num_messages: int
-    parsed: list[Any]
+    conversation: Conversation
+
+    @property
+    def parsed(self) -> list[Any]:
+        return self.conversation.parsed
 
 
-NOTHING = Known(0, [])
+NOTHING = Known(0, Conversation([], [], {}))
 
 
 def images_of(messages: Sequence[Any]) -> list[bytes] | None:
@@ -66,14 +85,15 @@ def images_of(messages: Sequence[Any]) -> list[bytes] | None:
 
 
 class MessageMemory:
-    """Least recently used conversations first out. Used by one thread."""
+    """Least recently used conversations first out. Thread-safe."""
 
     def __init__(self, max_messages: int = MAX_MESSAGES, max_bytes: int = MAX_BYTES) -> None:
         self.max_messages = max_messages
         self.max_bytes = max_bytes
         self.num_messages = 0
         self.num_bytes = 0
-        self._conversations: OrderedDict[_Key, _Conversation] = OrderedDict()
+        self._lock = threading.Lock()
+        self._conversations: OrderedDict[_Key, Conversation] = OrderedDict()
 
     def find(self, scope: Hashable, images: list[bytes]) -> Known:
         """The longest remembered conversation that a turn continues.
@@ -83,16 +103,20 @@ class MessageMemory:
             images: ``images_of`` all messages of the turn.
         """
         first = max(1, len(images) - MAX_NEW_MESSAGES)
-        for count in range(len(images), first - 1, -1):
-            found = self._conversations.get((scope, count, images[count - 1]))
-            if found is not None and found.images == images[:count]:
-                return Known(count, found.parsed)
+        with self._lock:
+            for count in range(len(images), first - 1, -1):
+                found = self._conversations.get((scope, count, images[count - 1]))
+                if found is not None and found.images == images[:count]:
+                    return Known(count, found)
         return NOTHING
 
     def keep(
         self, scope: Hashable, images: list[bytes], parsed: list[Any], known: Known = NOTHING
-    ) -> None:
+    ) -> Conversation | None:
         """Remember a conversation in place of the one that it continues.
+
+        Returns:
+            What is remembered; None when it is not.
 
         Args:
             scope: see ``find``.
@@ -100,15 +124,33 @@ class MessageMemory:
             parsed: one parsed message for each; not to be changed by anyone.
             known: what ``find`` had returned.
         """
-        if known.num_messages:
-            self._drop((scope, known.num_messages, images[known.num_messages - 1]))
-        if len(images) != len(parsed):
-            return
-        key = (scope, len(images), images[-1])
-        self._drop(key)
-        made = self._conversations[key] = _Conversation(images, parsed)
-        self.num_messages += len(images)
-        self.num_bytes += made.cost
+        with self._lock:
+            if known.num_messages:
+                self._drop((scope, known.num_messages, images[known.num_messages - 1]))
+            if len(images) != len(parsed):
+                return None
+            key = (scope, len(images), images[-1])
+            self._drop(key)
+            made = self._conversations[key] = Conversation(images, parsed, {})
+            self.num_messages += len(images)
+            self.num_bytes += made.cost
+            self._shrink()
+            return made
+
+    def add_text(
+        self, scope: Hashable, conversation: Conversation, template: Hashable, text: Text
+    ) -> None:
+        """Remember what a conversation was rendered to; nothing when it was dropped meanwhile."""
+        images = conversation.images
+        with self._lock:
+            if self._conversations.get((scope, len(images), images[-1])) is not conversation:
+                return
+            before = conversation.cost
+            conversation.texts[template] = text
+            self.num_bytes += conversation.cost - before
+            self._shrink()
+
+    def _shrink(self) -> None:
         while self.num_messages > self.max_messages or self.num_bytes > self.max_bytes:
             self._drop(next(iter(self._conversations)))
 

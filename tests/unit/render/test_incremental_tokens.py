@@ -23,8 +23,8 @@ from vllm_stateful.render.safe_cuts import CutRules
 from vllm_stateful.render.text_memory import BYTES_PER_ENTRY, CONTINUED_TAIL_BYTES, TextMemory
 from vllm_stateful.transport.prompt_ids import PromptTokenIds
 
-EXAMPLES_PER_KIND = 45
-SEEDS_PER_KIND = 45
+EXAMPLES_PER_KIND = 24
+SEEDS_PER_KIND = 24
 TURNS_PER_EXAMPLE = 30
 MAX_CHARS = 900
 WANTED_TURNS = 20_000
