@@ -126,7 +126,9 @@ def test_options_reach_the_configuration_of_every_process(parse: Parse) -> None:
         *("--stateful-tenant", "cache-salt", "--stateful-strict", "--stateful-check-invariants"),
     )
     assert os.environ["VLLM_STATEFUL_PIN_FRACTION"] == "0.3"
-    assert load_config() == StatefulConfig(0.3, 60.0, "cache-salt", True, True)
+    assert load_config() == StatefulConfig(
+        0.3, 60.0, "cache-salt", strict=True, check_invariants=True
+    )
     assert (arguments.stateful_pin_fraction, arguments.stateful_strict) == (0.3, True)
 
 

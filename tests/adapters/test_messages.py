@@ -140,10 +140,23 @@ def test_a_template_that_looks_ahead_is_rendered_in_full(
     assert rendered(counts) == {"incremental": 0, "full": 3}
 
 
+def test_other_salts_find_nothing(renderers: tuple[Any, Any], counts: PromptCounts) -> None:
+    messages = [{"role": "user", "content": str(i)} for i in range(20)]
+    params = ChatParams(chat_template_kwargs={"tokenize": False, "add_generation_prompt": True})
+
+    async def render(salt: str) -> None:
+        extras = {"cache_salt": salt}
+        await renderers[1].render_chat_async([messages], params, PARAMS, prompt_extras=extras)
+
+    for salt in ("one", "two", "one", "two"):
+        asyncio.run(render(salt))
+    assert rendered(counts) == {"incremental": 2, "full": 2}
+
+
 def test_one_difference_turns_it_off(
     renderers: tuple[Any, Any], counts: PromptCounts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The full text is what is used, and what is used from then on."""
+    """The full text is what is used, and what is used from then on. The last test: it stays off."""
     monkeypatch.setenv("VLLM_STATEFUL_VERIFY_TOKENS", "1")
     monkeypatch.setattr(adapter, "continued_text", lambda *_: "something else")
     messages = [{"role": "user", "content": str(i)} for i in range(20)]

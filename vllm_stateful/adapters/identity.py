@@ -59,9 +59,17 @@ class TenantMiddleware:
         await self.app(scope, receive, send)
 
 
-def current_tenant() -> str:
-    """The tenant of the HTTP request that is being served; empty when there is none."""
-    return _tenant.get()
+_salt: ContextVar[str] = ContextVar("stateful_prompt_salt", default="")
+
+
+def note_salt(cache_salt: str | None) -> None:
+    """Remember, for the prompt that is being rendered, the cache salt of its request."""
+    _salt.set(cache_salt or "")
+
+
+def prompt_owner() -> tuple[str, str]:
+    """Tenant and cache salt of the prompt that is being rendered: who may share its memory."""
+    return (_tenant.get(), _salt.get())
 
 
 @lru_cache(maxsize=1)

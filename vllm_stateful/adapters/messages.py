@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_stateful.adapters.identity import current_tenant
+from vllm_stateful.adapters.identity import prompt_owner
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Rendered
 from vllm_stateful.render.append_only import is_append_only
@@ -53,7 +53,7 @@ async def parse_new_messages(
     images = None if mm_processor_kwargs else images_of(messages)
     if images is None:
         return await parse(messages, *arguments)
-    scope = (current_tenant(), id(model_config), content_format)
+    scope = (prompt_owner(), id(model_config), content_format)
     known = _memory.find(scope, images)
     new = messages[known.num_messages :]
     conversation, mm_data, mm_uuids = await parse(new, *arguments)

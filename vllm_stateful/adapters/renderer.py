@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
@@ -28,7 +27,7 @@ from vllm.renderers.params import TokenizeParams
 from vllm.utils.async_utils import make_async
 
 from vllm_stateful.adapters.detokenizer import try_tail_decoding
-from vllm_stateful.adapters.identity import current_tenant
+from vllm_stateful.adapters.identity import note_salt, prompt_owner
 from vllm_stateful.adapters.messages import ChatRenderer
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Tokenized, Verified
@@ -43,8 +42,6 @@ logger = init_logger("vllm.stateful")
 
 _memories: WeakSet[TextMemory] = WeakSet()
 """Those of this process: one, but for tests and programs that hold several models."""
-
-_salt: ContextVar[str] = ContextVar("stateful_prompt_salt", default="")
 
 
 class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
@@ -123,13 +120,13 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
     # ---- one prompt ----------------------------------------------------------------------
 
     async def render_chat_async(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; remembers the request's cache salt for ``_tokenize_prompt``."""
-        _salt.set((kwargs.get("prompt_extras") or {}).get("cache_salt") or "")
+        """As vLLM's; notes the request's cache salt, for nothing is shared across salts."""
+        note_salt((kwargs.get("prompt_extras") or {}).get("cache_salt"))
         return await super().render_chat_async(*args, **kwargs)
 
     async def render_cmpl_async(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; remembers the request's cache salt for ``_tokenize_prompt``."""
-        _salt.set((kwargs.get("prompt_extras") or {}).get("cache_salt") or "")
+        """As vLLM's; notes the request's cache salt, for nothing is shared across salts."""
+        note_salt((kwargs.get("prompt_extras") or {}).get("cache_salt"))
         return await super().render_cmpl_async(*args, **kwargs)
 
     async def _tokenize_prompt_in_context(
@@ -137,14 +134,15 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
     ) -> TokensPrompt:
         if self._why_stock(prompt, params) is not None:
             return await self._stock_tokenize_prompt_async(prompt, params)
-        tenant = (current_tenant(), _salt.get())
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._tokenize_as, prompt, params, tenant)
+        return await loop.run_in_executor(
+            self._executor, self._tokenize_as, prompt, params, prompt_owner()
+        )
 
     def _tokenize_prompt(self, prompt: TextPrompt, params: TokenizeParams) -> TokensPrompt:
         if (why := self._why_stock(prompt, params)) is not None:
             return self._tokenize_in_full(prompt, params, why)
-        return self._tokenize_as(prompt, params, (current_tenant(), _salt.get()))
+        return self._tokenize_as(prompt, params, prompt_owner())
 
     def _why_stock(self, prompt: TextPrompt, params: TokenizeParams) -> Tokenized | None:
         """Why vLLM's own tokenization is used, if it is."""
@@ -165,13 +163,13 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         return super()._tokenize_prompt(prompt, params)
 
     def _tokenize_as(
-        self, prompt: TextPrompt, params: TokenizeParams, tenant: tuple[str, str]
+        self, prompt: TextPrompt, params: TokenizeParams, owner: tuple[str, str]
     ) -> TokensPrompt:
         assert self._incremental is not None
         ids = self._incremental.tokenize(
             prompt["prompt"],
             self._encode_with(params),
-            tenant=tenant,
+            tenant=owner,
             add_special_tokens=params.add_special_tokens,
         )
         limit = params.max_input_tokens
