@@ -156,6 +156,20 @@ WITH_BYTES = models.BPE(
 )
 
 
+def encoded(tokenizer: Tokenizer, text: str) -> Any:
+    """None where tokenizers itself panics ("AddedVocabulary bad split"), as it would in vLLM.
+
+    It does for an added token that strips white space next to another one, with white space
+    between them: the two matches overlap.
+    """
+    try:
+        return tokenizer.encode(text)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        return None
+
+
 @settings(max_examples=600, deadline=None)
 @given(
     added=st.lists(ADDED, min_size=1, max_size=6, unique_by=lambda token: token.content),
@@ -172,17 +186,19 @@ def test_any_added_tokens_any_text_cut_anywhere(added: list[AddedToken], texts: 
     for number, text in enumerate(texts):
         if pieces:
             text = text[:5] + pieces[number % len(pieces)] + text[5:]
-        whole = tokenizer.encode(text)
+        whole = encoded(tokenizer, text)
+        if whole is None:
+            continue
         cuts = rules.find(text.encode(), np.array(whole.ids, np.int32))
         assert cuts is not None
         assert len(cuts) == sum(token_id in rules.contents for token_id in whole.ids)
         for byte, token in zip(cuts.byte_positions, cuts.token_positions, strict=True):
             head, tail = text.encode()[:byte].decode(), text.encode()[byte:].decode()
             assert whole.offsets[token][0] == len(head)
-            assert tokenizer.encode(tail).ids == whole.ids[token:]
+            assert encoded(tokenizer, tail).ids == whole.ids[token:]
             # The head is only known with the token behind it: white space before it may count.
             known = head + tail.encode()[: rules.reach].decode(errors="ignore")
-            assert tokenizer.encode(known).ids[:token] == whole.ids[:token]
+            assert encoded(tokenizer, known).ids[:token] == whole.ids[:token]
 
 
 @pytest.mark.parametrize("name", NAMES)
