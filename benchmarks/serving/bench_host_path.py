@@ -27,7 +27,15 @@ from benchmarks.serving.client import ChatClient, Reply, RequestFailedError, enc
 from benchmarks.serving.plot import save_plot
 from benchmarks.serving.report import MEASURED, PROBED, Sample
 from benchmarks.serving.servers import MAX_MODEL_LEN, MODEL_NAME, SIDES, Server, both_servers
-from benchmarks.serving.stages import ATTENTION, Window, longest_block, read_records, stage_times
+from benchmarks.serving.stages import (
+    ATTENTION,
+    LOOP_BLOCKED,
+    LOOP_WORK,
+    Window,
+    longest,
+    read_records,
+    stage_times,
+)
 
 MAX_TOKENS = 4
 PAUSE_S = 1.3  # a CPU worker spins for one second after each request
@@ -152,7 +160,8 @@ def add_stages(asked: Sequence[Asked], servers: dict[str, Server]) -> list[str]:
             if sample.side != side:
                 continue
             if sample.kind == PROBED:
-                sample.block_ms = longest_block(records, window)
+                sample.block_ms = longest(LOOP_BLOCKED, records, window)
+                sample.work_ms = longest(LOOP_WORK, records, window)
                 continue
             sample.stages_ms = stage_times(records, window)
             if sample.stages_ms[ATTENTION]:
@@ -221,7 +230,7 @@ def main() -> int:
     tables = [report.ttft_table(rows, args.turns + args.probe_turns)]
     if not args.no_stages:
         tables += [report.stage_table(samples, *key) for key in report.stage_contexts(rows)]
-        tables.append(report.block_table(rows))
+        tables.append(report.loop_table(rows))
     for table in filter(None, tables):
         say(f"\n{table}")
     args.out.mkdir(parents=True, exist_ok=True)

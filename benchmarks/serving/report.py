@@ -23,7 +23,8 @@ class Sample:
         kind: Measured, or made with the event-loop probe on, which no time is taken from.
         host_ms: Time to first token without the attention of the prompt.
         stages_ms: Time of each stage, by its name.
-        block_ms: The longest time for which the event loop stood still.
+        block_ms: The longest time for which the event loop stood still while it had a core.
+        work_ms: The longest work of the event loop at once, in CPU time.
     """
 
     side: str
@@ -40,6 +41,7 @@ class Sample:
     host_ms: float | None = None
     stages_ms: dict[str, float] = field(default_factory=dict)
     block_ms: float | None = None
+    work_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Row:
     host_p90_ms: dict[str, float]
     cached_share: dict[str, float]
     block_ms: dict[str, float]
+    block_max_ms: dict[str, float]
+    work_ms: dict[str, float]
+    work_max_ms: dict[str, float]
 
     @property
     def ratio(self) -> float:
@@ -80,6 +85,13 @@ def _row(samples: list[Sample]) -> Row:
     ) -> dict[str, float]:
         return {side: value([pick(sample) for sample in measured[side]]) for side in SIDES}
 
+    def each_probed(
+        value: Callable[[list[float]], float], pick: Callable[[Sample], float]
+    ) -> dict[str, float]:
+        return {
+            side: value([pick(sample) for sample in probed[side]]) for side in SIDES if probed[side]
+        }
+
     return Row(
         samples[0].num_messages,
         samples[0].context,
@@ -91,7 +103,10 @@ def _row(samples: list[Sample]) -> Row:
         each(median, lambda s: s.host_ms) if has_host else {},
         each(p90, lambda s: s.host_ms) if has_host else {},
         each(median, lambda s: s.num_cached_tokens / s.num_prompt_tokens),
-        {side: max(s.block_ms or 0.0 for s in probed[side]) for side in SIDES if probed[side]},
+        each_probed(median, lambda s: s.block_ms or 0.0),
+        each_probed(max, lambda s: s.block_ms or 0.0),
+        each_probed(median, lambda s: s.work_ms or 0.0),
+        each_probed(max, lambda s: s.work_ms or 0.0),
     )
 
 
@@ -124,20 +139,26 @@ def ttft_table(rows: Sequence[Row], num_answers: int) -> str:
     return _table("Time to first token and host time in it (ms, median / p90)", head, cells)
 
 
-def _pair(medians: dict[str, float], p90s: dict[str, float], side: str) -> str:
-    return f"{medians[side]:.1f} / {p90s[side]:.1f}" if medians else "-"
+def _pair(medians: dict[str, float], others: dict[str, float], side: str) -> str:
+    return f"{medians[side]:.1f} / {others[side]:.1f}" if medians else "-"
 
 
-def block_table(rows: Sequence[Row]) -> str:
-    """The longest time for which the API process's event loop stood still in a turn."""
-    head = ["messages", "context", *SIDES]
+def loop_table(rows: Sequence[Row]) -> str:
+    """The longest time that the API process's event loop stood still in a turn, and worked."""
+    head = ["messages", "context"]
+    head += [f"{what} {side}" for what in ("blocked", "work") for side in SIDES]
     cells = [
-        [str(row.num_messages), str(row.context), *(_block(row.block_ms[s]) for s in SIDES)]
+        [
+            str(row.num_messages),
+            str(row.context),
+            *(f"{_block(row.block_ms[s])} / {_block(row.block_max_ms[s])}" for s in SIDES),
+            *(_pair(row.work_ms, row.work_max_ms, side) for side in SIDES),
+        ]
         for row in rows
         if row.block_ms
     ]
-    title = "Longest block of the API server's event loop in a turn (ms, resolution 2 ms)"
-    return _table(title, head, cells) if cells else ""
+    title = "Longest block (resolution 2 ms) and longest work of the API server's event loop in a "
+    return _table(f"{title}turn (ms, median / largest)", head, cells) if cells else ""
 
 
 def _block(milliseconds: float) -> str:
@@ -214,6 +235,7 @@ def save_json(
     names = [*(stage.name for stage in STAGES), OUTSIDE]
     keys = ["side", "num_messages", "context", "turn", "kind", "num_prompt_tokens"]
     keys += ["num_cached_tokens", "ttft_ms", "first_text_ms", "total_ms", "host_ms", "block_ms"]
+    keys += ["work_ms"]
     values = [[*_picked(s, keys), [_short(s.stages_ms.get(n)) for n in names]] for s in samples]
     document = {
         "about": about,

@@ -13,6 +13,7 @@ ATTENTION = "attention forward"
 EXECUTE = "execute_model"
 UPDATE = "update_from_output"
 LOOP_BLOCKED = "loop blocked"
+LOOP_WORK = "loop work"
 OUTSIDE = "outside all stages"
 MISSING = "missing"
 
@@ -154,11 +155,11 @@ def stage_times(records: Sequence[Record], window: Window) -> dict[str, float]:
     return times
 
 
-def longest_block(records: Sequence[Record], window: Window) -> float:
-    """Milliseconds of the longest time for which the event loop stood still in a request."""
+def longest(stage: str, records: Sequence[Record], window: Window) -> float:
+    """Milliseconds of the longest record of a stage that began in a request."""
     seen = _between(records, window.sent_s, window.end_s)
-    blocks = [record for record in seen if record.stage == LOOP_BLOCKED]
-    return max(((block.end_s - block.start_s) * 1000 for block in blocks), default=0.0)
+    found = [record for record in seen if record.stage == stage]
+    return max(((record.end_s - record.start_s) * 1000 for record in found), default=0.0)
 
 
 def _prompt_ends(seen: Sequence[Record], window: Window) -> dict[str, float]:

@@ -13,7 +13,9 @@ processes on Linux) to its own file in LOGDIR. A call costs about 1 us; a thread
 
 SIGUSR1 to the API process starts a probe of its event loop, SIGUSR2 stops it: a callback every
 millisecond writes down when it came late. uvloop's timers tick in milliseconds, so its resolution
-is about 2 ms; a block shorter than that is not seen.
+is about 2 ms; a block shorter than that is not seen. What the thread waited for a core meanwhile,
+as the kernel counts it, is not the server's doing and is left out. Beside it stands what the thread
+worked between two callbacks, in CPU time, which has no such resolution but holds no waiting at all.
 """
 
 import asyncio
@@ -29,14 +31,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.serving.stages import API, CORE, LOOP_BLOCKED, MISSING, STAGES, WORKER, Stage
+from benchmarks.serving.stages import (
+    API,
+    CORE,
+    LOOP_BLOCKED,
+    LOOP_WORK,
+    MISSING,
+    STAGES,
+    WORKER,
+    Stage,
+)
 
 FOLDER_ENV = "SERVING_BENCH_TIMES"
 FLUSH_S = 0.5
 TICK_S = 0.001
 MIN_BLOCK_S = 0.001
+SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 _now = time.perf_counter
 
@@ -69,12 +81,12 @@ class Recorder:
 
 
 class LoopProbe:
-    """Writes down when the event loop was late for a callback every millisecond."""
+    """Writes down when the event loop was late for a callback every millisecond, and its work."""
 
     def __init__(self, recorder: Recorder, loop: asyncio.AbstractEventLoop) -> None:
         self._recorder = recorder
         self._loop = loop
-        self._last_s = 0.0
+        self._last = _Clocks.now()
         self._is_on = False
         loop.add_signal_handler(signal.SIGUSR1, self._start)
         loop.add_signal_handler(signal.SIGUSR2, self._stop)
@@ -82,20 +94,37 @@ class LoopProbe:
     def _start(self) -> None:
         if not self._is_on:
             self._is_on = True
-            self._last_s = _now()
+            self._last = _Clocks.now()
             self._loop.call_later(TICK_S, self._tick)
 
     def _stop(self) -> None:
         self._is_on = False
 
     def _tick(self) -> None:
-        now = _now()
-        due = self._last_s + TICK_S
-        if now - due >= MIN_BLOCK_S:
-            self._recorder.add((LOOP_BLOCKED, due, now))
-        self._last_s = now
+        now, last = _Clocks.now(), self._last
+        blocked_s = now.wall_s - last.wall_s - TICK_S - (now.waited_s - last.waited_s)
+        if blocked_s >= MIN_BLOCK_S:
+            self._recorder.add((LOOP_BLOCKED, now.wall_s - blocked_s, now.wall_s))
+        worked_s = now.worked_s - last.worked_s
+        if worked_s >= MIN_BLOCK_S:
+            self._recorder.add((LOOP_WORK, now.wall_s - worked_s, now.wall_s))
+        self._last = now
         if self._is_on:
             self._loop.call_later(TICK_S, self._tick)
+
+
+class _Clocks(NamedTuple):
+    """Of the calling thread, in seconds."""
+
+    wall_s: float
+    worked_s: float
+    waited_s: float
+    """For a core while it was ready to run; 0 where the kernel does not count it."""
+
+    @classmethod
+    def now(cls) -> "_Clocks":
+        waited_ns = int(SCHEDSTAT.read_text().split()[1]) if SCHEDSTAT.exists() else 0
+        return cls(_now(), time.thread_time(), waited_ns * 1e-9)
 
 
 def install(recorder: Recorder, process: str) -> None:

@@ -18,7 +18,8 @@ from vllm.logger import init_logger
 from vllm_stateful.adapters.identity import TenantMiddleware, salt_of
 from vllm_stateful.adapters.metrics_exporter import MetricsExporter
 from vllm_stateful.adapters.prompt_sender import ask_for_deltas
-from vllm_stateful.config import is_enabled
+from vllm_stateful.adapters.request_validation import validate_plain_messages
+from vllm_stateful.config import is_enabled, load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 
 logger = init_logger("vllm.stateful")
@@ -56,10 +57,12 @@ class StatefulEndpoint:
     required_tasks: tuple[str, ...] | None = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the session routes and the tenant middleware; nothing when not enabled."""
+        """Add our routes, and what stands before vLLM's; nothing when not enabled."""
         if is_enabled():
             app.include_router(router)
             app.add_middleware(TenantMiddleware)
+            if "messages" not in load_config().disable:
+                validate_plain_messages(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Start the metrics' poll. Only the first of several API servers asks the engine."""

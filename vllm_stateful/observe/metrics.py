@@ -81,6 +81,15 @@ METRICS: tuple[Metric, ...] = (
         "Host time that a turn spent on finding, verifying and adopting its KV.",
     ),
     Metric(
+        "vllm_stateful_chats_validated",
+        "counter",
+        "chats_validated",
+        "how",
+        "Chat requests of many messages by how they were validated: shape (plain messages by their "
+        "shape alone), full (all by vLLM).",
+        "api",
+    ),
+    Metric(
         "vllm_stateful_chats_rendered",
         "counter",
         "chats_rendered",

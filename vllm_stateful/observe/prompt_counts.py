@@ -18,6 +18,15 @@ class Rendered(StrEnum):
     """All messages: the first turn, an edit, or a template that looks at other messages."""
 
 
+class Validated(StrEnum):
+    """How a long chat request was validated; label of ``vllm_stateful_chats_validated_total``."""
+
+    SHAPE = "shape"
+    """Plain messages by their shape, the others by vLLM."""
+    FULL = "full"
+    """All by vLLM: an error in the request, no plain message, or a check (``verify_tokens``)."""
+
+
 class Tokenized(StrEnum):
     """How a prompt was tokenized; the label of ``vllm_stateful_prompts_tokenized_total``."""
 
@@ -59,6 +68,7 @@ class PromptCounts:
     """Running totals of one process."""
 
     def __init__(self) -> None:
+        self._validated = dict.fromkeys(Validated, 0)
         self._rendered = dict.fromkeys(Rendered, 0)
         self._tokenized = dict.fromkeys(Tokenized, 0)
         self._verified = dict.fromkeys(Verified, 0)
@@ -66,6 +76,10 @@ class PromptCounts:
         self._answers: Counter[str] = Counter()
         self._num_tokens = {"reused": 0, "new": 0}
         self._memory: Callable[[], int] = int
+
+    def validated(self, how: Validated) -> None:
+        """Count one chat request of many messages."""
+        self._validated[how] += 1
 
     def rendered(self, how: Rendered) -> None:
         """Count one conversation of many messages."""
@@ -96,6 +110,7 @@ class PromptCounts:
     def snapshot(self) -> dict[str, Any]:
         """Totals by the keys of ``observe.metrics``."""
         return {
+            "chats_validated": {str(how): n for how, n in self._validated.items()},
             "chats_rendered": {str(how): n for how, n in self._rendered.items()},
             "prompts_tokenized": {str(how): n for how, n in self._tokenized.items()},
             "prompts_verified": {str(result): n for result, n in self._verified.items()},

@@ -23,7 +23,7 @@ def sample(
     times = (ttft_ms, ttft_ms, 2 * ttft_ms)
     made = Sample(side, 1, context, turn, kind, context + turn, context, *times, text)
     if kind == PROBED:
-        made.block_ms = ttft_ms / 10
+        made.block_ms, made.work_ms = ttft_ms / 10, ttft_ms / 20
     else:
         made.stages_ms, made.host_ms = {ATTENTION: 2.0, "tokenize": ttft_ms / 2}, ttft_ms - 2
     return made
@@ -71,9 +71,9 @@ def test_stages_are_shown_for_the_smallest_and_for_one_near_106k(samples: list[S
 
 def test_blocks_below_the_resolution_are_not_told_apart(samples: list[Sample]) -> None:
     samples[-1].block_ms = 1.5
-    table = report.block_table(report.make_rows(samples)).splitlines()
-    assert table[-1].split() == ["1", "180000", "5.0", "<", "2"]
-    assert table[-2].split() == ["1", "120000", "5.0", "5.0"]
+    table = report.loop_table(report.make_rows(samples)).splitlines()
+    assert " ".join(table[-1].split()) == "1 180000 5.0 / 5.0 < 2 / < 2 2.5 / 2.5 2.5 / 2.5"
+    assert " ".join(table[-2].split()) == "1 120000 5.0 / 5.0 5.0 / 5.0 2.5 / 2.5 2.5 / 2.5"
 
 
 def test_files(samples: list[Sample], tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def test_without_records_all_time_is_outside() -> None:
 def test_longest_block_of_a_request() -> None:
     blocks = [(0.5, 0.9), (1.01, 1.013), (1.03, 1.037), (1.07, 1.2)]
     records = [Record(stages.LOOP_BLOCKED, *block) for block in blocks]
-    assert stages.longest_block(records, WINDOW) == pytest.approx(7)
-    assert stages.longest_block([], WINDOW) == 0
+    assert stages.longest(stages.LOOP_BLOCKED, records, WINDOW) == pytest.approx(7)
+    assert stages.longest(stages.LOOP_WORK, records, WINDOW) == 0
 
 
 def test_records_of_all_processes_are_put_in_order(tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chat requests: vLLM validates the messages whose shape does not already say the result.
+
+FastAPI hands the body of a request to the one field of the route. That object of the chat route is
+replaced by one that leaves the plain messages out, and puts them back in. A request with an error
+is validated again as it came, so that the client reads what stock vLLM answers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+from fastapi import FastAPI
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.logger import init_logger
+
+from vllm_stateful.api.plain_messages import SplitMessages
+from vllm_stateful.config import load_config
+from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Validated
+
+logger = init_logger("vllm.stateful")
+
+CHAT_PATH = "/v1/chat/completions"
+
+MIN_MESSAGES = 16
+"""With fewer there is nothing to gain."""
+
+
+class PlainMessagesField:
+    """The body field of the chat route.
+
+    Args:
+        field: FastAPI's; everything but the validation of plain messages is its own.
+    """
+
+    def __init__(self, field: Any) -> None:
+        self._field = field
+        self._off = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._field, name)
+
+    def validate(self, value: Any, values: Any = None, *, loc: tuple[Any, ...] = ()) -> Any:
+        """As ``ModelField.validate``: what was made of the body, and the errors in it."""
+        messages = value.get("messages") if isinstance(value, dict) else None
+        if self._off or not isinstance(messages, list) or len(messages) < MIN_MESSAGES:
+            return self._stock(value, values, loc)
+        is_checked = random.random() < load_config().verify_tokens
+        made = self._validate(value, values, loc)
+        if made is not None and not is_checked:
+            PROMPT_COUNTS.validated(Validated.SHAPE)
+            return made, []
+        PROMPT_COUNTS.validated(Validated.FULL)
+        stock, errors = self._stock(value, values, loc)
+        if made is not None:
+            self._compare(made, stock, errors)
+        return stock, errors
+
+    def _stock(self, value: Any, values: Any, loc: tuple[Any, ...]) -> Any:
+        return self._field.validate(value, values or {}, loc=loc)
+
+    def _validate(self, value: dict[str, Any], values: Any, loc: tuple[Any, ...]) -> Any:
+        """The request; None when there is any error in it, or nothing to gain."""
+        parts = SplitMessages(value["messages"])
+        if not parts.num_plain:
+            return None
+        try:
+            made, errors = self._stock({**value, "messages": parts.others}, values, loc)
+        except Exception:  # vLLM raises some errors as its own: they come again, in full
+            return None
+        if errors:
+            return None
+        made.messages = parts.joined(made.messages)
+        return made
+
+    def _compare(self, made: Any, stock: Any, errors: Any) -> None:
+        if errors or not _is_same(made.messages, stock.messages):
+            self._off = True
+            logger.error(
+                "stateful: MISMATCH: the messages of a chat request are not what vLLM makes of "
+                "them. All are validated by vLLM until the server restarts. Please report this "
+                "with your version of vLLM and openai."
+            )
+
+
+def validate_plain_messages(app: FastAPI) -> bool:
+    """Put it into the chat route of an API server; whether that was possible and safe.
+
+    It is not when the route is not as FastAPI makes it, or when vLLM's own validation of a
+    conversation with all plain shapes returns anything else.
+    """
+    for route in app.router.routes:
+        if getattr(route, "path", None) != CHAT_PATH:
+            continue
+        fields = getattr(getattr(route, "dependant", None), "body_params", None)
+        if not isinstance(fields, list) or len(fields) != 1:
+            break
+        annotation = getattr(getattr(fields[0], "field_info", None), "annotation", None)
+        if annotation is not ChatCompletionRequest or not _passes_trial(fields[0]):
+            break
+        fields[0] = PlainMessagesField(fields[0])
+        return True
+    logger.warning("stateful: chat requests are validated by vLLM: the route is not as expected")
+    return False
+
+
+def _passes_trial(field: Any) -> bool:
+    body = {"model": "trial", "messages": _TRIAL}
+    made, errors = field.validate(json.loads(json.dumps(body)), {}, loc=("body",))
+    return not errors and _is_same(SplitMessages(_TRIAL).joined([]), made.messages)
+
+
+def _is_same(ours: list[Any], stock: list[Any]) -> bool:
+    """Whether they are equal to the order of the keys."""
+    try:
+        return json.dumps(ours) == json.dumps(stock)
+    except TypeError:  # what vLLM reads from such a message is not JSON; it is not plain then
+        return ours == stock
+
+
+def _call(name: str) -> dict[str, Any]:
+    return {"id": name, "type": "function", "function": {"name": name, "arguments": "{}"}}
+
+
+_TRIAL: list[dict[str, Any]] = [
+    {"role": "system", "content": "s"},
+    {"role": "developer", "content": "d"},
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": None, "tool_calls": [_call("a"), _call("b")]},
+    {"role": "tool", "tool_call_id": "a", "content": "r"},
+    {"role": "assistant", "content": "t", "tool_calls": [_call("c")]},
+    {"role": "tool", "content": "r", "tool_call_id": "c"},
+    {"role": "assistant", "tool_calls": [_call("d")]},
+    {"role": "assistant", "content": "t"},
+]
+"""A message of each plain shape."""
