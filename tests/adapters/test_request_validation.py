@@ -188,3 +188,12 @@ def test_another_validation_than_expected_is_left_alone(monkeypatch: pytest.Monk
     app = FastAPI()
     app.include_router(router)
     assert not adapter.validate_plain_messages(app)
+
+
+def test_the_loop_runs_between_the_json_and_the_validation() -> None:
+    app = FastAPI()
+    app.include_router(router)
+    adapter.validate_plain_messages(app)
+    (route,) = [r for r in app.router.routes if getattr(r, "path", None) == adapter.CHAT_PATH]
+    dependencies = [each.call.__name__ for each in route.dependant.dependencies]  # type: ignore[attr-defined]
+    assert dependencies == ["validate_json_request", "_let_others_run"]

@@ -4,15 +4,20 @@
 FastAPI hands the body of a request to the one field of the route. That object of the chat route is
 replaced by one that leaves the plain messages out, and puts them back in. A request with an error
 is validated again as it came, so that the client reads what stock vLLM answers.
+
+Reading the JSON of a long conversation takes as long again. The event loop runs what is waiting
+(other requests' tokens) between the two.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.dependencies.utils import get_dependant
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.logger import init_logger
 
@@ -101,9 +106,16 @@ def validate_plain_messages(app: FastAPI) -> bool:
         if annotation is not ChatCompletionRequest or not _passes_trial(fields[0]):
             break
         fields[0] = PlainMessagesField(fields[0])
+        wait = get_dependant(path=CHAT_PATH, call=_let_others_run)
+        route.dependant.dependencies.append(wait)
         return True
     logger.warning("stateful: chat requests are validated by vLLM: the route is not as expected")
     return False
+
+
+async def _let_others_run() -> None:
+    """A dependency of the route: resolved after the JSON was read, before it is validated."""
+    await asyncio.sleep(0)
 
 
 def _passes_trial(field: Any) -> bool:
