@@ -205,10 +205,10 @@ def test_prompt_logprobs_are_bypassed_counted_once_and_leave_the_session_alone(
     ("change", "reason"),
     [
         ({"resumable": True}, Bypass.STREAMING_INPUT),
-        ({"mm_features": [object()]}, Bypass.MULTIMODAL),
-        ({"prompt_embeds": object()}, Bypass.PROMPT_EMBEDS),
+        ({"mm_features": ["anything"]}, Bypass.MULTIMODAL),
+        ({"prompt_embeds": "anything"}, Bypass.PROMPT_EMBEDS),
         ({"prompt_token_ids": None}, Bypass.PROMPT_EMBEDS),
-        ({"pooling_params": object()}, Bypass.POOLING),
+        ({"pooling_params": "anything"}, Bypass.POOLING),
         ({"skip_reading_prefix_cache": True}, Bypass.PROMPT_LOGPROBS),
         ({}, None),
     ],
