@@ -48,7 +48,7 @@ FOLDER_ENV = "SERVING_BENCH_TIMES"
 FLUSH_S = 0.5
 TICK_S = 0.001
 MIN_BLOCK_S = 0.001
-SCHEDSTAT = Path("/proc/thread-self/schedstat")
+SCHEDSTAT = "/proc/thread-self/schedstat"
 
 _now = time.perf_counter
 
@@ -86,7 +86,8 @@ class LoopProbe:
     def __init__(self, recorder: Recorder, loop: asyncio.AbstractEventLoop) -> None:
         self._recorder = recorder
         self._loop = loop
-        self._last = _Clocks.now()
+        self._schedstat = os.open(SCHEDSTAT, os.O_RDONLY) if os.path.exists(SCHEDSTAT) else -1
+        self._last = self._clocks()
         self._is_on = False
         loop.add_signal_handler(signal.SIGUSR1, self._start)
         loop.add_signal_handler(signal.SIGUSR2, self._stop)
@@ -94,14 +95,19 @@ class LoopProbe:
     def _start(self) -> None:
         if not self._is_on:
             self._is_on = True
-            self._last = _Clocks.now()
+            self._last = self._clocks()
             self._loop.call_later(TICK_S, self._tick)
 
     def _stop(self) -> None:
         self._is_on = False
 
+    def _clocks(self) -> "_Clocks":
+        """In the loop's thread, whose file was opened."""
+        waited_ns = int(os.pread(self._schedstat, 99, 0).split()[1]) if self._schedstat >= 0 else 0
+        return _Clocks(_now(), time.thread_time(), waited_ns * 1e-9)
+
     def _tick(self) -> None:
-        now, last = _Clocks.now(), self._last
+        now, last = self._clocks(), self._last
         blocked_s = now.wall_s - last.wall_s - TICK_S - (now.waited_s - last.waited_s)
         if blocked_s >= MIN_BLOCK_S:
             self._recorder.add((LOOP_BLOCKED, now.wall_s - blocked_s, now.wall_s))
@@ -120,11 +126,6 @@ class _Clocks(NamedTuple):
     worked_s: float
     waited_s: float
     """For a core while it was ready to run; 0 where the kernel does not count it."""
-
-    @classmethod
-    def now(cls) -> "_Clocks":
-        waited_ns = int(SCHEDSTAT.read_text().split()[1]) if SCHEDSTAT.exists() else 0
-        return cls(_now(), time.thread_time(), waited_ns * 1e-9)
 
 
 def install(recorder: Recorder, process: str) -> None:
