@@ -19,7 +19,7 @@ PREFIX = "vllm_stateful_"
 def snapshot(**values: Any) -> dict[str, Any]:
     """What an engine sends, all zero but for ``values``."""
     gauges = {"num_sessions": 0, "num_blocks_pinned": 0, "num_blocks_budget": 0}
-    return {**TurnCounts().snapshot({}), **gauges, **values}
+    return {**TurnCounts().snapshot({}), "waits": {}, **gauges, **values}
 
 
 class Exported:
@@ -65,6 +65,8 @@ def test_totals_become_increments(exported: Exported) -> None:
 
 def test_each_labelled_counter_has_its_own_label(exported: Exported) -> None:
     exported.update(snapshot(bypasses={"multimodal": 4}, demotions={"idle": 5, "reset": 0}))
+    exported.update(snapshot(waits={"tool": 2, "user": 0}))
+    assert exported.value("waits_total", kind="tool") == 2
     assert exported.value("bypassed_turns_total", reason="multimodal") == 4
     assert exported.value("demotions_total", reason="idle") == 5
     assert exported.value("demotions_total", reason="reset") == 0

@@ -213,11 +213,13 @@ def test_structured_output_and_tool_calls(server: Server) -> None:
         "function": {"name": "get_weather", "strict": True, "parameters": schema},
     }
     messages, headers = conversation(uuid.uuid4().hex), new_id()
+    waits = server.metric("vllm_stateful_waits_total", kind="tool")
     first = server.chat(
         messages, extra_headers=headers, tools=[tool], tool_choice="required", max_tokens=60
     )
     call = first.choices[0].message.tool_calls[0]
     assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+    assert server.metric("vllm_stateful_waits_total", kind="tool") == waits + 1
     messages += [
         {"role": "assistant", "tool_calls": [call.model_dump()]},
         {"role": "tool", "tool_call_id": call.id, "content": "Sunny, 21 degrees."},

@@ -61,8 +61,15 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
     idle_seconds: float
     epoch: int
 
+    called_tool: Callable[[Request], str | None]
+
     def become_stateful(
-        self, *, pin_fraction: float, idle_seconds: float, clock: Callable[[], float]
+        self,
+        *,
+        pin_fraction: float,
+        idle_seconds: float,
+        clock: Callable[[], float],
+        called_tool: Callable[[Request], str | None],
     ) -> None:
         """Add the residencies' state to a manager that the stock constructor made."""
         num_blocks = self.block_pool.num_gpu_blocks
@@ -77,6 +84,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         self.bypassed = set()
         self.turn_counts = TurnCounts()
         self.idle_seconds = idle_seconds
+        self.called_tool = called_tool
         self.epoch = 0
 
     @property
@@ -133,6 +141,9 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             tokens = tokens_so_far(turn, request, request.num_tokens)
         match = self.store.match(session_of(request), tokens, request.num_tokens - 1)
         turn.session = match.session
+        if not turn.has_arrived:
+            turn.has_arrived = True
+            self.store.arrived(turn.session, max(0.0, time.time() - request.arrival_time))
         turn.offer = self._offer(match, turn)
         if turn.offer is None:
             return self._stock_lookup(request)
@@ -360,6 +371,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
                 borrowed=turn.borrowed,
                 base=None if turn.offer is None else turn.offer.residency,
                 num_base_tokens=0 if turn.offer is None else turn.offer.num_tokens,
+                tool=self.called_tool(request),
             )
         )
         if made is not None and len(made.blocks) > self.store.pins.budget_blocks:

@@ -17,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
+from vllm_stateful.adapters.called_tools import CalledTools
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.config import StatefulConfig, load_config
@@ -71,6 +72,7 @@ class _StatefulMixin:
     """Adds sessions to a vLLM scheduler class."""
 
     kv_cache_manager: Any
+    structured_output_manager: Any
     config: StatefulConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -94,6 +96,7 @@ class _StatefulMixin:
             pin_fraction=self.config.pin_fraction,
             idle_seconds=self.config.idle_seconds,
             clock=time.monotonic,
+            called_tool=CalledTools(getattr(self.structured_output_manager, "tokenizer", None)),
         )
         logger.info(
             "stateful: on, sessions may pin %d of %d blocks of %d tokens",
@@ -141,6 +144,7 @@ class _StatefulMixin:
         store = manager.store
         return {
             **manager.turn_counts.snapshot(store.demotions),
+            "waits": {str(kind): number for kind, number in store.waits.num_began.items()},
             "num_sessions": store.num_sessions,
             "num_blocks_pinned": store.pins.num_pinned,
             "num_blocks_budget": store.pins.budget_blocks,

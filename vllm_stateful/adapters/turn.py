@@ -41,6 +41,8 @@ class Turn:
     borrowed: Residency | None = None
     only_full_blocks: bool = False
     """Its partial block could not be copied for lack of one free block: align the hit."""
+    has_arrived: bool = False
+    """The gap before it was learned from."""
     is_counted: bool = False
     is_closing: bool = False
     """Its session was closed while it ran, or this is its last turn."""

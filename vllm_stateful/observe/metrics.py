@@ -32,6 +32,14 @@ METRICS: tuple[Metric, ...] = (
         "Turns that were left to stock vLLM, by reason.",
     ),
     Metric(
+        "vllm_stateful_waits",
+        "counter",
+        "waits",
+        "kind",
+        "Turns that ended, by what their session waits for: tool, user, one_shot (not known to "
+        "come back).",
+    ),
+    Metric(
         "vllm_stateful_demotions",
         "counter",
         "demotions",

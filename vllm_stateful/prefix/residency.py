@@ -23,7 +23,9 @@ import numpy as np
 
 from vllm_stateful.prefix.pins import PinLedger
 from vllm_stateful.prefix.token_index import TokenIndex, common_prefix_len
+from vllm_stateful.schedule.gaps import Forecast, Wait, WaitKind
 from vllm_stateful.schedule.retention import RetentionQueue, Worth
+from vllm_stateful.schedule.waits import WaitBook
 from vllm_stateful.types import BlockIds, Demotion, Identity, Outcome, SessionKey, TokenArray
 
 MIN_SHARED_TOKENS = 16
@@ -54,6 +56,8 @@ class Residency:
     blocks: Blocks
     """``ceil(frontier / block_size)`` handles; grows in place while a turn borrows it."""
     block_ids: BlockIds
+    forecast: Forecast
+    """When its session is expected back."""
     num_turns: int = 1
     borrower: str | None = None
     """The request that continues this residency in place, or None while it is idle."""
@@ -71,11 +75,7 @@ class Residency:
 
     @property
     def worth(self) -> Worth:
-        if self.superseded:
-            return Worth.SUPERSEDED
-        if self.num_turns == 1 and is_anonymous(self.session):
-            return Worth.ONE_SHOT
-        return Worth.SESSION
+        return Worth.SUPERSEDED if self.superseded else Worth.LIVE
 
 
 class Match(NamedTuple):
@@ -98,6 +98,8 @@ class FinishedTurn:
     base: Residency | None = None
     """The residency it started from, borrowed or shared."""
     num_base_tokens: int = 0
+    tool: str | None = None
+    """The tool that its answer calls; empty when its name is not known, None without a call."""
 
 
 class ResidencyStore:
@@ -127,6 +129,7 @@ class ResidencyStore:
         self._indexes: dict[Identity, TokenIndex[Residency]] = {}
         self._sessions: dict[SessionKey, list[Residency]] = {}
         self._idle: RetentionQueue[Residency] = RetentionQueue()
+        self.waits = WaitBook()
 
     # ---- looking -------------------------------------------------------------------------
 
@@ -197,6 +200,10 @@ class ResidencyStore:
 
     # ---- one turn ------------------------------------------------------------------------
 
+    def arrived(self, session: SessionKey, seconds_ago: float = 0.0) -> None:
+        """A turn of the session came in: what its gap teaches. Once per turn."""
+        self.waits.came_back(session, self._clock() - seconds_ago)
+
     def borrow(self, residency: Residency, request_id: str) -> Blocks:
         """Hand the block list and its references to a turn that appends at the frontier."""
         assert residency.alive
@@ -233,17 +240,27 @@ class ResidencyStore:
         num_turns = 1 if turn.borrowed is None else turn.borrowed.num_turns + 1
         if turn.borrowed is not None and turn.borrowed.alive:
             self._forget(turn.borrowed)
-        if self._is_covered(turn):
+        forecast = self._expect(turn, num_turns)
+        if self._is_covered(turn, forecast):
             self._release(reversed(turn.blocks))
             return None
         self._mark_superseded(turn)
         self._make_room(turn)
         ids = self._block_ids(turn)
-        made = Residency(turn.session, turn.tokens, turn.blocks, ids, num_turns)
+        made = Residency(turn.session, turn.tokens, turn.blocks, ids, forecast, num_turns)
         self._sessions.setdefault(turn.session, []).append(made)
         self._indexes.setdefault(turn.session.identity, TokenIndex()).insert(made.tokens, made)
         self._park(made)
         return made
+
+    def _expect(self, turn: FinishedTurn, num_turns: int) -> Forecast:
+        """When the session is expected back."""
+        kind = WaitKind.USER if turn.tool is None else WaitKind.TOOL
+        if num_turns == 1 and is_anonymous(turn.session):
+            kind = WaitKind.ONE_SHOT
+        wait = Wait(kind, turn.tool or "", num_turns)
+        tenant = turn.session.identity.cache_salt
+        return self.waits.began(turn.session, tenant, wait, self._clock())
 
     @staticmethod
     def _block_ids(turn: FinishedTurn) -> BlockIds:
@@ -260,15 +277,15 @@ class ResidencyStore:
         edited = turn.num_base_tokens < base.frontier <= 2 * turn.num_base_tokens
         if base.session == turn.session and edited:
             base.superseded = True
-            if base.is_idle:
-                self._idle.add(base, base.worth, self._clock())
+            self._idle.supersede(base)
 
-    def _is_covered(self, turn: FinishedTurn) -> bool:
+    def _is_covered(self, turn: FinishedTurn, forecast: Forecast) -> bool:
         """Whether a branch of the session holds all that the turn computed (a repeated turn)."""
         for branch in self.branches(turn.session):
             if common_prefix_len(branch.tokens, turn.tokens) == len(turn.tokens):
+                branch.forecast = forecast
                 if branch.is_idle:
-                    self._idle.add(branch, branch.worth, self._clock())
+                    self._idle.add(branch, branch.worth, forecast, self._clock())
                 return True
         return False
 
@@ -303,7 +320,7 @@ class ResidencyStore:
 
     def demote_next(self, why: Demotion, keep: Residency | None = None) -> int | None:
         """Demote the least valuable idle residency; None when there is none but ``keep``."""
-        victim = self._idle.next_victim(keep)
+        victim = self._idle.next_victim(self._clock(), keep)
         return None if victim is None else self.demote(victim, why)
 
     def enforce_budget(self) -> None:
@@ -322,6 +339,7 @@ class ResidencyStore:
         idle = [branch for branch in self.branches(session) if branch.is_idle]
         for branch in idle:
             self.demote(branch, Demotion.CLOSED)
+        self.waits.closed(session)
         return len(idle)
 
     def reset(self) -> None:
@@ -337,7 +355,7 @@ class ResidencyStore:
 
     def _park(self, residency: Residency) -> None:
         self.pins.pin(residency.block_ids)
-        self._idle.add(residency, residency.worth, self._clock())
+        self._idle.add(residency, residency.worth, residency.forecast, self._clock())
 
     def _forget(self, residency: Residency) -> None:
         residency.alive = False

@@ -83,6 +83,7 @@ class FakeEngine:
     def start(self, session: SessionKey, prompt: Sequence[int]) -> RunningTurn:
         self.num_turns += 1
         match = self.store.match(session, array(prompt), len(prompt) - 1)
+        self.store.arrived(match.session)
         found, blocks, borrowed = match.residency, list[Block](), None
         continues = found is not None and found.session == match.session and found.is_idle
         if continues and match.num_tokens == found.frontier:
@@ -96,7 +97,9 @@ class FakeEngine:
         self.running.append(turn)
         return turn
 
-    def finish(self, turn: RunningTurn, output: Sequence[int] = ()) -> Residency | None:
+    def finish(
+        self, turn: RunningTurn, output: Sequence[int] = (), tool: str | None = None
+    ) -> Residency | None:
         """The turn generated ``output`` and one more token, whose KV is not computed."""
         self.running.remove(turn)
         tokens = [*turn.prompt, *output]
@@ -109,6 +112,7 @@ class FakeEngine:
                 borrowed=turn.borrowed,
                 base=turn.match.residency,
                 num_base_tokens=turn.match.num_tokens,
+                tool=tool,
             )
         )
 
@@ -119,14 +123,20 @@ class FakeEngine:
         self.pool.release(reversed(turn.blocks))
 
     def turn(
-        self, session: SessionKey | str, prompt: Sequence[int], output: Sequence[int] = ()
+        self,
+        session: SessionKey | str,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+        tool: str | None = None,
     ) -> Residency | None:
         named = key(session) if isinstance(session, str) else session
-        return self.finish(self.start(named, prompt), output)
+        return self.finish(self.start(named, prompt), output, tool)
 
-    def kept(self, session: SessionKey | str, prompt: Sequence[int]) -> Residency:
+    def kept(
+        self, session: SessionKey | str, prompt: Sequence[int], tool: str | None = None
+    ) -> Residency:
         """A turn whose residency must be new."""
-        made = self.turn(session, prompt)
+        made = self.turn(session, prompt, tool=tool)
         assert made is not None
         return made
 

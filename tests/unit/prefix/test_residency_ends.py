@@ -114,16 +114,29 @@ def test_named_and_anonymous_sessions_fork_from_each_other(
 
 
 def test_a_one_shot_goes_before_a_session_and_a_continued_one_does_not(engine: FakeEngine) -> None:
-    once = engine.kept(stranger(1), HISTORY)
-    assert once.worth is Worth.ONE_SHOT
+    engine.kept(stranger(1), HISTORY)
+    engine.now = 60.0
     named = engine.kept(ALICE, WORDS)
-    assert named.worth is Worth.SESSION
     twice = engine.kept(stranger(2), [*HISTORY, 1])
-    assert twice.worth is Worth.SESSION
     assert is_anonymous(twice.session)
     late = engine.kept(stranger(3), list(range(30)))
     engine.store.demote_next(Demotion.PRESSURE)
     assert [r.alive for r in (named, twice, late)] == [True, True, False]
+
+
+def test_a_wait_for_a_tool_is_kept_longer_than_one_for_the_user(engine: FakeEngine) -> None:
+    tool = engine.kept(ALICE, HISTORY, tool="read_file")
+    user = engine.kept(BOB, WORDS)
+    engine.store.demote_next(Demotion.PRESSURE)
+    assert [r.alive for r in (tool, user)] == [True, False]
+
+
+def test_a_tool_that_should_be_done_long_ago_is_not_waited_for(engine: FakeEngine) -> None:
+    tool = engine.kept(ALICE, HISTORY, tool="read_file")
+    engine.now = 7000.0
+    user = engine.kept(BOB, WORDS)
+    engine.store.demote_next(Demotion.PRESSURE)
+    assert [r.alive for r in (tool, user)] == [False, True]
 
 
 # ---- giving blocks back ----------------------------------------------------------------------

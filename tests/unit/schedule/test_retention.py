@@ -2,113 +2,168 @@
 """Who gives its blocks back first."""
 
 import hypothesis.strategies as st
-from hypothesis import given
+import numpy as np
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from vllm_stateful.schedule.gaps import NUM_BINS, Forecast, bin_of
 from vllm_stateful.schedule.retention import RetentionQueue, Worth
 
 
-def drain(queue: RetentionQueue[str], keep: str | None = None) -> list[str]:
+def returns_after(seconds: float, share: float = 0.9) -> Forecast:
+    """A session that returns then, or never."""
+    shares = np.zeros(NUM_BINS + 1)
+    shares[bin_of(seconds)], shares[-1] = share, 1 - share
+    return Forecast(shares)
+
+
+SOON, LATE = returns_after(10.0), returns_after(1000.0)
+
+
+def drain(queue: RetentionQueue[str], now_s: float, keep: str | None = None) -> list[str]:
     order = []
-    while (victim := queue.next_victim(keep)) is not None:
+    while (victim := queue.next_victim(now_s, keep)) is not None:
         order.append(victim)
         queue.discard(victim)
     return order
 
 
-def three_classes() -> RetentionQueue[str]:
+def five() -> RetentionQueue[str]:
     queue: RetentionQueue[str] = RetentionQueue()
-    queue.add("session-old", Worth.SESSION, 1.0)
-    queue.add("one-shot-old", Worth.ONE_SHOT, 2.0)
-    queue.add("superseded", Worth.SUPERSEDED, 3.0)
-    queue.add("session-new", Worth.SESSION, 4.0)
-    queue.add("one-shot-new", Worth.ONE_SHOT, 5.0)
+    queue.add("soon-old", Worth.LIVE, SOON, 1.0)
+    queue.add("late-old", Worth.LIVE, LATE, 2.0)
+    queue.add("superseded", Worth.SUPERSEDED, SOON, 3.0)
+    queue.add("soon-new", Worth.LIVE, SOON, 4.0)
+    queue.add("late-new", Worth.LIVE, LATE, 5.0)
     return queue
 
 
-ORDER = ["superseded", "one-shot-old", "one-shot-new", "session-old", "session-new"]
+ORDER = ["superseded", "late-new", "late-old", "soon-new", "soon-old"]
+"""After 5 s: of two that return after the same time, the one that has waited longer is nearer."""
 
 
-def test_classes_are_ordered_worst_first() -> None:
-    assert Worth.SUPERSEDED < Worth.ONE_SHOT < Worth.SESSION
+def test_superseded_ones_go_first_then_those_expected_last() -> None:
+    assert drain(five(), 5.0) == ORDER
 
 
-def test_worse_classes_go_first_and_within_a_class_the_oldest() -> None:
-    assert drain(three_classes()) == ORDER
+def test_the_order_changes_while_they_wait() -> None:
+    """One that should have been back long ago is not expected any more."""
+    order = drain(five(), 60.0)
+    assert order[0] == "superseded"
+    assert set(order[1:3]) == {"soon-old", "soon-new"}
 
 
 def test_an_empty_queue_has_no_victim() -> None:
     queue: RetentionQueue[str] = RetentionQueue()
-    assert queue.next_victim() is None
+    assert queue.next_victim(0.0) is None
     assert len(queue) == 0
 
 
 def test_asking_for_a_victim_does_not_take_it_out() -> None:
-    queue = three_classes()
-    assert queue.next_victim() == queue.next_victim() == "superseded"
+    queue = five()
+    assert queue.next_victim(5.0) == queue.next_victim(5.0) == "superseded"
     assert len(queue) == 5
 
 
 def test_keep_spares_one_wherever_it_stands() -> None:
     for kept in ORDER:
-        assert drain(three_classes(), keep=kept) == [item for item in ORDER if item != kept]
+        assert drain(five(), 5.0, keep=kept) == [item for item in ORDER if item != kept]
+    assert drain(five(), 5.0, keep="stranger") == ORDER
 
 
-def test_keep_that_is_not_in_the_queue_changes_nothing() -> None:
-    assert drain(three_classes(), keep="stranger") == ORDER
-
-
-def test_adding_again_moves_to_the_back() -> None:
-    queue = three_classes()
-    queue.add("session-old", Worth.SESSION, 6.0)
-    assert drain(queue)[-2:] == ["session-new", "session-old"]
-
-
-def test_adding_again_under_another_class_moves_there_and_counts_once() -> None:
-    queue = three_classes()
-    queue.add("session-new", Worth.SUPERSEDED, 6.0)
+def test_adding_again_counts_once_and_begins_a_new_wait() -> None:
+    queue = five()
+    queue.add("soon-old", Worth.LIVE, SOON, 60.0)
     assert len(queue) == 5
-    assert drain(queue)[:2] == ["superseded", "session-new"]
+    order = drain(queue, 60.0)
+    assert order[:2] == ["superseded", "soon-new"]
+    assert order[-1] == "soon-old"
+
+
+def test_one_that_is_superseded_later_goes_first() -> None:
+    queue = five()
+    queue.supersede("soon-new")
+    queue.supersede("stranger")
+    assert drain(queue, 5.0)[:2] == ["superseded", "soon-new"]
 
 
 def test_discard_of_a_stranger_is_a_no_op() -> None:
-    queue = three_classes()
+    queue = five()
     queue.discard("stranger")
     assert len(queue) == 5
 
 
-def test_expired_are_those_used_before_the_deadline_oldest_first_in_each_class() -> None:
-    queue = three_classes()
+def test_expired_are_those_used_before_the_deadline_oldest_first() -> None:
+    queue = five()
     assert queue.expired(1.0) == []
-    assert queue.expired(1.5) == ["session-old"]
-    assert queue.expired(4.0) == ["superseded", "one-shot-old", "session-old"]
-    assert queue.expired(100.0) == ORDER
+    assert queue.expired(2.5) == ["soon-old", "late-old"]
+    queue.add("soon-old", Worth.LIVE, SOON, 6.0)
+    assert queue.expired(5.5) == ["late-old", "superseded", "soon-new", "late-new"]
     assert len(queue) == 5
 
 
-def test_adding_again_renews_the_deadline() -> None:
-    queue = three_classes()
-    queue.add("session-old", Worth.SESSION, 6.0)
-    assert queue.expired(5.0) == ["superseded", "one-shot-old", "session-new"]
+FORECASTS = [returns_after(s, share) for s in (1.0, 30.0, 2000.0) for share in (0.3, 0.99)]
 
 
-@given(
-    adds=st.lists(st.tuples(st.integers(0, 5), st.sampled_from(Worth), st.booleans()), max_size=30),
-    deadline=st.integers(0, 30),
-)
-def test_order_equals_sorting_by_class_and_last_use(
-    adds: list[tuple[int, Worth, bool]], deadline: int
-) -> None:
-    queue: RetentionQueue[str] = RetentionQueue()
-    model: dict[str, tuple[Worth, int]] = {}
-    for now, (number, worth, discard) in enumerate(adds):
-        item = str(number)
-        if discard:
-            queue.discard(item)
-            model.pop(item, None)
-        else:
-            queue.add(item, worth, float(now))
-            model[item] = (worth, now)
-    assert len(queue) == len(model)
-    expected = sorted(model, key=lambda item: model[item])
-    assert queue.expired(float(deadline)) == [i for i in expected if model[i][1] < deadline]
-    assert drain(queue) == expected
+class QueueModel(RuleBasedStateMachine):
+    """Against sorting all of them by what they are worth now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: RetentionQueue[int] = RetentionQueue()
+        self.model: dict[int, tuple[Worth, Forecast, float]] = {}
+        self.now_s = 0.0
+
+    @rule(item=st.integers(0, 9), worth=st.sampled_from(Worth), forecast=st.sampled_from(FORECASTS))
+    def add(self, item: int, worth: Worth, forecast: Forecast) -> None:
+        self.queue.add(item, worth, forecast, self.now_s)
+        self.model.pop(item, None)
+        self.model[item] = (worth, forecast, self.now_s)
+
+    @rule(item=st.integers(0, 9))
+    def discard(self, item: int) -> None:
+        self.queue.discard(item)
+        self.model.pop(item, None)
+
+    @rule(item=st.integers(0, 9))
+    def supersede(self, item: int) -> None:
+        self.queue.supersede(item)
+        if item in self.model:
+            self.model[item] = (Worth.SUPERSEDED, *self.model[item][1:])
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 7.0, 100.0, 5000.0, 90000.0]))
+    def wait(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    @rule(keep=st.integers(-1, 9))
+    def take(self, keep: int) -> None:
+        victim = self.queue.next_victim(self.now_s, keep)
+        others = {item: self.key(item) for item in self.model if item != keep}
+        assert (victim is None) == (not others)
+        if victim is not None:
+            assert others[victim] == min(others.values())
+
+    def key(self, item: int) -> tuple[Worth, float, float]:
+        worth, forecast, used_s = self.model[item]
+        rate = 0.0 if worth is Worth.SUPERSEDED else forecast.rate(self.now_s - used_s)
+        return worth, rate, used_s
+
+    @invariant()
+    def holds_the_same(self) -> None:
+        assert len(self.queue) == len(self.model)
+        assert self.queue.expired(self.now_s) == [
+            item for item, (_, _, used_s) in self.model.items() if used_s < self.now_s
+        ]
+
+
+TestQueueModel = QueueModel.TestCase
+TestQueueModel.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+@given(st.integers(50, 400))
+@settings(max_examples=10, deadline=None)
+def test_the_heaps_stay_in_proportion(num_adds: int) -> None:
+    queue: RetentionQueue[int] = RetentionQueue()
+    for number in range(num_adds):
+        queue.add(number % 5, Worth.LIVE, SOON, float(number))
+    assert len(queue._order) + len(queue._changes) < 64 + 6 * 5 + 4

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tool a finished turn waits for, in the engine core, where there are only token ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.request import Request
+
+from vllm_stateful.schedule.tool_calls import MARKERS, first_tool
+
+logger = init_logger("vllm.stateful")
+
+NUM_TOKENS = 256
+"""As many are decoded: around the last marker, or at either end where there is no marker."""
+
+NUM_BEFORE = 16
+"""Tokens before a marker that may hold the name (gpt-oss: ``to=functions.NAME<|channel|>``)."""
+
+
+class CalledTools:
+    """Reads the call in an answer.
+
+    Args:
+        tokenizer: the one that the engine core holds for structured outputs; None when it holds
+            none, and then every wait counts as one for the user.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._markers: frozenset[int] = frozenset()
+        if tokenizer is None:
+            logger.warning("stateful: no tokenizer in the engine: tools are not told apart")
+            return
+        vocabulary = tokenizer.get_vocab()
+        self._markers = frozenset(vocabulary[text] for text in MARKERS if text in vocabulary)
+
+    def __call__(self, request: Request) -> str | None:
+        """The name of the tool; None when the answer calls none."""
+        if self._tokenizer is None:
+            return None
+        answer = list(request.output_token_ids)
+        marked = [place for place, token in enumerate(answer) if token in self._markers]
+        if marked:
+            start = max(0, marked[-1] - NUM_BEFORE)
+            parts = [answer[start : start + NUM_TOKENS]]
+        elif len(answer) <= 2 * NUM_TOKENS:
+            parts = [answer]
+        else:
+            parts = [answer[:NUM_TOKENS], answer[-NUM_TOKENS:]]
+        for part in parts:
+            name = first_tool(self._tokenizer.decode(part, skip_special_tokens=False))
+            if name is not None:
+                return name
+        return None
