@@ -23,8 +23,9 @@ import numpy as np
 
 from vllm_stateful.prefix.pins import PinLedger
 from vllm_stateful.prefix.token_index import TokenIndex, common_prefix_len
+from vllm_stateful.schedule.fairness import FairQueue
 from vllm_stateful.schedule.gaps import Forecast, Wait, WaitKind
-from vllm_stateful.schedule.retention import RetentionQueue, Worth
+from vllm_stateful.schedule.retention import Worth
 from vllm_stateful.schedule.waits import WaitBook
 from vllm_stateful.types import BlockIds, Demotion, Identity, Outcome, SessionKey, TokenArray
 
@@ -128,7 +129,7 @@ class ResidencyStore:
         self._clock = clock
         self._indexes: dict[Identity, TokenIndex[Residency]] = {}
         self._sessions: dict[SessionKey, list[Residency]] = {}
-        self._idle: RetentionQueue[Residency] = RetentionQueue()
+        self._idle: FairQueue[Residency] = FairQueue()
         self.waits = WaitBook()
 
     # ---- looking -------------------------------------------------------------------------
@@ -285,7 +286,7 @@ class ResidencyStore:
             if common_prefix_len(branch.tokens, turn.tokens) == len(turn.tokens):
                 branch.forecast = forecast
                 if branch.is_idle:
-                    self._idle.add(branch, branch.worth, forecast, self._clock())
+                    self._enter(branch)
                 return True
         return False
 
@@ -355,7 +356,17 @@ class ResidencyStore:
 
     def _park(self, residency: Residency) -> None:
         self.pins.pin(residency.block_ids)
-        self._idle.add(residency, residency.worth, residency.forecast, self._clock())
+        self._enter(residency)
+
+    def _enter(self, residency: Residency) -> None:
+        self._idle.add(
+            residency,
+            tenant=residency.session.identity.cache_salt,
+            num_blocks=len(residency.blocks),
+            worth=residency.worth,
+            forecast=residency.forecast,
+            now_s=self._clock(),
+        )
 
     def _forget(self, residency: Residency) -> None:
         residency.alive = False

@@ -89,6 +89,15 @@ class RetentionQueue(Generic[R]):
             heapq.heappush(self._order, spared)
         return found
 
+    def rank(self, item: R) -> tuple[Worth, float, float]:
+        """What it is ordered by, smallest first: class, rate, last use.
+
+        Raises:
+            KeyError: it is not in.
+        """
+        entry = self._entries[item]
+        return (entry.worth, entry.key[1], entry.used_s)
+
     def expired(self, deadline_s: float) -> list[R]:
         """Those last used before ``deadline_s``, oldest first."""
         found: list[R] = []

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose residencies go first: no tenant pushes out what is another's share.
+
+While several tenants keep something, only those give back that hold more than an equal part of what
+is kept; among these, and where nobody does, the order is that of ``schedule.retention``. What was
+superseded goes first, whoever's it is: nobody waits for it.
+
+A cache salt makes a tenant, and a client may choose one for each session. With more tenants than
+``MANY`` the one that holds most gives first, so that a choice never looks at all of them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Hashable, Iterable
+from typing import Generic, NamedTuple, TypeVar
+
+from vllm_stateful.schedule.gaps import Forecast
+from vllm_stateful.schedule.retention import RetentionQueue, Worth
+
+R = TypeVar("R", bound=Hashable)
+
+MANY = 64
+"""Tenants that are all looked at."""
+
+
+class _Held(NamedTuple):
+    tenant: Hashable
+    num_blocks: int
+
+
+class FairQueue(Generic[R]):
+    """A ``RetentionQueue`` for each tenant. Choosing a victim looks at the first of each."""
+
+    def __init__(self) -> None:
+        self._queues: dict[Hashable, RetentionQueue[R]] = {}
+        self._held: dict[R, _Held] = {}
+        self._num_blocks: dict[Hashable, int] = {}
+        self._total = 0
+        self._largest: list[tuple[int, int, Hashable]] = []
+        self._number = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def add(
+        self,
+        item: R,
+        *,
+        tenant: Hashable,
+        num_blocks: int,
+        worth: Worth,
+        forecast: Forecast,
+        now_s: float,
+    ) -> None:
+        """Enter ``item``, which keeps so many blocks, as used now."""
+        self.discard(item)
+        self._held[item] = _Held(tenant, num_blocks)
+        self._count(tenant, num_blocks)
+        self._queues.setdefault(tenant, RetentionQueue()).add(item, worth, forecast, now_s)
+
+    def discard(self, item: R) -> None:
+        """Take ``item`` out; a no-op when it is not in."""
+        held = self._held.pop(item, None)
+        if held is None:
+            return
+        self._count(held.tenant, -held.num_blocks)
+        queue = self._queues[held.tenant]
+        queue.discard(item)
+        if not len(queue):
+            del self._queues[held.tenant]
+            del self._num_blocks[held.tenant]
+
+    def supersede(self, item: R) -> None:
+        """Let ``item`` go before all that are live; a no-op when it is not in."""
+        held = self._held.get(item)
+        if held is not None:
+            self._queues[held.tenant].supersede(item)
+
+    def next_victim(self, now_s: float, keep: R | None = None) -> R | None:
+        """The residency to demote first, sparing ``keep``; None when nothing is left."""
+        if len(self._queues) > MANY:
+            found = self._first_of([self._largest_holder()], now_s, keep)
+            if found is not None:
+                return found
+        return self._first_of(self._queues, now_s, keep)
+
+    def _first_of(self, tenants: Iterable[Hashable], now_s: float, keep: R | None) -> R | None:
+        firsts = []
+        for tenant in tenants:
+            queue = self._queues[tenant]
+            item = queue.next_victim(now_s, keep)
+            if item is not None:
+                firsts.append((queue.rank(item), tenant, item))
+        if not firsts:
+            return None
+        best = min(firsts, key=lambda first: first[0])
+        if best[0][0] is not Worth.SUPERSEDED:
+            part = self._total / len(self._queues)
+            above = [first for first in firsts if self._num_blocks[first[1]] > part]
+            best = min(above or firsts, key=lambda first: first[0])
+        return best[2]
+
+    def _largest_holder(self) -> Hashable:
+        while True:
+            negative, _, tenant = self._largest[0]
+            if self._num_blocks.get(tenant) == -negative:
+                return tenant
+            heapq.heappop(self._largest)
+
+    def _count(self, tenant: Hashable, num_blocks: int) -> None:
+        self._total += num_blocks
+        held = self._num_blocks[tenant] = self._num_blocks.get(tenant, 0) + num_blocks
+        heapq.heappush(self._largest, (-held, next(self._number), tenant))
+        if len(self._largest) > 64 + 4 * len(self._num_blocks):
+            self._largest = [
+                (-blocks, next(self._number), each) for each, blocks in self._num_blocks.items()
+            ]
+            heapq.heapify(self._largest)
+
+    def expired(self, deadline_s: float) -> list[R]:
+        """Those last used before ``deadline_s``, oldest first for each tenant."""
+        return [item for queue in self._queues.values() for item in queue.expired(deadline_s)]
