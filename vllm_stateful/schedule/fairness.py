@@ -21,7 +21,7 @@ from vllm_stateful.schedule.retention import RetentionQueue, Worth
 
 R = TypeVar("R", bound=Hashable)
 
-MANY = 64
+MANY = 4
 """Tenants that are all looked at."""
 
 
@@ -92,7 +92,7 @@ class FairQueue(Generic[R]):
             queue = self._queues[tenant]
             item = queue.next_victim(now_s, keep)
             if item is not None:
-                firsts.append((queue.rank(item), tenant, item))
+                firsts.append((queue.rank(item, now_s), tenant, item))
         if not firsts:
             return None
         best = min(firsts, key=lambda first: first[0])

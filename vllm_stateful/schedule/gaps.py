@@ -14,6 +14,7 @@ and Gittins' index for the worth.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Hashable
 from enum import StrEnum
@@ -31,6 +32,8 @@ SHORTEST_S = 0.5
 LONGEST_S = 86400.0
 EDGES_S: Floats = np.concatenate([[0.0], np.geomspace(SHORTEST_S, LONGEST_S, NUM_BINS)])
 """Shape ``[NUM_BINS + 1]``: where the bins begin, and where the last one ends."""
+
+_EDGES_S: list[float] = EDGES_S.tolist()
 
 LOST_S = 7200.0
 """A session that is silent for so long is counted as lost, until it comes back."""
@@ -89,7 +92,7 @@ PRIORS = {
 
 def bin_of(seconds: float) -> int:
     """The bin that a time lies in; all that is longer than a day lies in the last."""
-    return min(NUM_BINS - 1, int(np.searchsorted(EDGES_S, seconds, side="right")) - 1)
+    return min(NUM_BINS, bisect_right(_EDGES_S, seconds)) - 1
 
 
 def _log_normal(prior: _Prior) -> Floats:
@@ -144,17 +147,11 @@ class Forecast:
         hits = returned[None, 1:] - returned[:-1, None]
         costs = kept[None, 1:] - kept[:-1, None]
         rates = np.divide(hits, costs, out=np.zeros_like(hits), where=costs > 0)
-        self._rates = rates.max(axis=1)
+        self._rates: list[float] = rates.max(axis=1).tolist()
 
     def rate(self, age_s: float) -> float:
         """Returns per second of a session that has waited for ``age_s``."""
-        return float(self._rates[bin_of(age_s)]) if age_s < LONGEST_S else 0.0
-
-    @staticmethod
-    def next_change_s(age_s: float) -> float:
-        """The age at which the rate changes next; infinite when it no longer does."""
-        place = int(np.searchsorted(EDGES_S, age_s, side="right"))
-        return float(EDGES_S[place]) if place <= NUM_BINS else math.inf
+        return self._rates[bin_of(age_s)] if age_s < LONGEST_S else 0.0
 
 
 class GapModel:

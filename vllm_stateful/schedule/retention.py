@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order in which idle residencies give their blocks back.
 
-Superseded histories go first. Among the others the one goes first whose return is expected least,
-per second for which its blocks would be kept (``schedule.gaps``). What is expected changes with the
-age of a wait, at a few dozen known times, so the order is a heap whose entries are renewed when
-their time comes: every operation is O(log n), and none looks at all entries.
+Superseded histories go first, in the order in which they were superseded. Among the others the one
+goes first whose return is expected least, per second for which its blocks would be kept
+(``schedule.gaps``). What is expected changes all the time, so nothing is kept in order: of up to
+``SAMPLE`` residencies all are looked at, of more a random sample of that size and the worst of
+earlier samples. Every operation is O(1).
+
+Source: sampled eviction as in least hit density (Beckmann et al., NSDI'18) and Redis.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
-import math
-from collections.abc import Hashable
-from dataclasses import dataclass
+import random
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
 from enum import IntEnum
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from vllm_stateful.schedule.gaps import Forecast
 
 R = TypeVar("R", bound=Hashable)
+
+SAMPLE = 32
+"""Residencies that are looked at to choose one; the choice is among the worst few percent."""
+
+NUM_RUNNERS_UP = 8
+"""The next worst of a sample, which are looked at again with the next one."""
 
 
 class Worth(IntEnum):
@@ -31,24 +38,28 @@ class Worth(IntEnum):
     """Its session may come back."""
 
 
-@dataclass(eq=False, slots=True)
-class _Entry(Generic[R]):
-    item: R
+class _Entry(NamedTuple):
     worth: Worth
     forecast: Forecast
     used_s: float
-    key: tuple[int, float, float, int]
-    """Smaller goes first: class, rate, last use, order of entry. The current one only counts."""
+
+
+Rank = tuple[Worth, float, float]
+"""Smaller goes first: class, rate of return, last use."""
 
 
 class RetentionQueue(Generic[R]):
-    """Idle residencies, ordered by who goes first. Times are those of one clock."""
+    """Idle residencies, and which goes first. Times are those of one clock."""
 
     def __init__(self) -> None:
-        self._entries: dict[R, _Entry[R]] = {}
-        self._order: list[tuple[tuple[int, float, float, int], _Entry[R]]] = []
-        self._changes: list[tuple[float, int, _Entry[R]]] = []
-        self._number = itertools.count()
+        self._entries: OrderedDict[R, _Entry] = OrderedDict()
+        """By last use."""
+        self._superseded: OrderedDict[R, None] = OrderedDict()
+        self._live: list[R] = []
+        self._places: dict[R, int] = {}
+        """Where in ``_live`` each is."""
+        self._runners_up: list[R] = []
+        self._chance = random.Random(0)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -56,47 +67,68 @@ class RetentionQueue(Generic[R]):
     def add(self, item: R, worth: Worth, forecast: Forecast, now_s: float) -> None:
         """Enter ``item`` as used now."""
         self.discard(item)
-        entry = _Entry(item, worth, forecast, now_s, (0, 0.0, 0.0, 0))
-        self._entries[item] = entry
-        self._enter(entry, now_s)
-        self._drop_stale()
+        self._entries[item] = _Entry(worth, forecast, now_s)
+        if worth is Worth.SUPERSEDED:
+            self._superseded[item] = None
+        else:
+            self._places[item] = len(self._live)
+            self._live.append(item)
 
     def discard(self, item: R) -> None:
         """Take ``item`` out; a no-op when it is not in."""
-        self._entries.pop(item, None)
+        if self._entries.pop(item, None) is not None:
+            self._superseded.pop(item, None)
+            self._drop_live(item)
 
     def supersede(self, item: R) -> None:
         """Let ``item`` go before all that are live; a no-op when it is not in."""
         entry = self._entries.get(item)
         if entry is not None:
-            entry.worth = Worth.SUPERSEDED
-            self._enter(entry, entry.used_s)
+            self._entries[item] = entry._replace(worth=Worth.SUPERSEDED)
+            self._superseded[item] = None
+            self._drop_live(item)
 
     def next_victim(self, now_s: float, keep: R | None = None) -> R | None:
         """The residency to demote first, sparing ``keep``; None when nothing is left."""
-        self._renew(now_s)
-        spared = None
-        while self._order:
-            key, entry = self._order[0]
-            if not self._is_current(key, entry):
-                heapq.heappop(self._order)
-            elif entry.item == keep:
-                spared = heapq.heappop(self._order)
-            else:
-                break
-        found = self._order[0][1].item if self._order else None
-        if spared is not None:
-            heapq.heappush(self._order, spared)
-        return found
+        for item in self._superseded:
+            if item != keep:
+                return item
+        ranked = sorted(
+            (self.rank(item, now_s), self._places[item])
+            for item in self._candidates()
+            if item != keep
+        )
+        worst = [self._live[place] for _, place in ranked[: 1 + NUM_RUNNERS_UP]]
+        self._runners_up = worst
+        return worst[0] if worst else None
 
-    def rank(self, item: R) -> tuple[Worth, float, float]:
-        """What it is ordered by, smallest first: class, rate, last use.
+    def rank(self, item: R, now_s: float) -> Rank:
+        """What ``item`` is compared by.
 
         Raises:
             KeyError: it is not in.
         """
-        entry = self._entries[item]
-        return (entry.worth, entry.key[1], entry.used_s)
+        worth, forecast, used_s = self._entries[item]
+        if worth is Worth.SUPERSEDED:
+            return worth, 0.0, used_s
+        return worth, forecast.rate(max(0.0, now_s - used_s)), used_s
+
+    def _candidates(self) -> Iterable[R]:
+        if len(self._live) <= SAMPLE:
+            return self._live
+        drawn = self._chance.choices(self._live, k=SAMPLE)
+        earlier = [item for item in self._runners_up if item in self._places]
+        return dict.fromkeys([*drawn, *earlier])
+
+    def _drop_live(self, item: R) -> None:
+        """The last one takes its place."""
+        place = self._places.pop(item, None)
+        if place is None:
+            return
+        last = self._live.pop()
+        if last != item:
+            self._live[place] = last
+            self._places[last] = place
 
     def expired(self, deadline_s: float) -> list[R]:
         """Those last used before ``deadline_s``, oldest first."""
@@ -106,32 +138,3 @@ class RetentionQueue(Generic[R]):
                 break
             found.append(item)
         return found
-
-    def _enter(self, entry: _Entry[R], now_s: float) -> None:
-        age_s = max(0.0, now_s - entry.used_s)
-        rate = 0.0 if entry.worth is Worth.SUPERSEDED else entry.forecast.rate(age_s)
-        entry.key = (entry.worth, rate, entry.used_s, next(self._number))
-        heapq.heappush(self._order, (entry.key, entry))
-        change_s = entry.used_s + entry.forecast.next_change_s(age_s)
-        if entry.worth is not Worth.SUPERSEDED and change_s < math.inf:
-            heapq.heappush(self._changes, (change_s, entry.key[-1], entry))
-
-    def _renew(self, now_s: float) -> None:
-        """Enter those again whose rate has changed."""
-        while self._changes and self._changes[0][0] <= now_s:
-            _, number, entry = heapq.heappop(self._changes)
-            if entry.key[-1] == number and self._entries.get(entry.item) is entry:
-                self._enter(entry, now_s)
-
-    def _is_current(self, key: tuple[int, float, float, int], entry: _Entry[R]) -> bool:
-        return entry.key is key and self._entries.get(entry.item) is entry
-
-    def _drop_stale(self) -> None:
-        """Rebuild the heaps when most of what they hold was taken out or renewed."""
-        if len(self._order) + len(self._changes) > 64 + 6 * len(self._entries):
-            live = list(self._entries.values())
-            self._order = [(entry.key, entry) for entry in live]
-            numbers = {entry.key[-1] for entry in live}
-            self._changes = [change for change in self._changes if change[1] in numbers]
-            heapq.heapify(self._order)
-            heapq.heapify(self._changes)

@@ -48,7 +48,7 @@ def test_one_tenant_is_ordered_by_what_is_expected() -> None:
 def test_who_holds_more_than_an_equal_part_gives_first() -> None:
     queue: FairQueue[str] = FairQueue()
     for number in range(4):
-        add(queue, f"a{number}", 10, soon=True)
+        add(queue, f"a{number}", 10, soon=True, now_s=float(number))
     add(queue, "b0", 10)
     assert drain(queue)[:3] == ["a0", "a1", "a2"]
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Histograms of gaps, and what they say a waiting session is worth."""
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -74,16 +72,6 @@ def test_the_worth_is_the_best_of_all_horizons(weights: list[float]) -> None:
             if kept > 1e-9:
                 best = max(best, hits / kept)
         assert forecast.rate(EDGES_S[start]) == pytest.approx(best, rel=1e-6, abs=1e-9)
-
-
-@given(st.floats(0, 2e5))
-def test_a_rate_holds_until_it_is_said_to_change(age_s: float) -> None:
-    forecast = GapModel().forecast("a", TOOL)
-    change_s = forecast.next_change_s(age_s)
-    assert change_s > age_s
-    end_s = min(change_s, 1e6)
-    assert forecast.rate((age_s + end_s) / 2) == forecast.rate(age_s)
-    assert math.isinf(change_s) == (age_s >= LONGEST_S)
 
 
 def test_a_slow_tool_is_learned_by_its_name() -> None:
