@@ -63,3 +63,21 @@ def test_without_a_marker_both_ends_are_decoded(before: int) -> None:
 
 def test_without_a_tokenizer_every_wait_is_for_the_user() -> None:
     assert called(None, MARKER, NAME) is None
+
+
+def test_a_tokenizer_that_fails_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OverflowError("id 70000 is beyond the vocabulary")
+
+    tokenizer = Tokenizer(has_marker=True)
+    tools = CalledTools(tokenizer)
+    request: Any = SimpleNamespace(output_token_ids=[MARKER, NAME])
+    assert tools(request) == "grep"
+    monkeypatch.setattr(tokenizer, "decode", fail)
+    assert tools(request) is None
+    monkeypatch.undo()
+    assert tools(request) is None
+
+
+def test_a_tokenizer_without_a_vocabulary_is_not_asked() -> None:
+    assert called(SimpleNamespace(), MARKER, NAME) is None

@@ -33,13 +33,32 @@ class CalledTools:
         if tokenizer is None:
             logger.warning("stateful: no tokenizer in the engine: tools are not told apart")
             return
-        vocabulary = tokenizer.get_vocab()
+        try:
+            vocabulary = tokenizer.get_vocab()
+        except Exception as error:
+            self._give_up(error)
+            return
         self._markers = frozenset(vocabulary[text] for text in MARKERS if text in vocabulary)
 
     def __call__(self, request: Request) -> str | None:
-        """The name of the tool; None when the answer calls none."""
+        """The name of the tool; None when the answer calls none.
+
+        Never fails: a tokenizer that cannot decode what the model generated (an id beyond its
+        vocabulary) must not end the engine. It is not asked again then.
+        """
         if self._tokenizer is None:
             return None
+        try:
+            return self._read(request)
+        except Exception as error:
+            self._give_up(error)
+            return None
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("stateful: tools are not told apart any more: %r", error)
+        self._tokenizer = None
+
+    def _read(self, request: Request) -> str | None:
         answer = list(request.output_token_ids)
         marked = [place for place, token in enumerate(answer) if token in self._markers]
         if marked:
