@@ -68,7 +68,7 @@ def measure(num_sessions: int) -> Timer:
             assert victim is not None
             queue.discard(victim)
             end_turn(victim, now_s)
-        timer.call("expired sessions are looked for", queue.expired, now_s - 1e6)
+        timer.call("expired sessions are looked for", queue.expired, now_s - 1e6, now_s)
     return timer
 
 

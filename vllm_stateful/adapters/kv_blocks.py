@@ -24,6 +24,7 @@ from vllm_stateful.adapters.turn import (
     Turn,
     bypass_reason,
     is_final,
+    output_array,
     session_of,
     start_turn,
     tokens_so_far,
@@ -139,7 +140,8 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         tokens = turn.prompt
         if request.num_tokens > len(tokens):  # preempted after it had generated something
             tokens = tokens_so_far(turn, request, request.num_tokens)
-        match = self.store.match(session_of(request), tokens, request.num_tokens - 1)
+        limit = request.num_tokens - 1
+        match = self.store.match(session_of(request), tokens, limit, turn.prompt_base)
         turn.session = match.session
         if not turn.has_arrived:
             turn.has_arrived = True
@@ -218,8 +220,8 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         if turn is not None and request.num_computed_tokens == 0:
             return self._admit(ask, turn)
         allocated = self._stock_allocate(ask)
-        if allocated is None and self._demoting_can_help(ask, 0):
-            while allocated is None and self._demote_one():
+        if allocated is None and (num_wanted := self._demoting_can_help(ask, 0)):
+            while allocated is None and self._demote_one(num_wanted):
                 allocated = self._stock_allocate(ask)
         return allocated
 
@@ -234,8 +236,9 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             turn.offer = None  # somebody replaced our answer
         started = time.perf_counter()
         allocated = self._adopt(ask, turn)
-        if allocated is None and self._demoting_can_help(ask, self._num_blocks_kept(turn)):
-            while allocated is None and self._demote_one(turn):
+        num_kept = self._num_blocks_kept(turn) if allocated is None else 0
+        if allocated is None and (num_wanted := self._demoting_can_help(ask, num_kept)):
+            while allocated is None and self._demote_one(num_wanted, turn):
                 allocated = self._adopt(ask, turn)
         turn.lookup_s += time.perf_counter() - started
         if allocated is None:
@@ -271,8 +274,8 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             return 0
         return len(offer.residency.blocks)
 
-    def _demoting_can_help(self, ask: Ask, num_kept: int) -> bool:
-        """Whether all pins together could satisfy the request; else none is worth losing.
+    def _demoting_can_help(self, ask: Ask, num_kept: int) -> int:
+        """How many blocks a refused request lacks; 0 when all pins together could not help.
 
         Args:
             ask: what was refused.
@@ -286,10 +289,12 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         if num_kept == 0 and ask.computed is not None:
             held += sum(1 for block in ask.computed.blocks[0] if block.ref_cnt > 0)
         needed = -(-min(num_tokens, self.max_model_len) // self._block_size) - held
-        pool = self.block_pool.get_num_free_blocks() + self.store.pins.num_pinned - num_kept
-        return bool(needed <= pool)
+        num_free = self.block_pool.get_num_free_blocks()
+        if needed > num_free + self.store.pins.num_pinned - num_kept:
+            return 0
+        return int(max(1, needed - num_free))
 
-    def _demote_one(self, turn: Turn | None = None) -> bool:
+    def _demote_one(self, num_wanted: int, turn: Turn | None = None) -> bool:
         """False when no residency is left to give.
 
         The one that the turn builds on goes last, and not at all when the turn continues it in
@@ -297,7 +302,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         """
         offer = None if turn is None else turn.offer
         base = None if offer is None else offer.residency
-        if self.store.demote_next(Demotion.PRESSURE, keep=base) is not None:
+        if self.store.demote_next(Demotion.PRESSURE, num_wanted, keep=base) is not None:
             return True
         if turn is None or offer is None or not offer.residency.is_idle:
             return False
@@ -366,11 +371,14 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         made = self.store.finish(
             FinishedTurn(
                 session=turn.session,
-                tokens=tokens_so_far(turn, request, frontier),
+                prompt=turn.prompt,
+                output=output_array(request),
+                frontier=frontier,
                 blocks=blocks[:num_kept],
                 borrowed=turn.borrowed,
                 base=None if turn.offer is None else turn.offer.residency,
                 num_base_tokens=0 if turn.offer is None else turn.offer.num_tokens,
+                version=turn.version,
                 tool=self.called_tool(request),
             )
         )

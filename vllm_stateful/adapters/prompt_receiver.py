@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -26,10 +26,11 @@ from vllm.v1.kv_hints import KvHintsEnvelope
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.prompt_sender import BASE_MISS
-from vllm_stateful.adapters.turn import PROMPT_ARRAY, WORKER_ARRAY
+from vllm_stateful.adapters.turn import PROMPT_ARRAY, PROMPT_NAMES, WORKER_ARRAY
 from vllm_stateful.config import load_config
+from vllm_stateful.prefix.residency import PromptBase
 from vllm_stateful.transport.bases import Base, BaseStore, Prompt
-from vllm_stateful.transport.header import ACTION, BaseMissError, PromptHeader
+from vllm_stateful.transport.header import ACTION, NO_VERSION, BaseMissError, PromptHeader
 
 logger = init_logger("vllm.stateful")
 
@@ -73,6 +74,7 @@ class PromptReceiver:
         finally:
             self._inherited.block_hashes = ()
         setattr(made, PROMPT_ARRAY, prompt.array)
+        setattr(made, PROMPT_NAMES, _names(header))
         if self._workers_take_arrays:
             setattr(made, WORKER_ARRAY, prompt.array)
         hashes = tuple(made.block_hashes)
@@ -116,6 +118,14 @@ def _take_label(request: EngineCoreRequest) -> PromptHeader | None:
         KvHintsEnvelope(hints.protocol_version, hints.message_id, others) if others else None
     )
     return PromptHeader.from_payload(labels[0].payload)
+
+
+def _names(header: PromptHeader) -> tuple[Hashable, PromptBase | None]:
+    """By what name later prompts refer to this one, and to which one it refers itself."""
+    version = None if header.version == NO_VERSION else (header.client, header.version)
+    if header.parent == NO_VERSION:
+        return version, None
+    return version, PromptBase((header.client, header.parent), header.num_parent_tokens)
 
 
 def _hash_key(request: EngineCoreRequest) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,12 +12,16 @@ import numpy as np
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.request import Request
 
+from vllm_stateful.api.retention_wish import hinted_seconds
 from vllm_stateful.api.session_identity import id_fault
-from vllm_stateful.prefix.residency import ANONYMOUS, Residency
+from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency
 from vllm_stateful.types import Bypass, Identity, Outcome, SessionKey, TokenArray
 
 CLOSE_ACTION = "session.close"
 """The KV hint that ends a session with this turn; set by ``adapters.identity``."""
+
+RETAIN_ACTION = "session.retain"
+"""The KV hint that says for how long to keep the session; payload ``{"seconds": number}``."""
 
 
 class Offer(NamedTuple):
@@ -34,6 +39,10 @@ class Turn:
 
     session: SessionKey
     prompt: TokenArray
+    version: Hashable = None
+    """The name of the prompt, by which a later one may refer to it."""
+    prompt_base: PromptBase | None = None
+    """The earlier prompt that this one was sent as a continuation of."""
     epoch: int = 0
     """Resets seen at its last lookup; KV computed before a reset is not kept."""
     offer: Offer | None = None
@@ -91,8 +100,20 @@ def is_final(request: Request) -> bool:
     return hints is not None and any(a.action_type == CLOSE_ACTION for a in hints.actions)
 
 
+def retention_wish(request: Request) -> float | None:
+    """For how many seconds without use the client wishes its session kept; None without a wish."""
+    if request.kv_hints is None:
+        return None
+    actions = (action for action in request.kv_hints.actions if action.action_type == RETAIN_ACTION)
+    return max((hinted_seconds(action.payload) or 0.0 for action in actions), default=0.0) or None
+
+
 PROMPT_ARRAY = "stateful_prompt_array"
 """Attribute that ``adapters.prompt_receiver`` sets on a request: its prompt as int32."""
+
+
+PROMPT_NAMES = "stateful_prompt_names"
+"""Attribute with its version and ``PromptBase``, set where it came with a header."""
 
 
 WORKER_ARRAY = "stateful_worker_array"
@@ -108,9 +129,15 @@ def start_turn(request: Request) -> Turn:
     """Begin the record of a turn; copies the prompt's ids where they are not at hand."""
     assert request.prompt_token_ids is not None
     array = prompt_array(request)
-    return Turn(
-        session_of(request), token_array(request.prompt_token_ids) if array is None else array
-    )
+    if array is None:
+        array = token_array(request.prompt_token_ids)
+    version, base = getattr(request, PROMPT_NAMES, (None, None))
+    return Turn(session_of(request), array, version, base)
+
+
+def output_array(request: Request) -> TokenArray:
+    """What was generated so far, shape ``[num_output_tokens]``."""
+    return token_array(list(request.output_token_ids))
 
 
 def tokens_so_far(turn: Turn, request: Request, num_tokens: int) -> TokenArray:
@@ -121,5 +148,4 @@ def tokens_so_far(turn: Turn, request: Request, num_tokens: int) -> TokenArray:
     num_output = num_tokens - len(turn.prompt)
     if num_output <= 0:
         return turn.prompt[:num_tokens]
-    output = token_array(list(request.output_token_ids[:num_output]))
-    return np.concatenate([turn.prompt, output])
+    return np.concatenate([turn.prompt, output_array(request)[:num_output]])

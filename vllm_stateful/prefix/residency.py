@@ -3,7 +3,8 @@
 
 A residency is an immutable fact: "these blocks hold the KV of exactly these tokens". Its last
 block may be partly filled; what lies behind the frontier is nobody's, so one turn at a time may
-append there in place while every other reader still sees what it was promised.
+append there in place while every other reader still sees what it was promised. Under pressure a
+residency gives up its end and stays as a smaller fact, which ends where a message does.
 
 The store owns one reference on each block of an *idle* residency. A turn that continues at the
 frontier *borrows* it: reference and block list move to the turn, nothing is touched or copied,
@@ -15,14 +16,14 @@ Source: arXiv:2605.26289 (persistent per-session KV, metadata-only aliasing).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vllm_stateful.prefix.pins import PinLedger
-from vllm_stateful.prefix.token_index import TokenIndex, common_prefix_len
+from vllm_stateful.prefix.radix_tree import NO_CUTS, Cuts, Known, PrefixMatch, RadixTree
 from vllm_stateful.schedule.fairness import FairQueue
 from vllm_stateful.schedule.gaps import Forecast, Wait, WaitKind
 from vllm_stateful.schedule.retention import Worth
@@ -31,6 +32,9 @@ from vllm_stateful.types import BlockIds, Demotion, Identity, Outcome, SessionKe
 
 MIN_SHARED_TOKENS = 16
 """A shorter common prefix (a template's opening) is no fork: copying a block costs more."""
+
+MIN_GIVEN_TOKENS = 256
+"""A residency that gives up some of its end gives at least so many tokens."""
 
 MAX_BRANCHES = 4
 """Residencies kept under one session id: parallel sub-agents often share their root's id."""
@@ -52,22 +56,29 @@ class Residency:
     """The KV of one finished turn."""
 
     session: SessionKey
-    tokens: TokenArray
-    """Shape ``[frontier]``: the tokens whose KV is computed."""
+    frontier: int
+    """The number of tokens whose KV is computed."""
     blocks: Blocks
     """``ceil(frontier / block_size)`` handles; grows in place while a turn borrows it."""
     block_ids: BlockIds
     forecast: Forecast
     """When its session is expected back."""
+    tree: RadixTree[Residency] = field(repr=False)
+    """Where its tokens are."""
     num_turns: int = 1
+    version: Hashable = None
+    """The name of the prompt that its turn had; None when it has none."""
+    wished_until_s: float = 0.0
+    """Until then its client asked to keep it."""
     borrower: str | None = None
     """The request that continues this residency in place, or None while it is idle."""
     superseded: bool = False
     alive: bool = True
 
     @property
-    def frontier(self) -> int:
-        return len(self.tokens)
+    def tokens(self) -> TokenArray:
+        """Shape ``[frontier]``: the tokens whose KV is computed. Put together, so O(frontier)."""
+        return np.asarray(self.tree.tokens_of(self), np.int32)
 
     @property
     def is_idle(self) -> bool:
@@ -77,6 +88,14 @@ class Residency:
     @property
     def worth(self) -> Worth:
         return Worth.SUPERSEDED if self.superseded else Worth.LIVE
+
+
+class PromptBase(NamedTuple):
+    """An earlier prompt that begins a prompt, as the transport knows (``transport.bases``)."""
+
+    version: Hashable
+    num_tokens: int
+    """How many tokens both share at least."""
 
 
 class Match(NamedTuple):
@@ -93,14 +112,31 @@ class FinishedTurn:
     """What a turn leaves behind."""
 
     session: SessionKey
-    tokens: TokenArray
+    prompt: TokenArray
+    output: TokenArray
+    frontier: int
+    """How many tokens of prompt and output have their KV in the blocks."""
     blocks: Blocks
     borrowed: Residency | None = None
     base: Residency | None = None
     """The residency it started from, borrowed or shared."""
     num_base_tokens: int = 0
+    version: Hashable = None
+    """The prompt's own name, by which a later one refers to it (``PromptBase``)."""
     tool: str | None = None
     """The tool that its answer calls; empty when its name is not known, None without a call."""
+    wish_s: float = 0.0
+    """For how long its client asked to keep it."""
+
+    def tokens_from(self, start: int) -> TokenArray:
+        """Those from a position up to the frontier."""
+        num_prompt = len(self.prompt)
+        if self.frontier <= num_prompt:
+            return self.prompt[start : self.frontier]
+        output = self.output[max(0, start - num_prompt) : self.frontier - num_prompt]
+        if start >= num_prompt:
+            return output
+        return np.concatenate([self.prompt[start:], output])
 
 
 class ResidencyStore:
@@ -127,7 +163,8 @@ class ResidencyStore:
         self.demotions = dict.fromkeys(Demotion, 0)
         self._release = release
         self._clock = clock
-        self._indexes: dict[Identity, TokenIndex[Residency]] = {}
+        self._trees: dict[Identity, RadixTree[Residency]] = {}
+        self._of_version: dict[Hashable, Residency] = {}
         self._sessions: dict[SessionKey, list[Residency]] = {}
         self._idle: FairQueue[Residency] = FairQueue()
         self.waits = WaitBook()
@@ -155,7 +192,9 @@ class ResidencyStore:
     def branches(self, session: SessionKey) -> tuple[Residency, ...]:
         return tuple(self._sessions.get(session, ()))
 
-    def match(self, session: SessionKey, tokens: TokenArray, limit: int) -> Match:
+    def match(
+        self, session: SessionKey, tokens: TokenArray, limit: int, base: PromptBase | None = None
+    ) -> Match:
         """Find what a turn can reuse. Read-only.
 
         Args:
@@ -163,29 +202,42 @@ class ResidencyStore:
                 breaks ties. An anonymous id is replaced by that of the session it continues.
             tokens: the prompt, shape ``[num_tokens]``.
             limit: most tokens that may be reused (vLLM must compute at least the last one).
+            base: what is known of the prompt's beginning; it is not compared again.
         """
-        index = self._indexes.get(session.identity)
-        wanted = tokens[:limit]
-        num_tokens, found = index.match(wanted) if index is not None else (0, None)
+        tree = self._trees.get(session.identity)
+        if tree is None:
+            return Match(session, Outcome.COLD, None, 0)
+        longest = tree.match(tokens[:limit], self._known(session, base))
+        num_tokens, found = longest.num_tokens, longest.value
         if found is None or num_tokens < min(MIN_SHARED_TOKENS, found.frontier, limit):
             return Match(session, Outcome.COLD, None, 0)
-        own = self._own_branch(session, wanted[:num_tokens])
+        own = self._own_branch(session, tree, longest)
         if own is not None:
             found, num_tokens = own, min(own.frontier, num_tokens)
         return self._classify(session, found, num_tokens, limit)
 
-    def _own_branch(self, session: SessionKey, shared: TokenArray) -> Residency | None:
+    def _known(self, session: SessionKey, base: PromptBase | None) -> Known[Residency] | None:
+        """The residency of the earlier prompt, if it is still here and nobody else's."""
+        found = None if base is None else self._of_version.get(base.version)
+        if base is None or found is None or found.session.identity != session.identity:
+            return None
+        return Known(found, min(base.num_tokens, found.frontier))
+
+    def _own_branch(
+        self, session: SessionKey, tree: RadixTree[Residency], longest: PrefixMatch[Residency]
+    ) -> Residency | None:
         """The session's own branch, unless somebody else's saves a whole block more.
 
         A fork computes its parent's last sampled token first, so it often matches one token
         further; that is no reason to leave one's own session.
         """
-        least = len(shared) - self.block_size + 1
+        assert longest.node is not None
+        least = longest.num_tokens - self.block_size + 1
         for branch in sorted(self.branches(session), key=lambda branch: branch.frontier):
             if branch.frontier < least:
                 continue
-            common = shared[: branch.frontier]
-            if np.array_equal(branch.tokens[: len(common)], common):
+            shared = min(branch.frontier, longest.num_tokens)
+            if tree.num_shared(branch, longest.node) >= shared:
                 return branch
         return None
 
@@ -237,22 +289,55 @@ class ResidencyStore:
         Returns:
             The new residency; None when an existing one of the session already covers it.
         """
-        assert len(turn.blocks) == -(-len(turn.tokens) // self.block_size)
+        assert len(turn.blocks) == -(-turn.frontier // self.block_size)
         num_turns = 1 if turn.borrowed is None else turn.borrowed.num_turns + 1
+        made = Residency(
+            turn.session,
+            turn.frontier,
+            turn.blocks,
+            self._block_ids(turn),
+            self._expect(turn, num_turns),
+            self._trees.setdefault(turn.session.identity, RadixTree()),
+            num_turns,
+            turn.version,
+            self._clock() + turn.wish_s,
+        )
+        self._plant(made, turn)
         if turn.borrowed is not None and turn.borrowed.alive:
             self._forget(turn.borrowed)
-        forecast = self._expect(turn, num_turns)
-        if self._is_covered(turn, forecast):
+        if self._is_covered(made):
+            self._uproot(made)
             self._release(reversed(turn.blocks))
             return None
         self._mark_superseded(turn)
-        self._make_room(turn)
-        ids = self._block_ids(turn)
-        made = Residency(turn.session, turn.tokens, turn.blocks, ids, forecast, num_turns)
+        self._make_room(made)
         self._sessions.setdefault(turn.session, []).append(made)
-        self._indexes.setdefault(turn.session.identity, TokenIndex()).insert(made.tokens, made)
         self._park(made)
         return made
+
+    def _plant(self, made: Residency, turn: FinishedTurn) -> None:
+        """Put its tokens into the tree: those behind the residency that the turn began with."""
+        known = None
+        base = turn.base
+        if base is not None and base.alive and base.session.identity == turn.session.identity:
+            known = Known(base, min(turn.num_base_tokens, base.frontier, made.frontier))
+        start = 0 if known is None else known.num_tokens
+        made.tree.insert(turn.tokens_from(start), made, known, self._cuts(turn, start))
+        if made.version is not None:
+            self._of_version[made.version] = made
+
+    def _cuts(self, turn: FinishedTurn, start: int) -> Cuts:
+        """Where the messages behind a position begin."""
+        return NO_CUTS
+
+    def _uproot(self, residency: Residency) -> None:
+        residency.alive = False
+        residency.tree.remove(residency)
+        identity = residency.session.identity
+        if not len(residency.tree) and self._trees.get(identity) is residency.tree:
+            del self._trees[identity]
+        if self._of_version.get(residency.version) is residency:
+            del self._of_version[residency.version]
 
     def _expect(self, turn: FinishedTurn, num_turns: int) -> Forecast:
         """When the session is expected back."""
@@ -280,21 +365,23 @@ class ResidencyStore:
             base.superseded = True
             self._idle.supersede(base)
 
-    def _is_covered(self, turn: FinishedTurn, forecast: Forecast) -> bool:
+    def _is_covered(self, made: Residency) -> bool:
         """Whether a branch of the session holds all that the turn computed (a repeated turn)."""
-        for branch in self.branches(turn.session):
-            if common_prefix_len(branch.tokens, turn.tokens) == len(turn.tokens):
-                branch.forecast = forecast
+        end = made.tree.node_of(made)
+        for branch in self.branches(made.session):
+            if made.tree.num_shared(branch, end) == made.frontier:
+                branch.forecast, branch.wished_until_s = made.forecast, made.wished_until_s
                 if branch.is_idle:
                     self._enter(branch)
                 return True
         return False
 
-    def _make_room(self, turn: FinishedTurn) -> None:
+    def _make_room(self, made: Residency) -> None:
         """Drop the branches that the turn covers, and the least worthy beyond the limit."""
-        idle = [branch for branch in self.branches(turn.session) if branch.is_idle]
+        idle = [branch for branch in self.branches(made.session) if branch.is_idle]
+        end = made.tree.node_of(made)
         for branch in [*idle]:
-            if common_prefix_len(branch.tokens, turn.tokens) == branch.frontier:
+            if made.tree.num_shared(branch, end) == branch.frontier:
                 self.demote(branch, Demotion.SUPERSEDED)
                 idle.remove(branch)
         idle.sort(key=lambda branch: branch.worth)
@@ -319,20 +406,62 @@ class ResidencyStore:
         self.demotions[why] += 1
         return before - self.pins.num_pinned
 
-    def demote_next(self, why: Demotion, keep: Residency | None = None) -> int | None:
-        """Demote the least valuable idle residency; None when there is none but ``keep``."""
+    def demote_next(
+        self, why: Demotion, num_wanted: int = 1, keep: Residency | None = None
+    ) -> int | None:
+        """Take blocks from the least valuable idle residency, from its end inwards.
+
+        What it gives up begins where a message does, where that is known; of what several sessions
+        have in common nothing is taken, but a residency that has no more than that is dropped.
+
+        Args:
+            why: for the count.
+            num_wanted: blocks; it gives fewer when it has no more, and more up to a message.
+            keep: is spared.
+
+        Returns:
+            The number of blocks that no idle residency holds any longer; None when there is none
+            but ``keep``.
+        """
         victim = self._idle.next_victim(self._clock(), keep)
-        return None if victim is None else self.demote(victim, why)
+        if victim is None:
+            return None
+        num_kept = 0 if victim.superseded else self._num_left(victim, num_wanted)
+        return self._cut_back(victim, num_kept, why) if num_kept else self.demote(victim, why)
+
+    def _num_left(self, victim: Residency, num_wanted: int) -> int:
+        """How many blocks it keeps when it gives so many and stops where a message begins."""
+        num_wanted = max(num_wanted, MIN_GIVEN_TOKENS // self.block_size)
+        for node in victim.tree.own_tail(victim):
+            num_kept = -(-node.start // self.block_size)
+            if node.is_cut and num_kept <= len(victim.blocks) - num_wanted:
+                return num_kept
+        return 0
+
+    def _cut_back(self, residency: Residency, num_kept: int, why: Demotion) -> int:
+        """Give up all but the first blocks. What is left ends with a whole block."""
+        before = self.pins.num_pinned
+        given, ids = residency.blocks[num_kept:], residency.block_ids[num_kept:]
+        residency.frontier = min(residency.frontier, num_kept * self.block_size)
+        residency.tree.shorten(residency, residency.frontier)
+        residency.blocks = residency.blocks[:num_kept]
+        residency.block_ids = residency.block_ids[:num_kept]
+        self.pins.unpin(ids)
+        self._idle.shrink(residency, num_kept)
+        self._release(reversed(given))
+        self.demotions[why] += 1
+        return before - self.pins.num_pinned
 
     def enforce_budget(self) -> None:
         """Demote until the pinned blocks fit their budget."""
         while self.pins.over_budget:
-            if self.demote_next(Demotion.BUDGET) is None:
+            num_wanted = self.pins.num_pinned - self.pins.budget_blocks
+            if self.demote_next(Demotion.BUDGET, num_wanted) is None:
                 return
 
     def expire(self, idle_s: float) -> None:
         """Demote what was not used for ``idle_s`` seconds."""
-        for residency in self._idle.expired(self._clock() - idle_s):
+        for residency in self._idle.expired(self._clock() - idle_s, self._clock()):
             self.demote(residency, Demotion.IDLE)
 
     def close(self, session: SessionKey) -> int:
@@ -366,16 +495,13 @@ class ResidencyStore:
             worth=residency.worth,
             forecast=residency.forecast,
             now_s=self._clock(),
+            wished_until_s=residency.wished_until_s,
         )
 
     def _forget(self, residency: Residency) -> None:
-        residency.alive = False
         self._idle.discard(residency)
         branches = self._sessions[residency.session]
         branches.remove(residency)
         if not branches:
             del self._sessions[residency.session]
-        index = self._indexes[residency.session.identity]
-        index.remove(residency)
-        if not len(index):
-            del self._indexes[residency.session.identity]
+        self._uproot(residency)

@@ -13,7 +13,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vllm_stateful.prefix.token_index import TokenIndex
+from vllm_stateful.prefix.radix_tree import RadixTree
 from vllm_stateful.render.safe_cuts import ByteArray, Cuts
 from vllm_stateful.transport.prompt_ids import LastPlace
 
@@ -89,7 +89,7 @@ class TextMemory:
         self.num_bytes = 0
         self._lock = threading.Lock()
         self._entries: OrderedDict[int, Entry] = OrderedDict()
-        self._indexes: dict[Hashable, TokenIndex[Entry]] = {}
+        self._indexes: dict[Hashable, RadixTree[Entry]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -100,7 +100,7 @@ class TextMemory:
             index = self._indexes.get(scope)
             if index is None:
                 return None
-            num_bytes, entry = index.match(text)
+            num_bytes, entry, _ = index.match(text)
             if entry is None:
                 return None
             self._entries.move_to_end(entry.version)
@@ -113,7 +113,7 @@ class TextMemory:
                 self._drop(instead_of.entry.version)
             if made.cost > self.max_bytes or len(text) == 0:
                 return
-            self._indexes.setdefault(made.scope, TokenIndex()).insert(text, made)
+            self._indexes.setdefault(made.scope, RadixTree()).insert(text, made)
             self._entries[made.version] = made
             self.num_bytes += made.cost
             self._shrink()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -28,6 +29,9 @@ MANY = 4
 class _Held(NamedTuple):
     tenant: Hashable
     num_blocks: int
+    looked_at_s: float
+    """When it was last used, or found to have a wish that is not over."""
+    wished_until_s: float
 
 
 class FairQueue(Generic[R]):
@@ -35,7 +39,8 @@ class FairQueue(Generic[R]):
 
     def __init__(self) -> None:
         self._queues: dict[Hashable, RetentionQueue[R]] = {}
-        self._held: dict[R, _Held] = {}
+        self._held: OrderedDict[R, _Held] = OrderedDict()
+        """By the time in it."""
         self._num_blocks: dict[Hashable, int] = {}
         self._total = 0
         self._largest: list[tuple[int, int, Hashable]] = []
@@ -53,12 +58,21 @@ class FairQueue(Generic[R]):
         worth: Worth,
         forecast: Forecast,
         now_s: float,
+        wished_until_s: float = 0.0,
     ) -> None:
         """Enter ``item``, which keeps so many blocks, as used now."""
         self.discard(item)
-        self._held[item] = _Held(tenant, num_blocks)
+        self._held[item] = _Held(tenant, num_blocks, now_s, wished_until_s)
         self._count(tenant, num_blocks)
-        self._queues.setdefault(tenant, RetentionQueue()).add(item, worth, forecast, now_s)
+        queue = self._queues.setdefault(tenant, RetentionQueue())
+        queue.add(item, worth, forecast, now_s, wished_until_s)
+
+    def shrink(self, item: R, num_blocks: int) -> None:
+        """``item`` gave some of its blocks back and keeps so many. A no-op when it is not in."""
+        held = self._held.get(item)
+        if held is not None:
+            self._count(held.tenant, num_blocks - held.num_blocks)
+            self._held[item] = held._replace(num_blocks=num_blocks)
 
     def discard(self, item: R) -> None:
         """Take ``item`` out; a no-op when it is not in."""
@@ -119,6 +133,18 @@ class FairQueue(Generic[R]):
             ]
             heapq.heapify(self._largest)
 
-    def expired(self, deadline_s: float) -> list[R]:
-        """Those last used before ``deadline_s``, oldest first for each tenant."""
-        return [item for queue in self._queues.values() for item in queue.expired(deadline_s)]
+    def expired(self, deadline_s: float, now_s: float) -> list[R]:
+        """Those last used before ``deadline_s``, oldest first; not those with a wish that lasts.
+
+        Costs what is found: a wish is looked at again after as long as it was silent.
+        """
+        found: list[R] = []
+        wished: list[R] = []
+        for item, held in self._held.items():
+            if held.looked_at_s >= deadline_s:
+                break
+            (wished if held.wished_until_s > now_s else found).append(item)
+        for item in wished:
+            self._held[item] = self._held[item]._replace(looked_at_s=now_s)
+            self._held.move_to_end(item)
+        return found

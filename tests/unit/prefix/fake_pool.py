@@ -107,7 +107,9 @@ class FakeEngine:
         return self.store.finish(
             FinishedTurn(
                 session=turn.session,
-                tokens=array(tokens),
+                prompt=array(turn.prompt),
+                output=array(output),
+                frontier=len(tokens),
                 blocks=turn.blocks,
                 borrowed=turn.borrowed,
                 base=turn.match.residency,

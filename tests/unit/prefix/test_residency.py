@@ -181,7 +181,9 @@ def test_a_forfeited_residency_is_forgotten_and_its_blocks_stay_with_the_turn(
 def test_blocks_must_fit_the_tokens_exactly(engine: FakeEngine) -> None:
     blocks = engine.pool.take(1)
     with pytest.raises(AssertionError):
-        engine.store.finish(FinishedTurn(ALICE, array(HISTORY), blocks))
+        engine.store.finish(
+            FinishedTurn(ALICE, array(HISTORY), array([]), len(HISTORY), list(blocks))
+        )
 
 
 # ---- branches --------------------------------------------------------------------------------

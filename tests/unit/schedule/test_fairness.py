@@ -82,7 +82,33 @@ def test_expired_of_all_tenants() -> None:
     add(queue, "a0", 1, now_s=1.0)
     add(queue, "b0", 1, now_s=2.0)
     add(queue, "a1", 1, now_s=3.0)
-    assert sorted(queue.expired(2.5)) == ["a0", "b0"]
+    assert queue.expired(2.5, 10.0) == ["a0", "b0"]
+
+
+def test_a_wish_that_lasts_does_not_expire() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add(
+        "a0",
+        tenant="a",
+        num_blocks=1,
+        worth=Worth.LIVE,
+        forecast=USER,
+        now_s=0.0,
+        wished_until_s=50.0,
+    )
+    add(queue, "a1", 1, now_s=1.0)
+    assert queue.expired(20.0, 30.0) == ["a1"]
+    assert queue.expired(29.0, 55.0) == ["a1"]
+    assert queue.expired(40.0, 70.0) == ["a1", "a0"]
+
+
+def test_what_gave_blocks_back_counts_for_less() -> None:
+    queue: FairQueue[str] = FairQueue()
+    add(queue, "a0", 90)
+    add(queue, "b0", 60, now_s=1.0)
+    queue.shrink("a0", 30)
+    queue.shrink("stranger", 1)
+    assert queue.next_victim(2.0) == "b0"
 
 
 @given(

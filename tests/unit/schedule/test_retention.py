@@ -93,13 +93,22 @@ def test_discard_of_a_stranger_is_a_no_op() -> None:
     assert len(queue) == 5
 
 
-def test_expired_are_those_used_before_the_deadline_oldest_first() -> None:
+def test_wished_ones_go_last_until_their_wish_is_over() -> None:
     queue = five()
-    assert queue.expired(1.0) == []
-    assert queue.expired(2.5) == ["soon-old", "late-old"]
-    queue.add("soon-old", Worth.LIVE, SOON, 6.0)
-    assert queue.expired(5.5) == ["late-old", "superseded", "soon-new", "late-new"]
-    assert len(queue) == 5
+    queue.add("late-new", Worth.LIVE, LATE, 5.0, wished_until_s=50.0)
+    queue.add("late-old", Worth.LIVE, LATE, 5.0, wished_until_s=40.0)
+    assert set(drain(queue, 5.0)[-2:]) == {"late-old", "late-new"}
+    queue = five()
+    queue.add("late-new", Worth.LIVE, LATE, 5.0, wished_until_s=5.5)
+    assert queue.rank("late-new", 5.1)[0] is Worth.WISHED
+    assert drain(queue, 6.0)[1] == "late-new"
+
+
+def test_a_wished_history_that_was_edited_away_goes_first() -> None:
+    queue = five()
+    queue.add("soon-old", Worth.LIVE, SOON, 5.0, wished_until_s=50.0)
+    queue.supersede("soon-old")
+    assert set(drain(queue, 5.0)[:2]) == {"superseded", "soon-old"}
 
 
 FORECASTS = [returns_after(s, share) for s in (1.0, 30.0, 2000.0) for share in (0.3, 0.99)]
@@ -111,14 +120,19 @@ class QueueModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.queue: RetentionQueue[int] = RetentionQueue()
-        self.model: dict[int, tuple[Worth, Forecast, float]] = {}
+        self.model: dict[int, tuple[bool, Forecast, float, float]] = {}
         self.now_s = 0.0
 
-    @rule(item=st.integers(0, 9), worth=st.sampled_from(Worth), forecast=st.sampled_from(FORECASTS))
-    def add(self, item: int, worth: Worth, forecast: Forecast) -> None:
-        self.queue.add(item, worth, forecast, self.now_s)
-        self.model.pop(item, None)
-        self.model[item] = (worth, forecast, self.now_s)
+    @rule(
+        item=st.integers(0, 9),
+        worth=st.sampled_from([Worth.SUPERSEDED, Worth.LIVE]),
+        forecast=st.sampled_from(FORECASTS),
+        wish_s=st.sampled_from([0.0, 5.0, 300.0]),
+    )
+    def add(self, item: int, worth: Worth, forecast: Forecast, wish_s: float) -> None:
+        until_s = self.now_s + wish_s
+        self.queue.add(item, worth, forecast, self.now_s, until_s)
+        self.model[item] = (worth is Worth.SUPERSEDED, forecast, self.now_s, until_s)
 
     @rule(item=st.integers(0, 9))
     def discard(self, item: int) -> None:
@@ -129,7 +143,7 @@ class QueueModel(RuleBasedStateMachine):
     def supersede(self, item: int) -> None:
         self.queue.supersede(item)
         if item in self.model:
-            self.model[item] = (Worth.SUPERSEDED, *self.model[item][1:])
+            self.model[item] = (True, *self.model[item][1:])
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 7.0, 100.0, 5000.0, 90000.0]))
     def wait(self, seconds: float) -> None:
@@ -144,17 +158,16 @@ class QueueModel(RuleBasedStateMachine):
             assert others[victim] == min(others.values())
 
     def key(self, item: int) -> tuple[Worth, float, float]:
-        worth, forecast, used_s = self.model[item]
-        if worth is Worth.SUPERSEDED:
-            return worth, 0.0, 0.0
+        superseded, forecast, used_s, until_s = self.model[item]
+        if superseded:
+            return Worth.SUPERSEDED, 0.0, 0.0
+        worth = Worth.WISHED if until_s > self.now_s else Worth.LIVE
         return worth, forecast.rate(self.now_s - used_s), used_s
 
     @invariant()
     def holds_the_same(self) -> None:
         assert len(self.queue) == len(self.model)
-        assert self.queue.expired(self.now_s) == [
-            item for item, (_, _, used_s) in self.model.items() if used_s < self.now_s
-        ]
+        assert all(item in self.queue for item in self.model)
 
 
 TestQueueModel = QueueModel.TestCase
@@ -170,7 +183,7 @@ def test_of_many_a_sample_is_looked_at_and_superseded_ones_still_go_first() -> N
     for _ in range(500):
         victim = queue.next_victim(200.0)
         assert victim is not None
-        left = sorted(queue.rank(item, 200.0) for item in queue.expired(1e9))
+        left = sorted(queue.rank(item, 200.0) for item in range(-1, 2000) if item in queue)
         assert queue.rank(victim, 200.0) <= left[len(left) // 10]
         queue.discard(victim)
-    assert -1 not in queue.expired(1e9)
+    assert -1 not in queue

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long does a client wish that the KV of its conversation is kept?
+
+Three ways to say so are understood. A wish is soft: it says what is worth keeping, it never holds
+back another request, and one that cannot be read is none.
+
+    cache_control            Anthropic's breakpoint, `{"type": "ephemeral", "ttl": "5m" | "1h"}`: at
+                             system blocks, tools, content blocks (also those in a tool's result),
+                             or at the request. Chat clients (OpenRouter, LiteLLM, OpenCode) send it
+                             at messages, their content parts and functions too.
+    prompt_cache_retention   OpenAI: "in_memory" or "24h"
+    session.retain           a KV hint with the payload `{"seconds": number}`, in process
+
+The longest wish of a request counts, for all of its conversation. Anthropic keeps what stands before
+the last breakpoint of one hour for longer than what only stands before one of five minutes; here the
+session is kept as one, so all that a turn writes counts as written for the longest of its times.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Ttl = Literal["5m", "1h"]
+
+MAX_SECONDS = 86_400.0
+"""No wish is longer than a day."""
+
+_TTL_SECONDS: dict[Ttl, float] = {"5m": 300.0, "1h": 3600.0}
+_DEFAULT_TTL: Ttl = "5m"
+_LONGEST_TTL: Ttl = "1h"
+# OpenAI drops "in_memory" after 5 to 10 minutes without use.
+_RETENTION_SECONDS = {"in_memory": 600.0, "in-memory": 600.0, "24h": MAX_SECONDS}
+_KEY = "cache_control"
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionWish:
+    """What a request says about keeping its conversation.
+
+    seconds: without use, from the end of the turn on; 0 < seconds <= `MAX_SECONDS`.
+    ttl: the longest time at its `cache_control` breakpoints; None when it has none.
+    """
+
+    seconds: float
+    ttl: Ttl | None = None
+
+
+def retention_wish(body: object) -> RetentionWish | None:
+    """The wish in the parsed JSON body of a chat, responses or messages request.
+
+    Raises nothing, whatever the body holds.
+    """
+    if not isinstance(body, dict):
+        return None
+    ttl = _longest_ttl(body)
+    seconds = 0.0 if ttl is None else _TTL_SECONDS[ttl]
+    retention = body.get("prompt_cache_retention")
+    if isinstance(retention, str):
+        seconds = max(seconds, _RETENTION_SECONDS.get(retention, 0.0))
+    return RetentionWish(seconds, ttl) if seconds else None
+
+
+def hinted_seconds(payload: object) -> float | None:
+    """The wish in the payload of a `session.retain` hint; None when it cannot be read."""
+    seconds = payload.get("seconds") if isinstance(payload, Mapping) else None
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+        return None
+    return float(min(seconds, MAX_SECONDS)) if 0 < seconds < float("inf") else None
+
+
+def cache_creation(ttl: Ttl, num_written: int) -> dict[str, int]:
+    """Anthropic's breakdown of the tokens that a turn wrote: all under its longest time."""
+    return {f"ephemeral_{each}_input_tokens": num_written * (each == ttl) for each in _TTL_SECONDS}
+
+
+def _longest_ttl(body: dict[Any, Any]) -> Ttl | None:
+    """An hour at the head of the request is never outdone: the messages are not looked at then."""
+    longest = None
+    for find in (_in_head, _in_messages):
+        for control in find(body):
+            ttl = _ttl(control)
+            if ttl == _LONGEST_TTL:
+                return ttl
+            longest = ttl or longest
+    return longest
+
+
+def _ttl(control: object) -> Ttl | None:
+    if not isinstance(control, dict) or control.get("type") != "ephemeral":
+        return None
+    named = control.get("ttl")
+    if named is None:
+        return _DEFAULT_TTL
+    return next((ttl for ttl in _TTL_SECONDS if ttl == named), None)
+
+
+def _in_head(body: dict[Any, Any]) -> list[object]:
+    """What stands at the request, at the system prompt and at tools."""
+    found: list[object] = [body[_KEY]] if _KEY in body else []
+    for name in ("system", "tools"):
+        blocks = body.get(name)
+        if isinstance(blocks, list):
+            found += _of_blocks(blocks)
+    tools = body.get("tools")
+    if isinstance(tools, list):
+        found += _of_blocks([tool.get("function") for tool in tools if type(tool) is dict])
+    return found
+
+
+def _in_messages(body: dict[Any, Any]) -> list[object]:
+    """What stands at messages, their blocks and the blocks of tool results.
+
+    Plain loops over local names: conversations are long, and the event loop waits for this.
+    """
+    key, found = _KEY, []
+    for name in ("messages", "input"):
+        messages = body.get(name)
+        for message in messages if type(messages) is list else ():
+            if type(message) is not dict:
+                continue
+            if key in message:
+                found.append(message[key])
+            blocks = message.get("content")
+            for block in blocks if type(blocks) is list else ():
+                if type(block) is not dict:
+                    continue
+                if key in block:
+                    found.append(block[key])
+                inner = block.get("content")
+                for each in inner if type(inner) is list else ():
+                    if type(each) is dict and key in each:
+                        found.append(each[key])
+    return found
+
+
+def _of_blocks(blocks: list[Any]) -> list[object]:
+    return [block[_KEY] for block in blocks if type(block) is dict and _KEY in block]
