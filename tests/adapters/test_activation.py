@@ -224,10 +224,10 @@ def test_one_drifted_signature_turns_the_whole_feature_off_with_one_line(
 def test_a_drifted_feature_leaves_the_other_features_on(
     monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
-    (anthropic,) = (patch for patch in PATCHES if patch.feature == "anthropic-identity")
+    (anthropic,) = (patch for patch in PATCHES if patch.feature == "anthropic-usage")
     drift(monkeypatch, anthropic)
     activation.activate()
-    assert applied() == EVERYTHING - {"anthropic-metadata", "finished-answer"}
+    assert applied() == EVERYTHING - {"anthropic-usage", "finished-answer"}
     assert len(lines) == 1
 
 

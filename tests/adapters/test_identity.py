@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_stateful.adapters import identity
 from vllm_stateful.adapters.identity import (
     TenantMiddleware,
-    copy_metadata,
     identify,
     salt_of,
     stamp,
 )
-from vllm_stateful.adapters.turn import CLOSE_ACTION, is_final
+from vllm_stateful.adapters.turn import CLOSE_ACTION, RETAIN_ACTION, is_final, retention_wish
 from vllm_stateful.api import ResponseChain
 from vllm_stateful.api.session_identity import SALT_PREFIX
 
@@ -40,8 +41,9 @@ def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     identity.tenant_isolation.cache_clear()
 
 
-def http(headers: dict[str, str]) -> SimpleNamespace:
-    return SimpleNamespace(headers=headers)
+def http(headers: dict[str, str], sent: Any = None) -> SimpleNamespace:
+    """An HTTP request; `sent` is the body as starlette keeps it."""
+    return SimpleNamespace(headers=headers, state=SimpleNamespace(), _json=sent)
 
 
 def body(**fields: Any) -> SimpleNamespace:
@@ -286,16 +288,81 @@ def test_a_response_that_is_not_stored_starts_no_chain() -> None:
 # ---- Anthropic -------------------------------------------------------------------------------
 
 
-def test_metadata_is_copied_to_where_the_session_is_looked_for() -> None:
-    user = f"user_ab12_account_x_session_{SESSION}"
-    chat = SimpleNamespace()
-    for metadata in ({"user_id": user}, SimpleNamespace(model_dump=lambda: {"user_id": user})):
-        copy_metadata(SimpleNamespace(metadata=metadata), chat)
-        assert identify(chat, http({}), None) == f"metadata-user-id:{SESSION}"
+def test_metadata_that_vllm_drops_is_read_from_the_body() -> None:
+    sent_by_client = {"metadata": {"user_id": f"user_ab12_account_x_session_{SESSION}"}}
+    found = identify(body(), http({}, sent_by_client), None)
+    assert found == f"metadata-user-id:{SESSION}"
 
 
-@pytest.mark.parametrize("source", [SimpleNamespace(), SimpleNamespace(metadata=None)])
-def test_without_metadata_nothing_is_set(source: SimpleNamespace) -> None:
-    chat = SimpleNamespace()
-    copy_metadata(source, chat)
-    assert vars(chat) == {}
+def test_what_vllm_parsed_wins_over_the_body() -> None:
+    found = identify(body(session_id=SESSION), http({}, {"session_id": "session-other"}), SESSION)
+    assert found == SESSION
+
+
+@pytest.mark.parametrize("sent_by_client", [None, [], "text", 7, {"metadata": None}])
+def test_a_body_without_metadata_names_nothing(sent_by_client: Any) -> None:
+    assert not identify(body(), http({}, sent_by_client), None)
+
+
+# ---- wishes ----------------------------------------------------------------------------------
+
+DAY = {"prompt_cache_retention": "24h"}
+
+
+def wished(headers: dict[str, str], sent_by_client: Any) -> EngineCoreRequest:
+    return stamp(engine_request(identify(body(), http(headers, sent_by_client), None)))
+
+
+def test_a_wish_reaches_the_engine_as_a_hint() -> None:
+    request = wished({}, DAY)
+    assert request.kv_hints is not None
+    assert [action.action_type for action in request.kv_hints.actions] == [RETAIN_ACTION]
+    assert retention_wish(over_the_wire(request)) == 86_400
+
+
+def test_a_last_turn_may_carry_a_wish_too() -> None:
+    request = over_the_wire(wished(FINAL, DAY))
+    assert [action.action_id for action in request.kv_hints.actions] == ["0", "1"]
+    assert is_final(request)
+    assert retention_wish(request) == 86_400
+
+
+@pytest.mark.parametrize("sent_by_client", [None, {}, [DAY], {"prompt_cache_retention": "2h"}])
+def test_without_a_readable_wish_there_is_no_hint(sent_by_client: Any) -> None:
+    request = wished({}, sent_by_client)
+    assert request.kv_hints is None
+    assert retention_wish(over_the_wire(request)) is None
+
+
+def test_the_hints_of_the_clients_own_process_win() -> None:
+    request = engine_request(identify(body(), http({}, DAY), None))
+    request.kv_hints = theirs = hints({"seconds": 5})
+    assert stamp(request).kv_hints is theirs
+    assert retention_wish(over_the_wire(request)) == 5
+
+
+@pytest.mark.parametrize(
+    ("payloads", "seconds"),
+    [
+        ([], None),
+        ([{}], None),
+        ([{"seconds": 0}], None),
+        ([{"seconds": 60}, {"seconds": "x"}, {"seconds": 90.5}], 90.5),
+        ([{"seconds": 1e9}], 86_400),
+    ],
+)
+def test_the_longest_readable_hint_counts(payloads: list[Any], seconds: float | None) -> None:
+    request = engine_request()
+    request.kv_hints = hints(*payloads)
+    assert retention_wish(over_the_wire(request)) == seconds
+    assert not is_final(over_the_wire(request))
+
+
+def hints(*payloads: dict[str, Any]) -> KvHintsEnvelope:
+    actions = [KvHintAction("a", RETAIN_ACTION, "1", payload) for payload in payloads]
+    return KvHintsEnvelope("p", "m", [*actions, KvHintAction("b", "other", "1", {"seconds": 7})])
+
+
+def over_the_wire(request: EngineCoreRequest) -> Any:
+    """The request as the engine core gets it."""
+    return MsgpackDecoder(EngineCoreRequest).decode(MsgpackEncoder().encode(request))

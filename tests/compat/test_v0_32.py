@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 
@@ -22,13 +22,11 @@ if importlib.util.find_spec("vllm") is None:
 from vllm import plugins
 from vllm.config.scheduler import SchedulerConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.entrypoints.anthropic.protocol import (
-    AnthropicCountTokensRequest,
-    AnthropicMessagesRequest,
-)
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest, AnthropicUsage
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.reasoning.basic_parsers import BaseThinkingReasoningParser
 from vllm.renderers import hf
 from vllm.sampling_params import SamplingParams
@@ -45,7 +43,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.compat.patch import CompatError, Patch, call_shape
 from vllm_stateful.compat.v0_32 import (
-    anthropic_metadata,
+    anthropic_usage,
     cli_flags,
     engine_utility,
     request_identity,
@@ -54,7 +52,7 @@ from vllm_stateful.compat.v0_32 import (
 )
 
 OWNERS = {
-    "anthropic-metadata": AnthropicServingMessages,
+    "anthropic-usage": AnthropicServingMessages,
     "cli-flags": EngineArgs,
     "engine-utility": EngineCore,
     "request-identity": InputProcessor,
@@ -295,37 +293,44 @@ def test_stock_engine_core_has_no_room_for_a_plugin_operation() -> None:
     assert not [name for name in dir(EngineCoreProc) if "plugin" in name or name == "stateful"]
 
 
-# --- anthropic-metadata
+# --- anthropic-usage
+
+BREAKPOINT = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 
 
 def messages_request() -> AnthropicMessagesRequest:
+    text = {"type": "text", "text": "hi", **BREAKPOINT}
     return AnthropicMessagesRequest(
         model="m",
         max_tokens=3,
-        messages=[{"role": "user", "content": "hi"}],
+        messages=[{"role": "user", "content": [text]}],
+        tools=[{"name": "f", "input_schema": {}, **BREAKPOINT}],
         metadata={"user_id": "user_1_session_2"},
+        **BREAKPOINT,
     )
 
 
-def test_anthropic_metadata_hook_sees_both_requests() -> None:
-    convert = AnthropicServingMessages.to_chat_completion_request
-    random = {"request_id"}
-    stock = convert(messages_request(), merge_inline_system=True)
-    anthropic_metadata.PATCH.apply()
-    convert = AnthropicServingMessages.to_chat_completion_request
-    unchanged = convert(messages_request(), merge_inline_system=True)
-    assert unchanged.model_dump(exclude=random) == stock.model_dump(exclude=random)
-
-    def carry(anthropic: Any, chat: Any) -> None:
-        if metadata := getattr(anthropic, "metadata", None):
-            chat.user = metadata["user_id"]
-
-    anthropic_metadata.hook.set(carry)
-    assert convert(messages_request()).user == "user_1_session_2"
-    counting = AnthropicCountTokensRequest(model="m", messages=[{"role": "user", "content": "hi"}])
-    assert convert(counting).user is None
+def answer_to(request: AnthropicMessagesRequest, raw_request: Any, answer: Any) -> Any:
+    """What `create_messages` returns when the chat completion behind it is `answer`."""
+    serving = object.__new__(AnthropicServingMessages)
+    serving._merge_inline_system = False
+    serving.create_chat_completion = AsyncMock(return_value=answer)
+    return asyncio.run(serving.create_messages(request, raw_request))
 
 
-def test_stock_drops_the_metadata_of_an_anthropic_request() -> None:
-    request = AnthropicServingMessages.to_chat_completion_request(messages_request())
-    assert "user_1_session_2" not in request.model_dump_json()
+def test_anthropic_usage_hook_has_the_last_word() -> None:
+    error = ErrorResponse(error=ErrorInfo(message="m", type="t", code=400))
+    assert answer_to(messages_request(), None, error) is error
+    anthropic_usage.PATCH.apply()
+    assert answer_to(messages_request(), None, error) is error
+    anthropic_usage.hook.set(lambda raw_request, answer: (raw_request, answer))
+    assert answer_to(messages_request(), "raw", error) == ("raw", error)
+
+
+def test_stock_drops_the_breakpoints_and_the_metadata_of_an_anthropic_request() -> None:
+    """So both are read from the body, and the usage knows of no times."""
+    request = messages_request()
+    assert "ephemeral" not in request.model_dump_json()
+    chat = AnthropicServingMessages.to_chat_completion_request(request)
+    assert "user_1_session_2" not in chat.model_dump_json()
+    assert "cache_creation" not in AnthropicUsage.model_fields

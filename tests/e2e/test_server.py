@@ -160,6 +160,46 @@ def test_anthropic_messages_resume_by_metadata(server: Server) -> None:
     assert close(server, f"metadata-user-id:{session}").status_code == 200
 
 
+def test_an_anthropic_client_that_asks_for_an_hour_is_told_what_was_written(
+    server: Server,
+) -> None:
+    client = anthropic.Anthropic(base_url=server.url, api_key="tenant-one", max_retries=0)
+    hour = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+    topic = {"type": "text", "text": f"Topic {uuid.uuid4().hex}. {SYSTEM}"}
+    messages: list[Any] = [{"role": "user", "content": "What is the capital of Spain?"}]
+    options: dict[str, Any] = {"model": "smollm2", "system": [{**topic, **hour}]}
+    more = {"max_tokens": 12, "extra_body": {"temperature": 0}}
+
+    def check(usage: Any, written_1h: int, written_5m: int) -> None:
+        prompt = client.messages.count_tokens(messages=messages, **options).input_tokens
+        written = usage.cache_creation_input_tokens
+        assert usage.input_tokens + usage.cache_read_input_tokens + written == prompt
+        assert (written + usage.cache_read_input_tokens) % 32 == 0 or not written
+        assert written_1h == written > 0 == written_5m
+
+    first = client.messages.create(messages=messages, **options, **more)
+    split = first.usage.cache_creation
+    assert first.usage.cache_read_input_tokens == 0
+    check(first.usage, split.ephemeral_1h_input_tokens, split.ephemeral_5m_input_tokens)
+
+    messages += [{"role": "assistant", "content": first.content[0].text}]
+    messages += [{"role": "user", "content": [{"type": "text", "text": f"Why? {SYSTEM}"}]}]
+    for event in client.messages.create(messages=messages, **options, **more, stream=True):
+        if event.type == "message_start":
+            assert event.message.usage.cache_creation is None
+        elif event.type == "message_delta":
+            second = event.usage
+    tokens = first.usage.input_tokens + first.usage.cache_creation_input_tokens
+    assert second.cache_read_input_tokens == tokens + first.usage.output_tokens - 1
+    split = second.cache_creation
+    check(second, split["ephemeral_1h_input_tokens"], split["ephemeral_5m_input_tokens"])
+
+    options["system"] = [topic]
+    third = client.messages.create(messages=messages, **options, **more)
+    assert third.usage.cache_creation is None
+    assert third.usage.cache_read_input_tokens > second.cache_read_input_tokens
+
+
 def test_two_tenants_with_one_session_id_share_nothing(server: Server) -> None:
     messages, headers = conversation(uuid.uuid4().hex), new_id()
     assert cached(server.chat(messages, "tenant-one", extra_headers=headers)) == 0

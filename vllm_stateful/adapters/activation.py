@@ -13,7 +13,7 @@ from vllm_stateful.compat import probe
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.compat.patch import CompatError, Patch, apply_all
 from vllm_stateful.compat.v0_32 import (
-    anthropic_metadata,
+    anthropic_usage,
     cli_flags,
     detokenizer_prompt,
     engine_utility,
@@ -150,7 +150,7 @@ def _fill_hooks() -> None:
     session_identity.hook.set(_identify)
     request_identity.hook.set(_stamp)
     engine_utility.hook.set(_utility)
-    anthropic_metadata.hook.set(_copy_metadata)
+    anthropic_usage.hook.set(_with_cache_creation)
     detokenizer_prompt.hook.set(_with_prompt_tail)
     prompt_send.hook.set(_pack)
     prompt_answers.hook.set(_take_misses)
@@ -185,10 +185,10 @@ def _stamp(request: Any) -> Any:
     return stamp(request)
 
 
-def _copy_metadata(anthropic_request: Any, chat_request: Any) -> None:
-    from vllm_stateful.adapters.identity import copy_metadata
+def _with_cache_creation(raw_request: Any, answer: Any) -> Any:
+    from vllm_stateful.adapters.anthropic_usage import with_cache_creation
 
-    copy_metadata(anthropic_request, chat_request)
+    return with_cache_creation(raw_request, answer)
 
 
 def _with_prompt_tail(tokenizer: Any, request: Any) -> Any:

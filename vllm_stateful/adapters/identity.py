@@ -4,10 +4,11 @@
 vLLM asks for a session id once per HTTP request, just before it hands the prompt to the engine.
 What is found then rides on the answer (a ``str`` that knows its ``TurnIdentity``), and is put on
 the ``EngineCoreRequest`` as that is made: the session in ``session_id``, the tenant folded into
-``cache_salt`` (so that vLLM's own block hashes keep tenants apart too), the end of a session as a
-KV hint. A context variable set there would not do: vLLM runs a handler in a task of its own, and
-the request of a streamed response is made in another. Routes that never ask for a session id
-(token-in-token-out and others) get their tenant from ``TenantMiddleware``, which is outside both.
+``cache_salt`` (so that vLLM's own block hashes keep tenants apart too), the end of a session and
+the wish to keep it as KV hints. A context variable set there would not do: vLLM runs a handler in a
+task of its own, and the request of a streamed response is made in another. Routes that never ask
+for a session id (token-in-token-out and others) get their tenant from ``TenantMiddleware``, which
+is outside both.
 """
 
 from __future__ import annotations
@@ -20,8 +21,16 @@ from starlette.datastructures import Headers
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
-from vllm_stateful.adapters.turn import CLOSE_ACTION
-from vllm_stateful.api import ResponseChain, TurnIdentity, resolve_turn, scoped_salt, tenant_of
+from vllm_stateful.adapters.sent_body import sent_body, wish_of
+from vllm_stateful.adapters.turn import CLOSE_ACTION, RETAIN_ACTION
+from vllm_stateful.api import (
+    ResponseChain,
+    RetentionWish,
+    TurnIdentity,
+    resolve_turn,
+    scoped_salt,
+    tenant_of,
+)
 from vllm_stateful.api.session_identity import id_fault
 from vllm_stateful.config import load_config
 
@@ -33,13 +42,17 @@ _responses = ResponseChain()
 class IdentifiedSession(str):
     """A session id on its way through vLLM's API process; empty when there is none."""
 
-    __slots__ = ("identity",)
+    __slots__ = ("identity", "wish")
     identity: TurnIdentity
+    wish: RetentionWish | None
 
     @classmethod
-    def of(cls, session_id: str | None, identity: TurnIdentity) -> IdentifiedSession:
+    def of(
+        cls, session_id: str | None, identity: TurnIdentity, wish: RetentionWish | None
+    ) -> IdentifiedSession:
         made = cls(session_id or "")
         made.identity = identity
+        made.wish = wish
         return made
 
 
@@ -82,14 +95,19 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
     """Hook of ``session-identity``: the session id that the engine is told, and whose it is.
 
     Args:
-        request: vLLM's parsed chat, completion or responses request.
+        request: vLLM's parsed chat, completion or responses request. Made from an Anthropic
+            request it lacks fields (``metadata``): these are read from the body.
         raw_request: the HTTP request, or None when there is none.
         stock: the id that vLLM itself found.
     """
     headers = {} if raw_request is None else raw_request.headers
-    identity = resolve_turn(
-        headers, lambda name: getattr(request, name, None), tenant_isolation=tenant_isolation()
-    )
+    body = sent_body(raw_request)
+
+    def field(name: str) -> object:
+        value = getattr(request, name, None)
+        return body.get(name) if value is None else value
+
+    identity = resolve_turn(headers, field, tenant_isolation=tenant_isolation())
     if hasattr(request, "previous_response_id"):
         identity = _responses.resolve(
             identity,
@@ -99,31 +117,36 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
         )
     if identity.session_id is None and stock is not None and id_fault(stock) is None:
         stock = None  # a gateway's cookie: it names a server
-    return IdentifiedSession.of(identity.session_id or stock, identity)
+    return IdentifiedSession.of(identity.session_id or stock, identity, wish_of(raw_request))
 
 
 def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
-    """Hook of ``request-identity``: tenant and end of session, on the request to the engine."""
+    """Hook of ``request-identity``: tenant, end of session and wish, on the request to the engine.
+
+    Hints that it has already, from the client's own process, are kept as they are.
+    """
     found = request.session_id
     request.session_id = str(found) if found else _offline_session_id(request)
     if not isinstance(found, IdentifiedSession):
         request.cache_salt = scoped_salt(_tenant.get(), request.cache_salt)
         return request
-    identity = found.identity
-    request.cache_salt = scoped_salt(identity.tenant, request.cache_salt)
-    if identity.final and request.kv_hints is None:
-        close = KvHintAction("0", CLOSE_ACTION, "1", {})
-        request.kv_hints = KvHintsEnvelope(HINTS_PROTOCOL, request.request_id, [close])
+    request.cache_salt = scoped_salt(found.identity.tenant, request.cache_salt)
+    if request.kv_hints is None:
+        request.kv_hints = _hints(found, request.request_id)
     return request
 
 
-def copy_metadata(anthropic_request: Any, chat_request: Any) -> None:
-    """Hook of ``anthropic-metadata``: keep ``metadata`` where ``identify`` finds it."""
-    metadata = getattr(anthropic_request, "metadata", None)
-    if metadata is not None and hasattr(metadata, "model_dump"):
-        metadata = metadata.model_dump()
-    if isinstance(metadata, dict):
-        chat_request.metadata = metadata
+def _hints(found: IdentifiedSession, message_id: str) -> KvHintsEnvelope | None:
+    said: list[tuple[str, dict[str, Any]]] = []
+    if found.identity.final:
+        said.append((CLOSE_ACTION, {}))
+    if found.wish is not None:
+        said.append((RETAIN_ACTION, {"seconds": found.wish.seconds}))
+    actions = [
+        KvHintAction(str(number), action, "1", payload)
+        for number, (action, payload) in enumerate(said)
+    ]
+    return KvHintsEnvelope(HINTS_PROTOCOL, message_id, actions) if actions else None
 
 
 def salt_of(headers: Any, cache_salt: str | None) -> str | None:

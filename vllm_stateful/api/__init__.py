@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 0 of a turn: which session, and which tenant, an HTTP request belongs to."""
+"""Stage 0 of a turn: which session and tenant an HTTP request belongs to, and what it wishes."""
 
 from vllm_stateful.api.response_chain import ResponseChain
+from vllm_stateful.api.retention_wish import RetentionWish, retention_wish
 from vllm_stateful.api.session_identity import (
     Source,
     TurnIdentity,
@@ -12,9 +13,11 @@ from vllm_stateful.api.session_identity import (
 
 __all__ = [
     "ResponseChain",
+    "RetentionWish",
     "Source",
     "TurnIdentity",
     "resolve_turn",
+    "retention_wish",
     "scoped_salt",
     "tenant_of",
 ]

@@ -11,9 +11,10 @@ back another request, and one that cannot be read is none.
     prompt_cache_retention   OpenAI: "in_memory" or "24h"
     session.retain           a KV hint with the payload `{"seconds": number}`, in process
 
-The longest wish of a request counts, for all of its conversation. Anthropic keeps what stands before
-the last breakpoint of one hour for longer than what only stands before one of five minutes; here the
-session is kept as one, so all that a turn writes counts as written for the longest of its times.
+The longest wish of a request counts, for all of its conversation. Anthropic keeps what stands
+before the last breakpoint of one hour for longer than what only stands before one of five minutes;
+here the session is kept as one, so all that a turn writes counts as written for the longest of its
+times.
 """
 
 from collections.abc import Mapping

@@ -6,7 +6,7 @@ import textwrap
 from vllm_stateful.compat import probe
 from vllm_stateful.compat.patch import CompatError, Patch
 from vllm_stateful.compat.v0_32 import (
-    anthropic_metadata,
+    anthropic_usage,
     cli_flags,
     detokenizer_prompt,
     engine_utility,
@@ -30,7 +30,7 @@ PATCHES: tuple[Patch, ...] = (
     session_identity.PATCH,
     request_identity.PATCH,
     engine_utility.PATCH,
-    anthropic_metadata.PATCH,
+    anthropic_usage.PATCH,
     detokenizer_prompt.PATCH,
     prompt_send.PATCH,
     prompt_answers.PATCH,
