@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from simulated_engine import SimulatedEngine, expected_answer
 
 from vllm_stateful.adapters.invariants import check_pool
-from vllm_stateful.prefix import residency
+from vllm_stateful.prefix import residency_store
 
 NUM_BLOCKS = 40
 MAX_PROMPT = 80
@@ -194,7 +194,7 @@ class AgentSessionsAsync(AgentSessions):
 
 @pytest.fixture(autouse=True)
 def _tiny_sessions_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency, "MIN_SHARED_TOKENS", 2)
+    monkeypatch.setattr(residency_store, "MIN_SHARED_TOKENS", 2)
 
 
 class AgentSessionsWithDrafts(AgentSessions):

@@ -19,7 +19,13 @@ PREFIX = "vllm_stateful_"
 def snapshot(**values: Any) -> dict[str, Any]:
     """What an engine sends, all zero but for ``values``."""
     gauges = {"num_sessions": 0, "num_blocks_pinned": 0, "num_blocks_budget": 0}
-    return {**TurnCounts().snapshot({}), "waits": {}, **gauges, **values}
+    return {
+        **TurnCounts().snapshot({}),
+        "waits": {},
+        "num_reasoning_dropped": 0,
+        **gauges,
+        **values,
+    }
 
 
 class Exported:

@@ -25,12 +25,15 @@ from vllm_stateful.adapters.turn import (
     bypass_reason,
     is_final,
     output_array,
+    retention_wish,
     session_of,
     start_turn,
     tokens_so_far,
 )
 from vllm_stateful.observe.turn_counts import TurnCounts
-from vllm_stateful.prefix.residency import FinishedTurn, Match, Residency, ResidencyStore
+from vllm_stateful.prefix.boundaries import BoundaryRules
+from vllm_stateful.prefix.residency import FinishedTurn, Match, Residency
+from vllm_stateful.prefix.residency_store import ResidencyStore
 from vllm_stateful.types import Bypass, Demotion, Outcome, SessionKey
 
 
@@ -71,6 +74,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         idle_seconds: float,
         clock: Callable[[], float],
         called_tool: Callable[[Request], str | None],
+        rules: BoundaryRules | None,
     ) -> None:
         """Add the residencies' state to a manager that the stock constructor made."""
         num_blocks = self.block_pool.num_gpu_blocks
@@ -80,6 +84,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             budget_blocks=int(pin_fraction * (num_blocks - 1)),
             release=self.block_pool.free_blocks,
             clock=clock,
+            rules=rules,
         )
         self.turns = {}
         self.bypassed = set()
@@ -317,6 +322,9 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         self.turn_counts.admitted(outcome, ask.num_computed, ask.request.num_prompt_tokens)
         if turn.offer is not None:
             self.turn_counts.resumed_after(turn.lookup_s)
+        if turn.offer is not None and outcome is Outcome.DIVERGED:
+            _, residency, num_tokens, _ = turn.offer
+            self.turn_counts.edited(self.store.kind_at(residency, num_tokens).name.lower())
 
     # ---- keep it -------------------------------------------------------------------------
 
@@ -380,6 +388,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
                 num_base_tokens=0 if turn.offer is None else turn.offer.num_tokens,
                 version=turn.version,
                 tool=self.called_tool(request),
+                wish_s=retention_wish(request) or 0.0,
             )
         )
         if made is not None and len(made.blocks) > self.store.pins.budget_blocks:

@@ -32,6 +32,21 @@ METRICS: tuple[Metric, ...] = (
         "Turns that were left to stock vLLM, by reason.",
     ),
     Metric(
+        "vllm_stateful_edits",
+        "counter",
+        "edits",
+        "kind",
+        "Histories that came back changed, by the kind of the message in which the first change "
+        "lies: system, tools, user, assistant, reasoning, tool_call, tool_result, other.",
+    ),
+    Metric(
+        "vllm_stateful_reasoning_tokens_dropped",
+        "counter",
+        "num_reasoning_dropped",
+        None,
+        "Tokens of answers that were not kept, as the next prompt was expected without them.",
+    ),
+    Metric(
         "vllm_stateful_waits",
         "counter",
         "waits",
@@ -44,7 +59,7 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "demotions",
         "reason",
-        "Residencies that gave their blocks back, by reason.",
+        "Residencies that gave blocks back, all or those of their end, by reason.",
     ),
     Metric(
         "vllm_stateful_prompt_tokens_reused",

@@ -15,6 +15,7 @@ class TurnCounts:
     def __init__(self) -> None:
         self.outcomes: Counter[Outcome] = Counter()
         self.bypasses: Counter[Bypass] = Counter()
+        self.edits: Counter[str] = Counter()
         self.num_tokens_reused = 0
         self.num_tokens_computed = 0
         self._latencies: deque[float] = deque(maxlen=MAX_RECENT_LATENCIES)
@@ -31,6 +32,10 @@ class TurnCounts:
         self.num_tokens_reused += num_reused
         self.num_tokens_computed += num_prompt - num_reused
 
+    def edited(self, kind: str) -> None:
+        """A history came back changed; the first change lies in a message of that kind."""
+        self.edits[kind] += 1
+
     def bypassed(self, reason: Bypass) -> None:
         """A turn was left to stock vLLM."""
         self.outcomes[Outcome.BYPASSED] += 1
@@ -46,6 +51,7 @@ class TurnCounts:
         self._latencies.clear()
         return {
             "turns": {str(key): value for key, value in self.outcomes.items()},
+            "edits": dict(self.edits),
             "bypasses": {str(key): value for key, value in self.bypasses.items()},
             "demotions": {str(key): value for key, value in demotions.items()},
             "num_tokens_reused": self.num_tokens_reused,

@@ -22,27 +22,18 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_stateful.prefix.boundaries import Cuts, Kind
+
 V = TypeVar("V")
 
 Ids = NDArray[np.integer[Any]]
 """Token ids (``types.TokenArray``) or the bytes of a text, shape ``[length]``."""
 
-UNKNOWN_KIND = 0
-
 NUM_PROBED = 32
 """Tokens in front of where ``Known`` ends that are compared all the same."""
 
 
-class Cuts(NamedTuple):
-    """Where the segments of a sequence begin, and what each is (``boundaries.Kind``)."""
-
-    starts: NDArray[np.int32]
-    """Positions, ascending, shape ``[num_segments]``."""
-    kinds: NDArray[np.uint8]
-    """Shape ``[num_segments]``."""
-
-
-NO_CUTS = Cuts(np.empty(0, np.int32), np.empty(0, np.uint8))
+NO_CUTS = Cuts.none()
 
 
 class Node(Generic[V]):
@@ -58,7 +49,7 @@ class Node(Generic[V]):
         self.start = start
         """Position of its first token."""
         self.kind = kind
-        """Of the segment that it lies in."""
+        """Of the segment that it lies in (``boundaries.Kind``)."""
         self.is_cut = is_cut
         """Whether a segment begins with its first token."""
         self.children: dict[int, Node[V]] = {}
@@ -99,7 +90,7 @@ class RadixTree(Generic[V]):
     """Maps token sequences to values; several values may share one sequence."""
 
     def __init__(self) -> None:
-        self._root: Node[V] = Node(np.empty(0, np.int32), None, 0, UNKNOWN_KIND, False)
+        self._root: Node[V] = Node(np.empty(0, np.int32), None, 0, Kind.OTHER, False)
         self._leaf_of: dict[int, Node[V]] = {}
 
     def __len__(self) -> int:

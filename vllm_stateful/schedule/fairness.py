@@ -5,6 +5,9 @@ While several tenants keep something, only those give back that hold more than a
 is kept; among these, and where nobody does, the order is that of ``schedule.retention``. What was
 superseded goes first, whoever's it is: nobody waits for it.
 
+Wishes (``retention.Worth.WISHED``) count while all that is wished for fits in ``max_wished``
+blocks. Where clients wish for more than that, what is expected decides among all of them.
+
 A cache salt makes a tenant, and a client may choose one for each session. With more tenants than
 ``MANY`` the one that holds most gives first, so that a choice never looks at all of them.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from typing import Generic, NamedTuple, TypeVar
@@ -35,9 +39,16 @@ class _Held(NamedTuple):
 
 
 class FairQueue(Generic[R]):
-    """A ``RetentionQueue`` for each tenant. Choosing a victim looks at the first of each."""
+    """A ``RetentionQueue`` for each tenant. Choosing a victim looks at the first of each.
 
-    def __init__(self) -> None:
+    Args:
+        max_wished: blocks up to which wishes count.
+    """
+
+    def __init__(self, max_wished: float = math.inf) -> None:
+        self.max_wished = max_wished
+        self.num_wished = 0
+        """Blocks that are kept by those with a wish, over or not."""
         self._queues: dict[Hashable, RetentionQueue[R]] = {}
         self._held: OrderedDict[R, _Held] = OrderedDict()
         """By the time in it."""
@@ -63,7 +74,7 @@ class FairQueue(Generic[R]):
         """Enter ``item``, which keeps so many blocks, as used now."""
         self.discard(item)
         self._held[item] = _Held(tenant, num_blocks, now_s, wished_until_s)
-        self._count(tenant, num_blocks)
+        self._count(self._held[item], num_blocks)
         queue = self._queues.setdefault(tenant, RetentionQueue())
         queue.add(item, worth, forecast, now_s, wished_until_s)
 
@@ -71,7 +82,7 @@ class FairQueue(Generic[R]):
         """``item`` gave some of its blocks back and keeps so many. A no-op when it is not in."""
         held = self._held.get(item)
         if held is not None:
-            self._count(held.tenant, num_blocks - held.num_blocks)
+            self._count(held, num_blocks - held.num_blocks)
             self._held[item] = held._replace(num_blocks=num_blocks)
 
     def discard(self, item: R) -> None:
@@ -79,7 +90,7 @@ class FairQueue(Generic[R]):
         held = self._held.pop(item, None)
         if held is None:
             return
-        self._count(held.tenant, -held.num_blocks)
+        self._count(held, -held.num_blocks)
         queue = self._queues[held.tenant]
         queue.discard(item)
         if not len(queue):
@@ -102,11 +113,12 @@ class FairQueue(Generic[R]):
 
     def _first_of(self, tenants: Iterable[Hashable], now_s: float, keep: R | None) -> R | None:
         firsts = []
+        wishes = self.num_wished <= self.max_wished
         for tenant in tenants:
             queue = self._queues[tenant]
-            item = queue.next_victim(now_s, keep)
+            item = queue.next_victim(now_s, keep, wishes=wishes)
             if item is not None:
-                firsts.append((queue.rank(item, now_s), tenant, item))
+                firsts.append((queue.rank(item, now_s, wishes=wishes), tenant, item))
         if not firsts:
             return None
         best = min(firsts, key=lambda first: first[0])
@@ -123,8 +135,10 @@ class FairQueue(Generic[R]):
                 return tenant
             heapq.heappop(self._largest)
 
-    def _count(self, tenant: Hashable, num_blocks: int) -> None:
+    def _count(self, holder: _Held, num_blocks: int) -> None:
+        tenant = holder.tenant
         self._total += num_blocks
+        self.num_wished += num_blocks if holder.wished_until_s else 0
         held = self._num_blocks[tenant] = self._num_blocks.get(tenant, 0) + num_blocks
         heapq.heappush(self._largest, (-held, next(self._number), tenant))
         if len(self._largest) > 64 + 4 * len(self._num_blocks):

@@ -135,19 +135,23 @@ class RetentionQueue(Generic[R]):
             self._superseded[item] = None
             self._unbag(item)
 
-    def next_victim(self, now_s: float, keep: R | None = None) -> R | None:
-        """The residency to demote first, sparing ``keep``; None when nothing is left."""
+    def next_victim(self, now_s: float, keep: R | None = None, *, wishes: bool = True) -> R | None:
+        """The residency to demote first, sparing ``keep``; None when nothing is left.
+
+        Args:
+            now_s: the time.
+            keep: is spared.
+            wishes: whether those that were wished for go after all others.
+        """
         for item in self._superseded:
             if item != keep:
                 return item
         self._end_wishes(now_s)
-        for worth in (Worth.LIVE, Worth.WISHED):
-            victim = self._worst(worth, now_s, keep)
-            if victim is not None:
-                return victim
-        return None
+        worst = [self._worst(worth, now_s, keep) for worth in self._bags]
+        found = [item for item in worst if item is not None]
+        return min(found, key=lambda item: self.rank(item, now_s, wishes=wishes), default=None)
 
-    def rank(self, item: R, now_s: float) -> Rank:
+    def rank(self, item: R, now_s: float, *, wishes: bool = True) -> Rank:
         """What ``item`` is compared by.
 
         Raises:
@@ -156,21 +160,21 @@ class RetentionQueue(Generic[R]):
         worth, forecast, used_s, _ = self._entries[item]
         if worth is Worth.SUPERSEDED:
             return worth, 0.0, used_s
+        worth = worth if wishes else Worth.LIVE
         return worth, forecast.rate(max(0.0, now_s - used_s)), used_s
 
     def _worst(self, worth: Worth, now_s: float, keep: R | None) -> R | None:
         bag = self._bags[worth]
         ranked = sorted(
             (self.rank(item, now_s), bag.place(item))
-            for item in self._candidates(worth)
+            for item in self._candidates(bag, worth)
             if item != keep
         )
         worst = [bag.items[place] for _, place in ranked[: 1 + NUM_RUNNERS_UP]]
         self._runners_up[worth] = worst
         return worst[0] if worst else None
 
-    def _candidates(self, worth: Worth) -> Iterable[R]:
-        bag = self._bags[worth]
+    def _candidates(self, bag: _Bag[R], worth: Worth) -> Iterable[R]:
         if len(bag.items) <= SAMPLE:
             return bag.items
         drawn = self._chance.choices(bag.items, k=SAMPLE)

@@ -13,6 +13,7 @@ from vllm_stateful.types import Bypass, Demotion, Outcome
 def test_a_fresh_snapshot_is_zero() -> None:
     assert TurnCounts().snapshot({}) == {
         "turns": {},
+        "edits": {},
         "bypasses": {},
         "demotions": {},
         "num_tokens_reused": 0,

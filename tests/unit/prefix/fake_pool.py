@@ -3,11 +3,13 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_stateful.prefix.residency import FinishedTurn, Match, Residency, ResidencyStore
+from vllm_stateful.prefix.boundaries import BoundaryRules
+from vllm_stateful.prefix.residency import FinishedTurn, Match, PromptBase, Residency
+from vllm_stateful.prefix.residency_store import ResidencyStore
 from vllm_stateful.types import Demotion, Identity, SessionKey, TokenArray
 
 BLOCK_SIZE = 4
@@ -25,6 +27,8 @@ def key(session_id: str, salt: str | None = None) -> SessionKey:
 class Block:
     block_id: int
     ref_cnt: int = 0
+    slots: list[object] = field(default_factory=lambda: [None] * BLOCK_SIZE)
+    """What KV each slot holds: the tokens up to and with its own."""
 
 
 class FakePool:
@@ -71,18 +75,22 @@ class RunningTurn:
 class FakeEngine:
     """Turns over a store: borrow one's own idle frontier, else share and copy the last block."""
 
-    def __init__(self, budget: int = 1000, num_blocks: int = 1000) -> None:
+    def __init__(
+        self, budget: int = 1000, num_blocks: int = 1000, rules: BoundaryRules | None = None
+    ) -> None:
         self.pool = FakePool(num_blocks)
         self.now = 0.0
         self.store = ResidencyStore(
-            BLOCK_SIZE, num_blocks, budget, self.pool.release, lambda: self.now
+            BLOCK_SIZE, num_blocks, budget, self.pool.release, lambda: self.now, rules
         )
         self.running: list[RunningTurn] = []
         self.num_turns = 0
 
-    def start(self, session: SessionKey, prompt: Sequence[int]) -> RunningTurn:
+    def start(
+        self, session: SessionKey, prompt: Sequence[int], base: PromptBase | None = None
+    ) -> RunningTurn:
         self.num_turns += 1
-        match = self.store.match(session, array(prompt), len(prompt) - 1)
+        match = self.store.match(session, array(prompt), len(prompt) - 1, base)
         self.store.arrived(match.session)
         found, blocks, borrowed = match.residency, list[Block](), None
         continues = found is not None and found.session == match.session and found.is_idle
@@ -92,18 +100,26 @@ class FakeEngine:
         elif found is not None:
             blocks = found.blocks[: match.num_tokens // BLOCK_SIZE]
             self.pool.touch(blocks)
-        self._grow(blocks, len(prompt))
+            if match.num_tokens % BLOCK_SIZE:  # copied on write
+                blocks += self.pool.take(1)
+                blocks[-1].slots[:] = found.blocks[len(blocks) - 1].slots
+        self._read(blocks, prompt[: match.num_tokens])
+        self._write(blocks, prompt, match.num_tokens)
         turn = RunningTurn(match, list(prompt), blocks, borrowed)
         self.running.append(turn)
         return turn
 
     def finish(
-        self, turn: RunningTurn, output: Sequence[int] = (), tool: str | None = None
+        self,
+        turn: RunningTurn,
+        output: Sequence[int] = (),
+        tool: str | None = None,
+        wish_s: float = 0.0,
     ) -> Residency | None:
         """The turn generated ``output`` and one more token, whose KV is not computed."""
         self.running.remove(turn)
         tokens = [*turn.prompt, *output]
-        self._grow(turn.blocks, len(tokens))
+        self._write(turn.blocks, tokens, len(turn.prompt))
         return self.store.finish(
             FinishedTurn(
                 session=turn.session,
@@ -114,7 +130,9 @@ class FakeEngine:
                 borrowed=turn.borrowed,
                 base=turn.match.residency,
                 num_base_tokens=turn.match.num_tokens,
+                version=tuple(turn.prompt),
                 tool=tool,
+                wish_s=wish_s,
             )
         )
 
@@ -145,6 +163,18 @@ class FakeEngine:
     def _grow(self, blocks: list[Block], num_tokens: int) -> None:
         blocks.extend(self.pool.take(-(-num_tokens // BLOCK_SIZE) - len(blocks)))
 
+    def _write(self, blocks: list[Block], tokens: Sequence[int], start: int) -> None:
+        self._grow(blocks, len(tokens))
+        for place in range(start, len(tokens)):
+            slots = blocks[place // BLOCK_SIZE].slots
+            slots[place % BLOCK_SIZE] = tuple(tokens[: place + 1])
+
+    @staticmethod
+    def _read(blocks: list[Block], tokens: Sequence[int]) -> None:
+        for place in range(len(tokens)):
+            found = blocks[place // BLOCK_SIZE].slots[place % BLOCK_SIZE]
+            assert found == tuple(tokens[: place + 1]), "the KV of other tokens"
+
     def check(self) -> None:
         """Every reference is explained, and the pin ledger agrees."""
         idle = [r for r in self.store.residencies() if r.is_idle]
@@ -160,6 +190,7 @@ class FakeEngine:
         for residency in idle:
             assert len(residency.blocks) == -(-residency.frontier // BLOCK_SIZE)
             assert residency.block_ids.tolist() == [b.block_id for b in residency.blocks]
+            self._read(residency.blocks, residency.tokens.tolist())
 
 
 HISTORY = list(range(100, 122))

@@ -4,12 +4,8 @@
 import pytest
 from fake_pool import BLOCK_SIZE, HISTORY, FakeEngine, array, key, parallel
 
-from vllm_stateful.prefix.residency import (
-    ANONYMOUS,
-    MAX_BRANCHES,
-    MIN_SHARED_TOKENS,
-    FinishedTurn,
-)
+from vllm_stateful.prefix.residency import ANONYMOUS, FinishedTurn
+from vllm_stateful.prefix.residency_store import MAX_BRANCHES, MIN_SHARED_TOKENS
 from vllm_stateful.types import Demotion, Identity, Outcome, SessionKey
 
 ALICE, BOB = key("session-alice"), key("session-bob")

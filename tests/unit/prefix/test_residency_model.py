@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hypothesis: turns, forks, edits, preemptions, closes and resets in any order.
 
-Each match is compared with a search over all residencies, each reference count with a recount of
-who holds the block.
+Each match is compared with a search over the tokens of all turns that ended (a naive model: token
+tuples, by residency), each slot of the pool with the tokens that were written there, and each
+reference count with a recount of who holds the block. ``STATEFUL_PROGRAMS=5000`` plays as many.
 """
 
+import os
 from collections.abc import Sequence
 
 import hypothesis.strategies as st
@@ -19,12 +21,20 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from vllm_stateful.prefix import residency
-from vllm_stateful.prefix.residency import ANONYMOUS, MAX_BRANCHES, is_anonymous
+from vllm_stateful.prefix import reasoning, residency_store
+from vllm_stateful.prefix.boundaries import BoundaryRules
+from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency, is_anonymous
+from vllm_stateful.prefix.residency_store import MAX_BRANCHES
 from vllm_stateful.types import Demotion, Outcome, SessionKey
 
-BUDGET = 12
-TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=9)
+BUDGET = 24
+MARKERS = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+VOCABULARY = {text: token for token, text in enumerate(["user", "assistant", "\n", *MARKERS])}
+TEXTS = {token: text for text, token in VOCABULARY.items()}
+RULES = BoundaryRules.of(VOCABULARY, lambda ids: "".join(TEXTS[token] for token in ids))
+TOKEN = st.sampled_from(sorted(TEXTS))
+TOKENS = st.lists(TOKEN, min_size=1, max_size=9)
+NUM_PROGRAMS = int(os.environ.get("STATEFUL_PROGRAMS", "150"))
 NAMES = st.sampled_from(["session-one", "session-two", None])
 SALTS = st.sampled_from([None, "tenant-a"])
 
@@ -37,9 +47,12 @@ def num_shared(left: Sequence[int], right: Sequence[int]) -> int:
 class Residencies(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.engine = FakeEngine(BUDGET)
+        self.engine = FakeEngine(BUDGET, rules=RULES)
         self.store = self.engine.store
         self.histories: list[list[int]] = [[0]]
+        self.prompts: list[list[int]] = [[0]]
+        self.tokens_of: dict[Residency, list[int]] = {}
+        """The naive model."""
 
     def session(self, name: str | None, salt: str | None) -> SessionKey:
         return key(name or f"{ANONYMOUS}{self.engine.num_turns}", salt)
@@ -53,17 +66,51 @@ class Residencies(RuleBasedStateMachine):
         kept = data.draw(st.sampled_from([len(history), data.draw(st.integers(0, len(history)))]))
         prompt = [*history[:kept][-40:], *new]
         session = self.session(name, salt)
-        self.compare(session, prompt)
-        self.engine.start(session, prompt)
+        earlier = data.draw(st.sampled_from(self.prompts))
+        num_shared_tokens = num_shared(earlier, prompt)
+        base = PromptBase(tuple(earlier), num_shared_tokens) if num_shared_tokens else None
+        self.compare(session, prompt, base)
+        self.engine.start(session, prompt, base)
 
-    def compare(self, session: SessionKey, prompt: list[int]) -> None:
+    @rule(
+        data=st.data(),
+        name=NAMES,
+        salt=SALTS,
+        turns=st.lists(st.tuples(TOKENS, TOKENS, TOKENS), min_size=1, max_size=4),
+    )
+    def converse(
+        self,
+        data: st.DataObject,
+        name: str | None,
+        salt: str | None,
+        turns: list[tuple[list[int], list[int], list[int]]],
+    ) -> None:
+        """Questions and answers, each with some reasoning that the next prompt may not have."""
+        begin, end, think, thought = (VOCABULARY[marker] for marker in MARKERS)
+        user, assistant, line = range(3)
+        history = data.draw(st.sampled_from(self.histories))[-20:]
+        keeps_reasoning = data.draw(st.booleans())
+        for question, thoughts, answer in turns:
+            prompt = [*history, begin, user, line, *question, end, begin, assistant, line]
+            earlier = self.prompts[-1]
+            base = PromptBase(tuple(earlier), num_shared(earlier, prompt))
+            session = self.session(name, salt)
+            self.compare(session, prompt, base)
+            turn = self.engine.start(session, prompt, base)
+            self.end(turn, [think, *thoughts, thought, *answer, end])
+            kept = [think, *thoughts, thought] if keeps_reasoning else []
+            history = [*prompt, *kept, *answer, end]
+
+    def compare(self, session: SessionKey, prompt: list[int], base: PromptBase | None) -> None:
         """The match of the store against a search over everything it holds."""
-        match = self.store.match(session, array(prompt), len(prompt) - 1)
+        self.shorten()
+        match = self.store.match(session, array(prompt), len(prompt) - 1, base)
+        assert match == self.store.match(session, array(prompt), len(prompt) - 1)
         same = [r for r in self.store.residencies() if r.session.identity == session.identity]
         wanted = prompt[:-1]
-        longest = max((num_shared(r.tokens.tolist(), wanted) for r in same), default=0)
+        longest = max((num_shared(self.tokens_of[r], wanted) for r in same), default=0)
         own = [r for r in same if r.session == session]
-        longest_own = max((num_shared(r.tokens.tolist(), wanted) for r in own), default=0)
+        longest_own = max((num_shared(self.tokens_of[r], wanted) for r in own), default=0)
         if longest_own > longest - BLOCK_SIZE:  # one's own branch, though up to a block shorter
             assert longest - BLOCK_SIZE < match.num_tokens <= longest
         else:
@@ -76,7 +123,7 @@ class Residencies(RuleBasedStateMachine):
         assert found.alive
         assert found.session.identity == session.identity
         num_tokens = match.num_tokens
-        assert found.tokens[:num_tokens].tolist() == wanted[:num_tokens]
+        assert self.tokens_of[found][:num_tokens] == wanted[:num_tokens]
         whole = num_tokens in (found.frontier, len(wanted))
         assert num_tokens == longest or (whole and found.session == session)
         if match.session != session:
@@ -92,10 +139,15 @@ class Residencies(RuleBasedStateMachine):
         return self.engine.running[data.draw(st.integers(0, len(self.engine.running) - 1))]
 
     @precondition(lambda self: self.engine.running)
-    @rule(data=st.data(), output=st.lists(st.integers(0, 2), max_size=5))
+    @rule(data=st.data(), output=st.lists(TOKEN, max_size=5))
     def finish(self, data: st.DataObject, output: list[int]) -> None:
-        turn = self.some_turn(data)
-        self.engine.finish(turn, output)
+        self.end(self.some_turn(data), output)
+
+    def end(self, turn: RunningTurn, output: list[int]) -> None:
+        made = self.engine.finish(turn, output)
+        if made is not None:
+            self.tokens_of[made] = [*turn.prompt, *output][: made.frontier]
+        self.prompts.append(turn.prompt)
         self.histories.append([*turn.prompt, *output])
         self.store.enforce_budget()
         assert self.store.pins.num_pinned <= BUDGET
@@ -121,8 +173,9 @@ class Residencies(RuleBasedStateMachine):
         pinned = self.store.pins.num_pinned
         num_freed = self.store.demote_next(Demotion.PRESSURE)
         assert num_freed == (None if worst is None else pinned - self.store.pins.num_pinned)
-        gone = [r for r in idle if not r.alive]
+        gone = [r for r in idle if not r.alive or r.frontier < len(self.tokens_of[r])]
         assert [r.worth for r in gone] == ([] if worst is None else [worst])
+        assert all(r.frontier % BLOCK_SIZE == 0 for r in gone if r.alive)
 
     @rule(name=NAMES, salt=SALTS)
     def close(self, name: str | None, salt: str | None) -> None:
@@ -136,14 +189,23 @@ class Residencies(RuleBasedStateMachine):
         self.engine.now += seconds
         self.store.expire(idle_s=60.0)
 
-    @rule()
-    def reset(self) -> None:
+    @rule(yes=st.integers(0, 4).map(lambda number: number == 4))
+    def reset(self, yes: bool) -> None:
+        if not yes:
+            return
         self.store.reset()
         assert self.store.residencies() == []
 
     @invariant()
     def every_reference_is_explained(self) -> None:
+        self.shorten()
         self.engine.check()
+
+    def shorten(self) -> None:
+        """Residencies may have given up their ends, but nothing else."""
+        for residency in self.store.residencies():
+            del self.tokens_of[residency][residency.frontier :]
+            assert residency.tokens.tolist() == self.tokens_of[residency]
 
     @invariant()
     def branches_are_few_and_none_covers_another(self) -> None:
@@ -162,7 +224,11 @@ class Residencies(RuleBasedStateMachine):
 
 
 def test_any_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency, "MIN_SHARED_TOKENS", 1)
+    monkeypatch.setattr(residency_store, "MIN_SHARED_TOKENS", 1)
+    monkeypatch.setattr(residency_store, "MIN_GIVEN_TOKENS", 1)
+    monkeypatch.setattr(reasoning, "MIN_TOKENS", 2)
+    monkeypatch.setattr(reasoning, "MIN_SEEN", 0)
     run_state_machine_as_test(
-        Residencies, settings=settings(max_examples=150, stateful_step_count=30, deadline=None)
+        Residencies,
+        settings=settings(max_examples=NUM_PROGRAMS, stateful_step_count=30, deadline=None),
     )

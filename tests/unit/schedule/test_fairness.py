@@ -102,6 +102,32 @@ def test_a_wish_that_lasts_does_not_expire() -> None:
     assert queue.expired(40.0, 70.0) == ["a1", "a0"]
 
 
+def wished(queue: FairQueue[str], item: str, num_blocks: int, *, soon: bool) -> None:
+    queue.add(
+        item,
+        tenant=item[0],
+        num_blocks=num_blocks,
+        worth=Worth.LIVE,
+        forecast=TOOL if soon else USER,
+        now_s=0.0,
+        wished_until_s=300.0,
+    )
+
+
+def test_wishes_count_while_all_of_them_fit() -> None:
+    queue: FairQueue[str] = FairQueue(max_wished=10)
+    wished(queue, "a0", 6, soon=False)
+    add(queue, "a1", 6, soon=True)
+    assert queue.next_victim(1.0) == "a1"
+    wished(queue, "a2", 6, soon=True)
+    assert queue.num_wished == 12
+    assert queue.next_victim(1.0) == "a0"
+    queue.shrink("a0", 4)
+    assert queue.next_victim(1.0) == "a1"
+    queue.discard("a0")
+    assert queue.num_wished == 6
+
+
 def test_what_gave_blocks_back_counts_for_less() -> None:
     queue: FairQueue[str] = FairQueue()
     add(queue, "a0", 90)
