@@ -26,6 +26,7 @@ class StatefulConfig:
     idle_seconds: float = 900.0
     tenant: str = "api-key"
     history: str = "retokenize"
+    order: str = "arrival"
     verify_tokens: float = 0.01
     render_bytes: int = 1 << 30
     base_bytes: int = 1 << 29
@@ -137,6 +138,14 @@ OPTIONS: tuple[Option, ...] = (
         "equal to stock vLLM; generated keeps the ids that the model generated, and their KV, "
         "where the text or the tool call means the same. Another input than stock vLLM's, and "
         "faster. Default: retokenize.",
+    ),
+    Option(
+        "order",
+        _one_of("arrival", "least-served"),
+        "'arrival' or 'least-served'",
+        "Which waiting turn is admitted next: arrival is vLLM's own order; least-served takes "
+        "the session for which least was computed so far, and a turn that has waited for 30 s "
+        "before all others. Not with --scheduling-policy priority. Default: arrival.",
     ),
     Option(
         "verify_tokens",

@@ -65,6 +65,8 @@ ALLOWED = [
     ("idle_seconds", YEAR, 31536000.0),
     ("tenant", "api-key", "api-key"),
     ("tenant", "cache-salt", "cache-salt"),
+    ("order", "arrival", "arrival"),
+    ("order", "least-served", "least-served"),
     ("verify_tokens", "0", 0.0),
     ("verify_tokens", "1", 1.0),
     ("verify_tokens", "1e-3", 0.001),
@@ -97,6 +99,7 @@ REFUSED = [
     *[("pin_fraction", text) for text in ("-0.01", "1.01", "nan", "inf", "half", "", "0,5", "50%")],
     *[("idle_seconds", text) for text in ("0", "0.99", "31536001", "-1", "inf", "nan", "15m", "")],
     *[("tenant", text) for text in ("", "API-KEY", "api_key", "none", " api-key")],
+    *[("order", text) for text in ("", "fcfs", "least_served", "Arrival")],
     *[("verify_tokens", text) for text in ("-0.1", "1.1", "nan", "1%", "")],
     *[
         (field, text)

@@ -13,13 +13,17 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+from vllm.v1.request import Request
 
 from vllm_stateful.adapters.called_tools import CalledTools
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
+from vllm_stateful.adapters.message_boundaries import boundary_rules
+from vllm_stateful.adapters.waiting_queue import ProgramQueue
 from vllm_stateful.config import StatefulConfig, load_config
 from vllm_stateful.errors import UnsupportedError
 
@@ -73,7 +77,11 @@ class _StatefulMixin:
 
     kv_cache_manager: Any
     structured_output_manager: Any
+    requests: dict[str, Request]
+    policy: SchedulingPolicy
     config: StatefulConfig
+    by_service: ProgramQueue | None = None
+    """The waiting queue with ``--stateful-order least-served``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -92,11 +100,13 @@ class _StatefulMixin:
         if type(manager).__name__ != "KVCacheManager":
             raise UnsupportedError(f"the KV cache manager is a {type(manager).__name__}")
         manager.__class__ = StatefulKVCacheManager
+        tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
         manager.become_stateful(
             pin_fraction=self.config.pin_fraction,
             idle_seconds=self.config.idle_seconds,
             clock=time.monotonic,
-            called_tool=CalledTools(getattr(self.structured_output_manager, "tokenizer", None)),
+            called_tool=CalledTools(tokenizer),
+            rules=boundary_rules(tokenizer),
         )
         logger.info(
             "stateful: on, sessions may pin %d of %d blocks of %d tokens",
@@ -104,12 +114,39 @@ class _StatefulMixin:
             manager.block_pool.num_gpu_blocks - 1,
             manager.store.block_size,
         )
+        if self.config.order == "least-served":
+            self._order_by_service()
 
-    # ---- the invariant, when asked for ---------------------------------------------------
+    # ---- the order of waiting turns, when asked for --------------------------------------
+
+    def _order_by_service(self) -> None:
+        """Put our queue in the place of vLLM's; priorities that were asked for win.
+
+        Raises:
+            UnsupportedError: strict, and vLLM orders by priority.
+        """
+        if self.policy is SchedulingPolicy.FCFS:
+            self.waiting = self.by_service = ProgramQueue()
+            return
+        problem = f"--scheduling-policy {self.policy.value} decides, not --stateful-order"
+        if self.config.strict:
+            raise UnsupportedError(f"--plugin stateful: {problem}")
+        logger.warning("stateful: %s", problem)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's end of every request; counts what it generated."""
+        if self.by_service is not None:
+            self.by_service.ended(request)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    # ---- one step ------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """One step of vLLM's scheduler."""
+        """One step of vLLM's scheduler; counts what the admitted turns will compute."""
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if self.by_service is not None:
+            for new in output.scheduled_new_reqs:
+                self.by_service.admitted(self.requests[new.req_id], new.num_computed_tokens)
         self._check()
         return output
 
@@ -145,6 +182,7 @@ class _StatefulMixin:
         return {
             **manager.turn_counts.snapshot(store.demotions),
             "waits": {str(kind): number for kind, number in store.waits.num_began.items()},
+            "num_reasoning_dropped": store.num_reasoning_dropped,
             "num_sessions": store.num_sessions,
             "num_blocks_pinned": store.pins.num_pinned,
             "num_blocks_budget": store.pins.budget_blocks,
