@@ -5,18 +5,14 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from recorded_engine import ALICE, BOB, HISTORY, Engine
 from simulated_engine import expected_answer, vllm_config
 from test_lifecycle_model import AgentSessions, AgentSessionsAsync
-from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, PriorityRequestQueue
-from vllm.v1.request import Request, RequestStatus
 
 from vllm_stateful.adapters import scheduler
-from vllm_stateful.adapters.waiting_queue import ProgramQueue, program_of
 from vllm_stateful.errors import UnsupportedError
 from vllm_stateful.schedule import program_order
 from vllm_stateful.schedule.program_order import MAX_WAIT_S, OUTPUT_WEIGHT
@@ -176,15 +172,6 @@ def test_an_aborted_turn_is_counted_up_to_there_and_one_that_waited_is_not(
     assert play(engine) == []
 
 
-def test_what_a_preempted_turn_computes_again_is_not_counted() -> None:
-    """Model runner V2 is sent resumed requests as new ones."""
-    queue, request = ProgramQueue(), make_request(0, ALICE)
-    queue.admitted(request, 0)
-    request.num_preemptions = 1
-    queue.admitted(request, 0)
-    assert queue._book.served(program_of(request)) == request.num_prompt_tokens
-
-
 # ---- what interrupts -------------------------------------------------------------------------
 
 
@@ -318,87 +305,6 @@ def test_priorities_and_service_together_are_refused_when_strict(
     monkeypatch.setattr(vllm_config(4, 1, 64).scheduler_config, "policy", "priority")
     with pytest.raises(UnsupportedError, match="--scheduling-policy priority decides"):
         start(options)
-
-
-# ---- the queue as vLLM knows it --------------------------------------------------------------
-
-
-def make_request(number: int, session_id: str | None = None) -> Request:
-    return Request(
-        request_id=str(number),
-        prompt_token_ids=[1],
-        sampling_params=SamplingParams(max_tokens=1),
-        pooling_params=None,
-        session_id=session_id,
-    )
-
-
-EVENTS = st.lists(
-    st.tuples(
-        st.sampled_from(["add", "add", "pop", "skip", "preempt", "remove", "abort"]),
-        st.integers(0, 5),
-    ),
-    max_size=60,
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(events=EVENTS)
-def test_as_long_as_all_are_served_the_same_it_is_vllms_queue(
-    events: list[tuple[str, int]],
-) -> None:
-    ours, stock = ProgramQueue(clock=lambda: 0.0), FCFSRequestQueue()
-    running: list[Request] = []
-    for number, (event, amount) in enumerate(events):
-        if event == "add":
-            request = make_request(number)
-            ours.add_request(request)
-            stock.add_request(request)
-        elif event == "pop" and stock:
-            running.append(stock.pop_request())
-            assert ours.pop_request() is running[-1]
-        elif event == "skip":
-            popped = [stock.pop_request() for _ in range(min(amount, len(stock)))]
-            assert popped == [ours.pop_request() for _ in popped]
-            stock.prepend_requests(reversed(popped))
-            ours.prepend_requests(reversed(popped))
-        elif event == "preempt" and running:
-            request = running.pop(amount % len(running))
-            request.status = RequestStatus.PREEMPTED
-            stock.prepend_request(request)
-            ours.prepend_request(request)
-        elif event == "remove" and stock:
-            request = list(stock)[amount % len(stock)]
-            stock.remove_request(request)
-            ours.remove_request(request)
-        elif event == "abort":
-            gone = [*list(stock)[:amount], *running[:amount]]
-            stock.remove_requests(gone)
-            ours.remove_requests(gone)
-        assert list(ours) == list(stock)
-        assert (len(ours), bool(ours)) == (len(stock), bool(stock))
-        if stock:
-            assert ours.peek_request() is stock.peek_request()
-
-
-def test_an_empty_queue_has_no_next_and_a_stranger_cannot_be_removed() -> None:
-    queue, stranger = ProgramQueue(), make_request(0)
-    for take in (queue.peek_request, queue.pop_request):
-        with pytest.raises(IndexError):
-            take()
-    with pytest.raises(ValueError, match="not in"):
-        queue.remove_request(stranger)
-    queue.remove_requests([stranger])
-    queue.prepend_request(stranger)
-    assert list(queue) == [stranger]
-
-
-def test_a_program_is_a_session_of_a_tenant() -> None:
-    request = make_request(0, ALICE)
-    request.cache_salt = "tenant-a"
-    assert program_of(request) == SessionKey(Identity("tenant-a"), ALICE)
-    assert program_of(make_request(1)) is None
-    assert program_of(make_request(2, "null")) is None
 
 
 # ---- any order of events ---------------------------------------------------------------------
