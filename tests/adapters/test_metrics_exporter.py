@@ -23,6 +23,7 @@ def snapshot(**values: Any) -> dict[str, Any]:
         **TurnCounts().snapshot({}),
         "waits": {},
         "num_reasoning_dropped": 0,
+        "num_prefills_joined": 0,
         **gauges,
         **values,
     }

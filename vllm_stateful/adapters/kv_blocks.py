@@ -117,14 +117,19 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         A residency wins over vLLM's block hashes unless those reach further.
         """
         started = time.perf_counter()
-        turn = self._turn_of(request)
+        turn = self.turn_of(request)
         if turn is None:
             return self._stock_lookup(request)
         computed = self._lookup(request, turn)
         turn.lookup_s = time.perf_counter() - started
         return computed
 
-    def _turn_of(self, request: Request) -> Turn | None:
+    def num_tokens_hashed(self, request_id: str) -> int:
+        """Tokens of a running request in blocks that others can find by their hash."""
+        return int(self._group.num_cached_block.get(request_id, 0)) * self._block_size
+
+    def turn_of(self, request: Request) -> Turn | None:
+        """The record of a request's turn; None when stock vLLM serves it."""
         turn = self.turns.get(request.request_id)
         if turn is not None:
             return turn

@@ -23,6 +23,7 @@ from vllm_stateful.adapters.called_tools import CalledTools
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.message_boundaries import boundary_rules
+from vllm_stateful.adapters.prefill_groups import SchedulerPrefills
 from vllm_stateful.adapters.waiting_queue import ProgramQueue
 from vllm_stateful.config import StatefulConfig, load_config
 from vllm_stateful.errors import UnsupportedError
@@ -82,6 +83,7 @@ class _StatefulMixin:
     config: StatefulConfig
     by_service: ProgramQueue | None = None
     """The waiting queue with ``--stateful-order least-served``."""
+    prefills: SchedulerPrefills | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -114,6 +116,7 @@ class _StatefulMixin:
             manager.block_pool.num_gpu_blocks - 1,
             manager.store.block_size,
         )
+        self.prefills = SchedulerPrefills(self)
         if self.config.order == "least-served":
             self._order_by_service()
 
@@ -137,7 +140,14 @@ class _StatefulMixin:
         """vLLM's end of every request; counts what it generated."""
         if self.by_service is not None:
             self.by_service.ended(request)
+        if self.prefills is not None:
+            self.prefills.ended(request)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Whether a waiting request can run in this step: not while another computes its prefix."""
+        ready = super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
+        return bool(ready) and not (self.prefills is not None and self.prefills.waits(request))
 
     # ---- one step ------------------------------------------------------------------------
 
@@ -182,6 +192,7 @@ class _StatefulMixin:
         return {
             **manager.turn_counts.snapshot(store.demotions),
             "waits": {str(kind): number for kind, number in store.waits.num_began.items()},
+            "num_prefills_joined": 0 if self.prefills is None else self.prefills.groups.num_joined,
             "num_reasoning_dropped": store.num_reasoning_dropped,
             "num_sessions": store.num_sessions,
             "num_blocks_pinned": store.pins.num_pinned,

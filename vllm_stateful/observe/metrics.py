@@ -47,6 +47,13 @@ METRICS: tuple[Metric, ...] = (
         "Tokens of answers that were not kept, as the next prompt was expected without them.",
     ),
     Metric(
+        "vllm_stateful_prefills_joined",
+        "counter",
+        "num_prefills_joined",
+        None,
+        "Turns that waited until another had computed the prefix that both share.",
+    ),
+    Metric(
         "vllm_stateful_waits",
         "counter",
         "waits",
