@@ -29,6 +29,9 @@ V = TypeVar("V")
 Ids = NDArray[np.integer[Any]]
 """Token ids (``types.TokenArray``) or the bytes of a text, shape ``[length]``."""
 
+NUM_MARKED = 8
+"""Levels above a new sequence in which it is the first to be found."""
+
 NUM_PROBED = 32
 """Tokens in front of where ``Known`` ends that are compared all the same."""
 
@@ -39,12 +42,12 @@ NO_CUTS = Cuts.none()
 class Node(Generic[V]):
     """One edge (``tokens`` leads here from the parent) and what hangs below it."""
 
-    __slots__ = ("children", "is_cut", "kind", "parent", "start", "tokens", "values")
+    __slots__ = ("children", "data", "is_cut", "kind", "parent", "start", "tokens", "values")
 
     def __init__(
         self, tokens: Ids, parent: Node[V] | None, start: int, kind: int, is_cut: bool
     ) -> None:
-        self.tokens = tokens
+        self.hold(tokens)
         self.parent = parent
         self.start = start
         """Position of its first token."""
@@ -54,6 +57,11 @@ class Node(Generic[V]):
         """Whether a segment begins with its first token."""
         self.children: dict[int, Node[V]] = {}
         self.values: list[V] = []
+
+    def hold(self, tokens: Ids) -> None:
+        """Take a copy of the tokens; their bytes are at hand, as these compare fastest."""
+        self.data = tokens.tobytes()
+        self.tokens: Ids = np.frombuffer(self.data, tokens.dtype)
 
     @property
     def end(self) -> int:
@@ -87,10 +95,15 @@ def common_prefix_len(left: Ids, right: Ids) -> int:
 
 
 class RadixTree(Generic[V]):
-    """Maps token sequences to values; several values may share one sequence."""
+    """Maps token sequences to values; several values may share one sequence.
 
-    def __init__(self) -> None:
-        self._root: Node[V] = Node(np.empty(0, np.int32), None, 0, Kind.OTHER, False)
+    Args:
+        dtype: of all sequences; others are converted.
+    """
+
+    def __init__(self, dtype: type[np.integer[Any]] = np.int32) -> None:
+        self._dtype = dtype
+        self._root: Node[V] = Node(np.empty(0, dtype), None, 0, Kind.OTHER, False)
         self._leaf_of: dict[int, Node[V]] = {}
 
     def __len__(self) -> int:
@@ -107,8 +120,8 @@ class RadixTree(Generic[V]):
                 but for the last ``NUM_PROBED``: if those differ, nothing is taken for known.
 
         Returns:
-            The number of shared tokens and one value that shares them; of several the most
-            recently inserted branch.
+            The number of shared tokens and one value that shares them; of several one whose
+            branch was inserted lately.
         """
         node, matched, below = self._enter(known, len(tokens))
         probed = below or node
@@ -129,7 +142,7 @@ class RadixTree(Generic[V]):
     def tokens_of(self, value: V) -> Ids:
         """A stored sequence, put together: O(length), for tests and reports."""
         path = [node.tokens for node in self.path_up(value)]
-        return np.concatenate(path[::-1]) if path else np.empty(0, np.int32)
+        return np.concatenate(path[::-1]) if path else np.empty(0, self._dtype)
 
     def path_up(self, value: V) -> Iterator[Node[V]]:
         """The nodes of a stored sequence, from its end to its beginning."""
@@ -241,19 +254,26 @@ class RadixTree(Generic[V]):
 
         ``tokens`` are those from position ``first`` on.
         """
-        end = first + len(tokens)
-        while matched < end:
-            child = below or node.children.get(int(tokens[matched - first]))
-            if child is None:
-                break
-            rest = child.tokens[matched - child.start :] if below is not None else child.tokens
+        if below is not None:
+            rest = below.tokens[matched - below.start :]
             shared = common_prefix_len(rest, tokens[matched - first :])
             matched += shared
-            below = None
             if shared < len(rest):
-                return node, matched, child
+                return node, matched, below
+            node = below
+        tokens = np.ascontiguousarray(tokens, self._dtype)
+        view, data, size = tokens.data, tokens.tobytes(), tokens.itemsize
+        place, end = matched - first, len(tokens)
+        while place < end:
+            child = node.children.get(view[place])
+            if child is None:
+                break
+            if not data.startswith(child.data, place * size):
+                place += common_prefix_len(child.tokens, tokens[place:])
+                return node, first + place, child
+            place += len(child.tokens)
             node = child
-        return node, matched, below
+        return node, first + place, None
 
     @staticmethod
     def _newest(node: Node[V]) -> V:
@@ -263,8 +283,10 @@ class RadixTree(Generic[V]):
 
     @staticmethod
     def _mark_newest(node: Node[V]) -> None:
-        """Move the path to ``node`` to the end of each level, so that ``_newest`` finds it."""
-        while node.parent is not None:
+        """Move the end of the path to ``node`` to the end of its levels: ``_newest`` finds it."""
+        for _ in range(NUM_MARKED):
+            if node.parent is None:
+                return
             siblings = node.parent.children
             if len(siblings) > 1:
                 first = int(node.tokens[0])
@@ -280,6 +302,7 @@ class RadixTree(Generic[V]):
 
     def _grow(self, node: Node[V], tokens: Ids, cuts: Cuts) -> Node[V]:
         """Hang new tokens behind a node, one child per segment. Returns the last."""
+        tokens = np.asarray(tokens, self._dtype)
         begin, end = node.end, node.end + len(tokens)
         if begin == end:
             return node
@@ -291,7 +314,7 @@ class RadixTree(Generic[V]):
             kind = int(cuts.kinds[low - 1]) if low else node.kind
             starts, kinds = [begin, *starts], [kind, *kinds]
         for start, stop, kind in zip(starts, [*starts[1:], end], kinds, strict=True):
-            part = tokens[start - begin : stop - begin].copy()
+            part = tokens[start - begin : stop - begin]
             node = Node(part, node, start, kind, is_cut)
             self._attach(node)
             is_cut = True
@@ -300,11 +323,9 @@ class RadixTree(Generic[V]):
     def _split(self, child: Node[V], position: int) -> Node[V]:
         """Cut the edge of ``child`` before a position; the new node above it."""
         size = position - child.start
-        upper = Node(
-            child.tokens[:size].copy(), child.parent, child.start, child.kind, child.is_cut
-        )
+        upper = Node(child.tokens[:size], child.parent, child.start, child.kind, child.is_cut)
         self._attach(upper)
-        child.tokens = child.tokens[size:].copy()
+        child.hold(child.tokens[size:])
         child.parent, child.start, child.is_cut = upper, position, False
         self._attach(child)
         return upper
@@ -323,7 +344,7 @@ class RadixTree(Generic[V]):
         (child,) = node.children.values()
         if child.is_cut:
             return
-        child.tokens = np.concatenate([node.tokens, child.tokens])
+        child.hold(np.concatenate([node.tokens, child.tokens]))
         child.start, child.is_cut = node.start, node.is_cut
         child.parent = node.parent
         self._attach(child)

@@ -13,6 +13,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from vllm_stateful.prefix.radix_tree import RadixTree
 from vllm_stateful.render.safe_cuts import ByteArray, Cuts
 from vllm_stateful.transport.prompt_ids import LastPlace
@@ -113,7 +115,7 @@ class TextMemory:
                 self._drop(instead_of.entry.version)
             if made.cost > self.max_bytes or len(text) == 0:
                 return
-            self._indexes.setdefault(made.scope, RadixTree()).insert(text, made)
+            self._indexes.setdefault(made.scope, RadixTree(np.uint8)).insert(text, made)
             self._entries[made.version] = made
             self.num_bytes += made.cost
             self._shrink()
