@@ -3,9 +3,9 @@
 
     python -m benchmarks.policy.bench_step [--sessions 10,10000]
 
-vLLM's scheduler with the plugin, over the simulated worker of the tests: sessions end one turn each and
-stay, then other requests decode. Timed is ``schedule`` in steps in which nothing arrives or ends, and
-in those with a full pool, where each new block has to be given back by a session.
+vLLM's scheduler with the plugin, over the simulated worker of the tests: sessions end one turn each
+and stay, then other requests decode. Timed is ``schedule`` in steps in which nothing arrives or
+ends, and in those with a full pool, where each new block has to be given back by a session.
 """
 
 import argparse
@@ -72,9 +72,8 @@ def main(arguments: Sequence[str]) -> int:
         for name, full in (("free blocks", False), ("full of sessions", True)):
             ordered = sorted(measure(num_sessions, full=full))
             tail = ordered[int(0.99 * (len(ordered) - 1))]
-            print(
-                f"{num_sessions:8d}  {name:16s} {median(ordered):9.1f} {tail:5.0f} {ordered[-1]:8.0f}"
-            )
+            figures = f"{median(ordered):9.1f} {tail:5.0f} {ordered[-1]:8.0f}"
+            print(f"{num_sessions:8d}  {name:16s} {figures}")
     return 0
 
 
