@@ -230,8 +230,10 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         if turn is not None and request.num_computed_tokens == 0:
             return self._admit(ask, turn)
         allocated = self._stock_allocate(ask)
-        if allocated is None and (num_wanted := self._demoting_can_help(ask, 0)):
-            while allocated is None and self._demote_one(num_wanted):
+        lacking = self._num_lacking(ask, 0) if allocated is None else 0
+        while allocated is None and lacking is not None:
+            lacking = self._demote_one(lacking)
+            if lacking is not None:
                 allocated = self._stock_allocate(ask)
         return allocated
 
@@ -246,9 +248,10 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             turn.offer = None  # somebody replaced our answer
         started = time.perf_counter()
         allocated = self._adopt(ask, turn)
-        num_kept = self._num_blocks_kept(turn) if allocated is None else 0
-        if allocated is None and (num_wanted := self._demoting_can_help(ask, num_kept)):
-            while allocated is None and self._demote_one(num_wanted, turn):
+        lacking = self._num_lacking(ask, self._num_blocks_kept(turn)) if allocated is None else 0
+        while allocated is None and lacking is not None:
+            lacking = self._demote_one(lacking, turn)
+            if lacking is not None:
                 allocated = self._adopt(ask, turn)
         turn.lookup_s += time.perf_counter() - started
         if allocated is None:
@@ -284,8 +287,8 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             return 0
         return len(offer.residency.blocks)
 
-    def _demoting_can_help(self, ask: Ask, num_kept: int) -> int:
-        """How many blocks a refused request lacks; 0 when all pins together could not help.
+    def _num_lacking(self, ask: Ask, num_kept: int) -> int | None:
+        """How many blocks a refused request lacks; None when all pins together could not help.
 
         Args:
             ask: what was refused.
@@ -301,25 +304,25 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         needed = -(-min(num_tokens, self.max_model_len) // self._block_size) - held
         num_free = self.block_pool.get_num_free_blocks()
         if needed > num_free + self.store.pins.num_pinned - num_kept:
-            return 0
-        return int(max(1, needed - num_free))
+            return None
+        return int(needed - num_free)
 
-    def _demote_one(self, num_wanted: int, turn: Turn | None = None) -> bool:
-        """False when no residency is left to give.
+    def _demote_one(self, lacking: int, turn: Turn | None = None) -> int | None:
+        """How many of so many blocks are lacking after that; None when nobody is left to give.
 
         The one that the turn builds on goes last, and not at all when the turn continues it in
         place: then it needs no block that stock vLLM would not need.
         """
         offer = None if turn is None else turn.offer
         base = None if offer is None else offer.residency
-        if self.store.demote_next(Demotion.PRESSURE, num_wanted, keep=base) is not None:
-            return True
+        freed = self.store.demote_next(Demotion.PRESSURE, max(1, lacking), keep=base)
+        if freed is not None:
+            return lacking - freed
         if turn is None or offer is None or not offer.residency.is_idle:
-            return False
+            return None
         if self._continues_in_place(turn, offer.residency, offer.num_tokens):
-            return False
-        self.store.demote(offer.residency, Demotion.PRESSURE)
-        return True
+            return None
+        return lacking - self.store.demote(offer.residency, Demotion.PRESSURE)
 
     def _count_admission(self, ask: Ask, turn: Turn) -> None:
         turn.is_counted = True

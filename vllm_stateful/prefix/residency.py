@@ -50,7 +50,7 @@ class Residency:
     tree: RadixTree[Residency] = field(repr=False)
     """Where its tokens are."""
     num_turns: int = 1
-    version: Hashable = None
+    version: Hashable = field(default=None, repr=False)
     """The name of the prompt that its turn had; None when it has none."""
     wished_until_s: float = 0.0
     """Until then its client asked to keep it; 0 without a wish."""

@@ -409,8 +409,11 @@ class ResidencyStore:
         num_wanted = max(num_wanted, MIN_GIVEN_TOKENS // self.block_size)
         for node in victim.tree.own_tail(victim):
             num_kept = -(-node.start // self.block_size)
-            if node.is_cut and num_kept <= len(victim.blocks) - num_wanted:
-                return num_kept
+            if not node.is_cut or num_kept > len(victim.blocks) - num_wanted:
+                continue
+            assert node.parent is not None
+            is_all_that_is_own = node.parent.values or len(node.parent.children) > 1
+            return 0 if is_all_that_is_own else num_kept
         return 0
 
     def _cut_back(self, residency: Residency, num_kept: int, why: Demotion) -> int:

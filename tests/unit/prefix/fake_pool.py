@@ -27,7 +27,7 @@ def key(session_id: str, salt: str | None = None) -> SessionKey:
 class Block:
     block_id: int
     ref_cnt: int = 0
-    slots: list[object] = field(default_factory=lambda: [None] * BLOCK_SIZE)
+    slots: list[object] = field(default_factory=lambda: [None] * BLOCK_SIZE, repr=False)
     """What KV each slot holds: the tokens up to and with its own."""
 
 
