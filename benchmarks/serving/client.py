@@ -38,8 +38,10 @@ class Reply:
     num_answer_tokens: int
 
 
-def encode_body(model: str, messages: list[dict[str, str]], max_tokens: int) -> bytes:
-    """The body of a greedy, streamed chat request."""
+def encode_body(
+    model: str, messages: list[dict[str, str]], max_tokens: int, **fields: Any
+) -> bytes:
+    """The body of a greedy, streamed chat request, with more fields where they are given."""
     body: dict[str, Any] = {
         "model": model,
         "messages": messages,
@@ -47,6 +49,7 @@ def encode_body(model: str, messages: list[dict[str, str]], max_tokens: int) -> 
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **fields,
     }
     return json.dumps(body, ensure_ascii=False).encode()
 

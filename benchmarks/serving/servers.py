@@ -2,13 +2,16 @@
 """The two servers, stock and with the plugin, each a process group that always ends."""
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,35 +27,51 @@ MAX_MODEL_LEN = 262144
 KV_GIB = 2
 START_LIMIT_S = 600
 STOP_LIMIT_S = 20
+RESET_TRIES = 10
 NUM_TAIL_LINES = 40
+_CACHE_SIZE = re.compile(r"KV cache size: ([\d,]+) tokens")
 
 
-def serve_command(model: Path, port: int, side: str) -> list[str]:
+@dataclass(frozen=True)
+class Settings:
+    """What both sides have in common beside the model; the default is for a one-layer model."""
+
+    model_name: str = MODEL_NAME
+    max_model_len: int = MAX_MODEL_LEN
+    arguments: tuple[str, ...] = ("--max-num-batched-tokens", "8192")
+    kv_gib: int = KV_GIB
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+ONE_LAYER = Settings()
+
+
+def serve_command(model: Path, port: int, side: str, settings: Settings = ONE_LAYER) -> list[str]:
     """The arguments of `vllm`; nothing but `--plugin stateful` differs between the sides."""
     return [
         "serve",
         str(model),
-        *("--served-model-name", MODEL_NAME),
+        *("--served-model-name", settings.model_name),
         *("--host", HOST, "--port", str(port)),
-        *("--max-model-len", str(MAX_MODEL_LEN)),
+        *("--max-model-len", str(settings.max_model_len)),
         *("--dtype", "float32"),
         "--enable-prefix-caching",
         "--enable-prompt-tokens-details",
         "--enforce-eager",
-        *("--max-num-batched-tokens", "8192"),
+        *settings.arguments,
         *(("--plugin", "stateful") if side == PLUGIN else ()),
     ]
 
 
-def environment(side: str) -> dict[str, str]:
+def environment(side: str, settings: Settings = ONE_LAYER) -> dict[str, str]:
     """The caller's, without what would switch the plugin on in the stock server."""
     inherited = {
         name: value
         for name, value in os.environ.items()
         if not (side == STOCK and name.startswith("VLLM_STATEFUL"))
     }
-    return inherited | {
-        "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
+    common = {
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_gib),
         "VLLM_USE_AOT_COMPILE": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
@@ -60,19 +79,33 @@ def environment(side: str) -> dict[str, str]:
         "NO_COLOR": "1",
         "PYTHONUNBUFFERED": "1",
     }
+    return inherited | common | dict(settings.environment)
 
 
 class Server:
     """One running server; its times lie in `times` when it was started with timers."""
 
-    def __init__(self, side: str, model: Path, logs: Path, *, is_timed: bool) -> None:
+    def __init__(
+        self,
+        side: str,
+        model: Path,
+        logs: Path,
+        *,
+        is_timed: bool,
+        settings: Settings = ONE_LAYER,
+    ) -> None:
         self.side = side
         self.port = free_port()
         self.log = logs / f"{side}.log"
         self.times = logs / f"{side}.times.d"
         self._is_timed = is_timed
-        self._arguments = serve_command(model, self.port, side)
+        self._arguments = serve_command(model, self.port, side, settings)
+        self._environment = environment(side, settings)
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
 
     def __enter__(self) -> Self:
         self.times.mkdir(parents=True, exist_ok=True)
@@ -88,7 +121,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(self.side),
+                env=self._environment,
                 start_new_session=True,
             )
         return self
@@ -122,7 +155,7 @@ class Server:
         while time.monotonic() - start < START_LIMIT_S:
             self.check_alive()
             with contextlib.suppress(httpx.TransportError):
-                health = httpx.get(f"http://{HOST}:{self.port}/health", timeout=2)
+                health = httpx.get(f"{self.url}/health", timeout=2)
                 if health.status_code == httpx.codes.OK:
                     return time.monotonic() - start
             time.sleep(0.5)
@@ -140,6 +173,37 @@ class Server:
         tail = "\n".join(f"    {line}" for line in lines)
         return f"the {self.side} server: {problem}. The end of {self.log}:\n{tail}"
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all KV, sessions included; needs VLLM_SERVER_DEV_MODE=1 and a server at rest.
+
+        Raises:
+            ServerFailedError: it does not; blocks are still in use, or there is no such route.
+        """
+        answer = "no answer"
+        for _ in range(RESET_TRIES):
+            answer = httpx.post(f"{self.url}/reset_prefix_cache", timeout=60).text
+            if json.loads(answer or "{}").get("success"):
+                return
+            time.sleep(0.5)
+        raise ServerFailedError(self.report(f"the prefix cache was not reset ({answer})"))
+
+    def metrics(self) -> dict[str, float]:
+        """Everything at /metrics but buckets, by name with labels."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        pairs = [line.rsplit(" ", 1) for line in lines if line and not line.startswith("#")]
+        return {name: float(value) for name, value in pairs if "_bucket{" not in name}
+
+    def num_cache_tokens(self) -> int:
+        """How many tokens its KV cache holds, as its log says it.
+
+        Raises:
+            ServerFailedError: the log does not say it.
+        """
+        found = _CACHE_SIZE.search(self.log.read_text(errors="replace"))
+        if found is None:
+            raise ServerFailedError(self.report("no cache size in the log"))
+        return int(found[1].replace(",", ""))
+
     @contextmanager
     def probed_loop(self) -> Iterator[None]:
         """Watch the server's event loop; only a server with timers can do that."""
@@ -154,14 +218,21 @@ class Server:
 
 @contextmanager
 def both_servers(
-    model: Path, logs: Path, say: Callable[[str], None], *, is_timed: bool
+    model: Path,
+    logs: Path,
+    say: Callable[[str], None],
+    *,
+    is_timed: bool,
+    settings: Settings = ONE_LAYER,
 ) -> Iterator[dict[str, Server]]:
     """Stock and plugin, started one after the other."""
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         servers = {}
         for side in SIDES:
-            server = stack.enter_context(Server(side, model, logs, is_timed=is_timed))
+            server = stack.enter_context(
+                Server(side, model, logs, is_timed=is_timed, settings=settings)
+            )
             say(f"{side}: starting, log in {server.log}")
             say(f"{side}: ready after {server.wait_until_ready():.0f} s")
             servers[side] = server
