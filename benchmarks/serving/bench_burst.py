@@ -52,6 +52,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--agents", type=int, default=8, help="requests of a burst (%(default)s)")
     add("--prefix-tokens", type=int, default=6000, help="that they share (%(default)s)")
     add("--private-tokens", type=int, default=100, help="at the end of each (%(default)s)")
+    add("--long-prefill-token-threshold", dest="threshold", type=int, default=0)
     add("--answer-tokens", type=int, default=16, help="(%(default)s)")
     args = replay.parse_quick(parser, arguments, QUICK)
     if unknown := set(args.variants) - set(VARIANTS):
@@ -191,7 +192,11 @@ def measure(args: argparse.Namespace) -> list[Sample]:
     for block_size in map(int, args.block_size):
         for budget in args.budget:
             settings = replay.settings(
-                max_len(args), block_size=block_size, budget=budget, cores=args.cores
+                max_len(args),
+                block_size=block_size,
+                budget=budget,
+                cores=args.cores,
+                threshold=args.threshold,
             )
             with both_servers(model, args.logs, say, is_timed=False, settings=settings) as servers:
                 player = Player(servers, tokens, block_size, budget, args.answer_tokens)

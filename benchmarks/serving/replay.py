@@ -69,6 +69,7 @@ def settings(
     budget: str = DEFAULT_BUDGET,
     cores: str | None = None,
     num_blocks: int | None = None,
+    threshold: int = 0,
 ) -> Settings:
     """What both servers have in common.
 
@@ -78,6 +79,7 @@ def settings(
         budget: most tokens of a step; vLLM's default is 2048 for a server on a CPU.
         cores: for each worker; vLLM's default leaves one core of two to the worker.
         num_blocks: size of the KV cache, where it is not the natural one.
+        threshold: most tokens of one long prompt in a step, where others wait; 0 for no such limit.
     """
     arguments = [
         *("--block-size", str(block_size)),
@@ -86,6 +88,8 @@ def settings(
     ]
     if budget != DEFAULT_BUDGET:
         arguments += ["--max-num-batched-tokens", budget]
+    if threshold:
+        arguments += ["--long-prefill-token-threshold", str(threshold)]
     if num_blocks is not None:
         arguments += ["--num-gpu-blocks-override", str(num_blocks)]
     environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(ROOT)}
@@ -122,4 +126,4 @@ def names(text: str) -> Sequence[str]:
 
 def written(args: argparse.Namespace) -> dict[str, str]:
     """The options of a run, for its results."""
-    return {key: str(value) for key, value in vars(args).items() if key not in ("out", "logs")}
+    return {key: str(value) for key, value in vars(args).items() if key not in ("out", "logs", "traces")}

@@ -23,6 +23,9 @@ from vllm_stateful.types import TokenArray
 MAX_HEADER = 48
 """Tokens behind a marker that are read for the role, the channel and the recipient."""
 
+MAX_MARKERS = 16_384
+"""More than so many at once are no conversation: nothing is cut then."""
+
 MAX_WHITE = 3
 """Tokens of white space behind a marker or a header that belong to it."""
 
@@ -258,6 +261,8 @@ class BoundaryRules:
         # The header of the last marker before `start`, or white space, may end behind `start`.
         # Playing that marker again, in the segment that it led to, changes nothing else.
         places = places[max(int(np.searchsorted(places, start)) - 1, 0) :]
+        if len(places) > MAX_MARKERS:
+            return Cuts.none()
         starts, kinds = self._play(tokens, places, int(before))
         first = 1 if starts and starts[0] < start else 0
         return Cuts(np.array(starts[first:], np.int32), np.array(kinds[first:], np.uint8))

@@ -2,10 +2,10 @@
 """Parts of a residency: ends given up, reasoning not kept, edits told from siblings."""
 
 import pytest
-from fake_pool import BLOCK_SIZE, FakeEngine, key
+from fake_pool import BLOCK_SIZE, FakeEngine, array, key
 
 from vllm_stateful.prefix import residency_store
-from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
+from vllm_stateful.prefix.boundaries import MAX_MARKERS, BoundaryRules, Kind
 from vllm_stateful.prefix.residency import PromptBase
 from vllm_stateful.types import Demotion, Outcome
 
@@ -98,6 +98,14 @@ def test_without_rules_all_of_a_residency_goes() -> None:
     kept = engine.kept(ALICE, [*SYSTEM, *QUESTION, *ASK, *ANSWER])
     engine.store.demote_next(Demotion.PRESSURE, num_wanted=1)
     assert not kept.alive
+
+
+def test_a_prompt_of_nothing_but_markers_is_not_cut(engine: FakeEngine) -> None:
+    """Whoever sends one pays for it with one node, not with a node for each."""
+    assert RULES is not None
+    assert len(RULES.cuts(array([BEGIN, VOCABULARY["user"], NEW_LINE] * 100)).starts) == 100
+    hostile = array([BEGIN] * (MAX_MARKERS + 1))
+    assert len(RULES.cuts(hostile).starts) == 0
 
 
 # ---- reasoning -------------------------------------------------------------------------------
