@@ -126,4 +126,6 @@ def names(text: str) -> Sequence[str]:
 
 def written(args: argparse.Namespace) -> dict[str, str]:
     """The options of a run, for its results."""
-    return {key: str(value) for key, value in vars(args).items() if key not in ("out", "logs", "traces")}
+    return {
+        key: str(value) for key, value in vars(args).items() if key not in ("out", "logs", "traces")
+    }
