@@ -210,7 +210,7 @@ class ResidencyStore:
         """Keep what a turn computed, in place of what it makes redundant.
 
         Takes over one reference per block of ``turn.blocks``, exactly
-        ``ceil(len(tokens) / block_size)`` of them.
+        ``ceil(turn.frontier / block_size)`` of them.
 
         Returns:
             The new residency; None when an existing one of the session already covers it.
