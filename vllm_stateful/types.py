@@ -43,6 +43,8 @@ class Outcome(StrEnum):
     """Started on the KV of another session (same tenant) that shares its prefix."""
     DIVERGED = "diverged"
     """The history was edited: reused up to the first differing token."""
+    RESTORED = "restored"
+    """Its KV, or the end of it, was loaded from vLLM's offload tier."""
     COLD = "cold"
     """No session holds its prefix; vLLM's own prefix cache may still have hit."""
     BYPASSED = "bypassed"

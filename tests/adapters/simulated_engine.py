@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from simulated_tier import SimulatedTier
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -98,8 +99,17 @@ class SimulatedWorker:
         self.slots = [[0] * block_size for _ in range(num_blocks)]
         self.requests: dict[str, WorkerRequest] = {}
         self.num_tokens_computed = 0
+        self.tier: SimulatedTier | None = None
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        if self.tier is None:
+            return self._compute(step)
+        self.tier.begin(step)
+        output = self._compute(step)
+        output.kv_connector_output = self.tier.end(step)
+        return output
+
+    def _compute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         for request_id in step.finished_req_ids:
             self.requests.pop(request_id, None)
         for copy in step.kv_cache_block_copies or ():
@@ -203,8 +213,10 @@ class SimulatedEngine:
         async_scheduling: bool = False,
         scheduler_cls: type | None = None,
         num_drafts: int = 0,
+        kv_transfer: KVTransferConfig | None = None,
     ) -> None:
         config = vllm_config(block_size, max_num_seqs, max_batched)
+        config.kv_transfer_config = kv_transfer
         config.cache_config.num_gpu_blocks = num_blocks
         config.scheduler_config.async_scheduling = async_scheduling
         default = StatefulAsyncScheduler if async_scheduling else StatefulScheduler
@@ -223,6 +235,8 @@ class SimulatedEngine:
         self.num_drafts = self.scheduler.num_spec_tokens = num_drafts
         self.manager = self.scheduler.kv_cache_manager
         self.worker = SimulatedWorker(num_blocks, block_size)
+        if kv_transfer is not None:
+            self.worker.tier = SimulatedTier(self.worker.slots)
         self.block_size = block_size
         self.depth = 2 if async_scheduling else 1
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()

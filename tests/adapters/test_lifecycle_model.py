@@ -23,6 +23,8 @@ from hypothesis.stateful import (
     rule,
 )
 from simulated_engine import SimulatedEngine, expected_answer
+from simulated_tier import offloading
+from vllm.v1.request import RequestStatus
 
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.prefix import residency_store
@@ -47,6 +49,7 @@ class AgentSessions(RuleBasedStateMachine):
 
     async_scheduling = False
     num_drafts = 0
+    num_chunks = 0
     conversations = Bundle("conversations")
 
     @initialize()
@@ -58,6 +61,7 @@ class AgentSessions(RuleBasedStateMachine):
             max_batched=32,
             async_scheduling=self.async_scheduling,
             num_drafts=self.num_drafts,
+            kv_transfer=offloading(self.num_chunks) if self.num_chunks else None,
         )
         self.manager = self.engine.manager
         self.manager.store._clock = lambda: self.now
@@ -147,8 +151,16 @@ class AgentSessions(RuleBasedStateMachine):
 
     @rule(running_too=st.booleans())
     def reset_prefix_cache(self, running_too: bool) -> None:
-        if running_too and not self.engine.in_flight:
-            assert self.engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+        loading = any(
+            request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            for request in self.engine.scheduler.requests.values()
+        )
+        if running_too and not self.engine.in_flight and not loading:
+            # vLLM 0.32 fails in the next step when running requests start again and the offload
+            # tier still has their KV; while one is loaded, it refuses.
+            assert self.engine.scheduler.reset_prefix_cache(
+                reset_running_requests=True, reset_connector=bool(self.num_chunks)
+            )
         else:
             self.engine.scheduler.reset_prefix_cache()
         assert not any(r.is_idle for r in self.manager.store.residencies())
@@ -203,6 +215,18 @@ class AgentSessionsWithDrafts(AgentSessions):
     num_drafts = 3
 
 
+class AgentSessionsOffloaded(AgentSessions):
+    """The same beside vLLM's offload tier, which holds about two conversations."""
+
+    num_chunks = 30
+
+
+class AgentSessionsOffloadedAsync(AgentSessionsOffloaded):
+    """The same with two steps in flight: vLLM frees blocks a step later then."""
+
+    async_scheduling = True
+
+
 RUN = settings(
     max_examples=100,
     stateful_step_count=40,
@@ -213,7 +237,16 @@ RUN = settings(
 )
 
 
-@pytest.mark.parametrize("machine", [AgentSessions, AgentSessionsAsync, AgentSessionsWithDrafts])
+@pytest.mark.parametrize(
+    "machine",
+    [
+        AgentSessions,
+        AgentSessionsAsync,
+        AgentSessionsWithDrafts,
+        AgentSessionsOffloaded,
+        AgentSessionsOffloadedAsync,
+    ],
+)
 def test_any_order_of_events(machine: type[RuleBasedStateMachine]) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 

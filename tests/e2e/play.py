@@ -46,6 +46,21 @@ class Agent:
     cache_salt: str | None = None
 
 
+def offloading(num_bytes: int) -> dict[str, Any]:
+    """vLLM's CPU offload tier with our eviction policy, and a worker that runs on a CPU."""
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "cpu_bytes_to_use": num_bytes,
+            "spec_name": "HostCopySpec",
+            "spec_module_path": "host_copy",
+            "eviction_policy": "StatefulCachePolicy",
+            "cache_policy_module_path": "vllm_stateful.adapters.offload_policy",
+        },
+    }
+
+
 class Player:
     """One engine and everything that was said to it."""
 
@@ -61,6 +76,8 @@ class Player:
                 "num_speculative_tokens": 4,
                 "prompt_lookup_max": 4,
             }
+        if args.offload:
+            options["kv_transfer_config"] = offloading(args.offload)
         self.llm = LLM(
             args.model,
             dtype=args.dtype,
@@ -253,6 +270,7 @@ def main() -> None:
     parser.add_argument("--num-blocks", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=12)
     parser.add_argument("--prompts", help="replay the prompts of this earlier result")
+    parser.add_argument("--offload", type=int, default=0, help="bytes of a CPU offload tier")
     parser.add_argument("--speculate", action="store_true", help="with vLLM's ngram drafts")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

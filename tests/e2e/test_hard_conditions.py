@@ -43,6 +43,20 @@ def test_200_sessions_over_a_cache_that_holds_20(play: Play) -> None:
     assert_nothing_lost(plugin)
 
 
+def test_sessions_that_come_back_from_the_offload_tier_give_the_same_answers(play: Play) -> None:
+    """Two of six agents fit into the KV cache, all six into vLLM's offload tier."""
+    small = ("--scenario", "pressure", "--num-blocks", "100")
+    stock = play(TINY, *small)
+    plugin = play(TINY, "--plugin", *small, "--offload", str(256 * 1024**2))
+    assert assert_same_answers(stock, plugin) == 24
+    assert plugin["stats"]["turns"]["restored"] > 0
+    computed = plugin["stats"]["num_tokens_computed"]
+    without = play(TINY, "--plugin", *small)["stats"]["num_tokens_computed"]
+    print(f"{computed} prompt tokens computed; without the tier {without}")
+    assert computed < without
+    assert_nothing_lost(plugin)
+
+
 def test_ngram_speculation_resumes_at_accepted_tokens_only(play: Play) -> None:
     """Rejected drafts leave KV behind the frontier; it must never be taken for context."""
     stock, plugin = play(TINY), play(TINY, "--plugin", "--speculate")

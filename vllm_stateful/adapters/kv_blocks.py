@@ -227,8 +227,10 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         """
         ask = Ask(request, num_new_tokens, num_new_computed_tokens, new_computed_blocks, options)
         turn = self.turns.get(request.request_id)
-        if turn is not None and request.num_computed_tokens == 0:
-            return self._admit(ask, turn)
+        if turn is not None:
+            turn.is_loading = bool(options.get("delay_cache_blocks"))
+            if request.num_computed_tokens == 0:
+                return self._admit(ask, turn)
         allocated = self._stock_allocate(ask)
         lacking = self._num_lacking(ask, 0) if allocated is None else 0
         while allocated is None and lacking is not None:
@@ -262,9 +264,15 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
 
     def _adopt(self, ask: Ask, turn: Turn) -> KVCacheBlocks | None:
         offer = turn.offer
-        if offer is None or not self._continues_in_place(turn, offer.residency, offer.num_tokens):
+        if offer is None or not self._is_borrowing(turn, offer):
             return self._stock_allocate(ask)
         return self._allocate_borrowing(ask, turn, offer)
+
+    def _is_borrowing(self, turn: Turn, offer: Offer) -> bool:
+        """Not while KV is loaded behind the offer: a load that fails must not cost the session."""
+        if turn.is_loading:
+            return False
+        return self._continues_in_place(turn, offer.residency, offer.num_tokens)
 
     def _allocate_borrowing(self, ask: Ask, turn: Turn, offer: Offer) -> KVCacheBlocks | None:
         """Move the residency's block list to the request, and append to it."""
@@ -283,7 +291,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
     def _num_blocks_kept(self, turn: Turn) -> int:
         """Idle blocks that stay out of the pool because the turn will borrow them."""
         offer = turn.offer
-        if offer is None or not self._continues_in_place(turn, offer.residency, offer.num_tokens):
+        if offer is None or not self._is_borrowing(turn, offer):
             return 0
         return len(offer.residency.blocks)
 
@@ -296,6 +304,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         """
         request, options = ask.request, ask.options
         num_tokens = request.num_computed_tokens + ask.num_computed + ask.num_new
+        num_tokens += options.get("num_external_computed_tokens", 0)
         if options.get("full_sequence_must_fit"):
             num_tokens = max(num_tokens, request.num_tokens)
         held = len(self._group.req_to_blocks.get(request.request_id, ())) + num_kept
@@ -320,14 +329,17 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             return lacking - freed
         if turn is None or offer is None or not offer.residency.is_idle:
             return None
-        if self._continues_in_place(turn, offer.residency, offer.num_tokens):
+        if self._is_borrowing(turn, offer):
             return None
         return lacking - self.store.demote(offer.residency, Demotion.PRESSURE)
 
     def _count_admission(self, ask: Ask, turn: Turn) -> None:
         turn.is_counted = True
+        num_loaded = ask.options.get("num_external_computed_tokens", 0)
         outcome = Outcome.COLD if turn.offer is None else turn.offer.outcome
-        self.turn_counts.admitted(outcome, ask.num_computed, ask.request.num_prompt_tokens)
+        outcome = Outcome.RESTORED if num_loaded else outcome
+        num_reused = ask.num_computed + num_loaded
+        self.turn_counts.admitted(outcome, num_reused, ask.request.num_prompt_tokens)
         if turn.offer is not None:
             self.turn_counts.resumed_after(turn.lookup_s)
         if turn.offer is not None and outcome is Outcome.DIVERGED:
@@ -354,15 +366,19 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         if is_final(request):
             turn.is_closing = True
             self.store.close(turn.session)
-        failed = request.status == RequestStatus.FINISHED_ERROR
+        failed = request.status == RequestStatus.FINISHED_ERROR or turn.is_loading
         return not (turn.is_closing or failed or turn.epoch != self.epoch)
 
     def _free_preempted(self, request: Request) -> None:
+        self.preempted(request)
+        super().free(request)
+
+    def preempted(self, request: Request) -> None:
         """A preempted turn loses its blocks, as in stock vLLM, and looks up again later."""
         turn = self.turns.get(request.request_id)
         if turn is not None:
+            turn.is_loading = False
             self._forfeit(turn, Demotion.PREEMPTED)
-        super().free(request)
 
     def _forfeit(self, turn: Turn, why: Demotion) -> None:
         if turn.borrowed is not None:

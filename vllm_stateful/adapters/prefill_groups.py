@@ -35,6 +35,8 @@ class SchedulerPrefills:
         self._note_running()
         if not len(self.groups) or request.status != RequestStatus.WAITING:
             return False
+        if request.num_computed_tokens:  # it holds KV that was loaded for it
+            return False
         turn = self._manager.turn_of(request)
         if turn is None:
             return False

@@ -8,6 +8,8 @@ leaves it as it is and says why when the model or the engine's settings are not 
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from vllm.logger import init_logger
@@ -23,10 +25,13 @@ from vllm_stateful.adapters.called_tools import CalledTools
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.message_boundaries import boundary_rules
+from vllm_stateful.adapters.offload_tier import OffloadTier, is_offloading, tier_of
 from vllm_stateful.adapters.prefill_groups import SchedulerPrefills
+from vllm_stateful.adapters.turn import session_of
 from vllm_stateful.adapters.waiting_queue import ProgramQueue
 from vllm_stateful.config import StatefulConfig, load_config
 from vllm_stateful.errors import UnsupportedError
+from vllm_stateful.types import SessionKey
 
 logger = init_logger("vllm.stateful")
 
@@ -54,8 +59,9 @@ def unsupported_reason(scheduler: Scheduler) -> str | None:
 
 
 def _unsupported_setting(scheduler: Scheduler, spec: Any) -> str | None:
-    if scheduler.connector is not None:
-        return "a KV connector is configured"
+    connector = scheduler.connector
+    if connector is not None and not is_offloading(connector):
+        return f"a KV connector other than OffloadingConnector: {type(connector).__name__}"
     if scheduler.use_eagle or scheduler.num_prefill_lookahead or scheduler.prefix_replay_tokens:
         return "the speculative method keeps KV of its own (EAGLE, MTP)"
     if scheduler.aux_output_connector is not None:
@@ -84,10 +90,20 @@ class _StatefulMixin:
     by_service: ProgramQueue | None = None
     """The waiting queue with ``--stateful-order least-served``."""
     prefills: SchedulerPrefills | None = None
+    connector: Any
+    tier: OffloadTier | None = None
+    """vLLM's offload tier, where it is on and lets us order it."""
+    ending: deque[tuple[int, Request]]
+    """Turns that ended with a step in flight, and the step after which they are kept."""
+    sched_step_seq: int
+    processed_step_seq: int
+    _request_blocks_can_be_freed: Callable[[Request], bool]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config = load_config()
+        self.tier = tier_of(self.connector)
+        self.ending: deque[tuple[int, Request]] = deque()
         self.stateful_off = unsupported_reason(self)
         if self.stateful_off is None:
             self._become_stateful()
@@ -116,6 +132,7 @@ class _StatefulMixin:
             manager.block_pool.num_gpu_blocks - 1,
             manager.store.block_size,
         )
+        manager.store.tier = self.tier
         self.prefills = SchedulerPrefills(self)
         if self.config.order == "least-served":
             self._order_by_service()
@@ -138,6 +155,8 @@ class _StatefulMixin:
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """vLLM's end of every request; counts what it generated."""
+        if self.tier is not None:
+            self.tier.request_ended(request.request_id, self._session_of(request))
         if self.by_service is not None:
             self.by_service.ended(request)
         if self.prefills is not None:
@@ -148,6 +167,36 @@ class _StatefulMixin:
         """Whether a waiting request can run in this step: not while another computes its prefix."""
         ready = super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
         return bool(ready) and not (self.prefills is not None and self.prefills.waits(request))
+
+    # ---- beside an offload tier ----------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """vLLM's begin of every request; decides whether it is offloaded."""
+        if self.tier is not None and request.request_id not in self.requests:
+            self.tier.admit(request, session_of(request))
+        super().add_request(request)  # type: ignore[misc]
+
+    def _session_of(self, request: Request) -> SessionKey:
+        turn = None if self.stateful_off else self.kv_cache_manager.turns.get(request.request_id)
+        return session_of(request) if turn is None else turn.session
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """vLLM waits with a request's blocks while a step in flight may still write them.
+
+        So do we: until then nobody can resume the turn, and no load can be given its blocks.
+        """
+        if self.stateful_off is not None or self._request_blocks_can_be_freed(request):
+            super()._free_request_blocks(request)  # type: ignore[misc]
+        elif request.is_finished():
+            self.ending.append((self.sched_step_seq, request))
+        else:
+            self.kv_cache_manager.preempted(request)
+            super()._free_request_blocks(request)  # type: ignore[misc]
+
+    def _drain_deferred_frees(self) -> None:
+        super()._drain_deferred_frees()  # type: ignore[misc]
+        while self.ending and self.ending[0][0] <= self.processed_step_seq:
+            self.kv_cache_manager.free(self.ending.popleft()[1])
 
     # ---- one step ------------------------------------------------------------------------
 
@@ -194,11 +243,20 @@ class _StatefulMixin:
             "waits": {str(kind): number for kind, number in store.waits.num_began.items()},
             "num_prefills_joined": 0 if self.prefills is None else self.prefills.groups.num_joined,
             "num_reasoning_dropped": store.num_reasoning_dropped,
+            **self._tier_stats(),
             "num_sessions": store.num_sessions,
             "num_blocks_pinned": store.pins.num_pinned,
             "num_blocks_budget": store.pins.budget_blocks,
             "num_blocks_free": manager.block_pool.get_num_free_blocks(),
             "num_blocks_total": manager.block_pool.num_gpu_blocks - 1,
+        }
+
+    def _tier_stats(self) -> dict[str, float]:
+        if self.tier is None:
+            return {"num_offloads_declined": 0, "offload_working_set": 0.0}
+        return {
+            "num_offloads_declined": self.tier.num_declined,
+            "offload_working_set": self.tier.working_set.ratio,
         }
 
     def _close(self, session_id: str, cache_salt: str | None) -> int:

@@ -50,6 +50,8 @@ class Turn:
     borrowed: Residency | None = None
     only_full_blocks: bool = False
     """Its partial block could not be copied for lack of one free block: align the hit."""
+    is_loading: bool = False
+    """vLLM's offload tier writes into its blocks; none of it has run yet."""
     has_arrived: bool = False
     """The gap before it was learned from."""
     is_counted: bool = False

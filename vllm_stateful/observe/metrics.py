@@ -22,7 +22,8 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "turns",
         "outcome",
-        "Turns by how they found their context: resumed, forked, diverged, cold, bypassed.",
+        "Turns by how they found their context: resumed, forked, diverged, restored (from vLLM's "
+        "offload tier), cold, bypassed.",
     ),
     Metric(
         "vllm_stateful_bypassed_turns",
@@ -52,6 +53,21 @@ METRICS: tuple[Metric, ...] = (
         "num_prefills_joined",
         None,
         "Turns that waited until another had computed the prefix that both share.",
+    ),
+    Metric(
+        "vllm_stateful_offloads_declined",
+        "counter",
+        "num_offloads_declined",
+        None,
+        "Turns whose KV was not given to vLLM's offload tier, as it is worth less than what would "
+        "have gone for it.",
+    ),
+    Metric(
+        "vllm_stateful_offload_working_set_ratio",
+        "gauge",
+        "offload_working_set",
+        None,
+        "Tokens of the sessions that are expected back, as a multiple of the offload tier.",
     ),
     Metric(
         "vllm_stateful_waits",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -125,3 +125,15 @@ class FinishedTurn:
         if start >= num_prompt:
             return output
         return np.concatenate([self.prompt[start:], output])
+
+
+class OffloadTier(Protocol):
+    """Who else must know which sessions wait (``adapters.offload_tier``)."""
+
+    def waits(
+        self, session: SessionKey, forecast: Forecast, num_tokens: int, wished_until_s: float
+    ) -> None:
+        """A turn of the session ended with so many tokens."""
+
+    def closed(self, session: SessionKey) -> None:
+        """The session is over."""

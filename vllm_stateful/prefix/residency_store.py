@@ -25,6 +25,7 @@ from vllm_stateful.prefix.residency import (
     Blocks,
     FinishedTurn,
     Match,
+    OffloadTier,
     PromptBase,
     Residency,
     is_anonymous,
@@ -81,6 +82,8 @@ class ResidencyStore:
         self._sessions: dict[SessionKey, list[Residency]] = {}
         self._idle: FairQueue[Residency] = FairQueue(budget_blocks * WISHED_SHARE)
         self.waits = WaitBook()
+        self.tier: OffloadTier | None = None
+        """Told of each session that waits or is over."""
         self.num_reasoning_dropped = 0
         """Tokens of reasoning, and behind it, that were not kept."""
         self._rules = rules
@@ -218,16 +221,17 @@ class ResidencyStore:
         assert len(turn.blocks) == -(-turn.frontier // self.block_size)
         num_turns = 1 if turn.borrowed is None else turn.borrowed.num_turns + 1
         wait = self._wait_of(turn, num_turns)
+        wished_until_s = self._clock() + turn.wish_s if turn.wish_s else 0.0
         made = Residency(
             turn.session,
             turn.frontier,
             turn.blocks,
             self._block_ids(turn),
-            self._expect(turn, wait),
+            self._expect(turn, wait, wished_until_s),
             self._trees.setdefault(turn.session.identity, RadixTree()),
             num_turns,
             turn.version,
-            self._clock() + turn.wish_s if turn.wish_s else 0.0,
+            wished_until_s,
             wait=wait.kind,
         )
         self._plant(made, turn)
@@ -309,10 +313,13 @@ class ResidencyStore:
             kind = WaitKind.ONE_SHOT
         return Wait(kind, turn.tool or "", num_turns)
 
-    def _expect(self, turn: FinishedTurn, wait: Wait) -> Forecast:
+    def _expect(self, turn: FinishedTurn, wait: Wait, wished_until_s: float) -> Forecast:
         """When the session is expected back."""
         tenant = turn.session.identity.cache_salt
-        return self.waits.began(turn.session, tenant, wait, self._clock())
+        forecast = self.waits.began(turn.session, tenant, wait, self._clock())
+        if self.tier is not None:
+            self.tier.waits(turn.session, forecast, turn.frontier, wished_until_s)
+        return forecast
 
     @staticmethod
     def _block_ids(turn: FinishedTurn) -> BlockIds:
@@ -448,6 +455,8 @@ class ResidencyStore:
         for branch in idle:
             self.demote(branch, Demotion.CLOSED)
         self.waits.closed(session)
+        if self.tier is not None:
+            self.tier.closed(session)
         return len(idle)
 
     def reset(self) -> None:

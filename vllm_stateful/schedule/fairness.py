@@ -22,7 +22,7 @@ from collections.abc import Hashable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
 from vllm_stateful.schedule.gaps import Forecast
-from vllm_stateful.schedule.retention import RetentionQueue, Worth
+from vllm_stateful.schedule.retention import Rank, RetentionQueue, Worth
 
 R = TypeVar("R", bound=Hashable)
 
@@ -110,6 +110,15 @@ class FairQueue(Generic[R]):
             if found is not None:
                 return found
         return self._first_of(self._queues, now_s, keep)
+
+    def rank(self, item: R, now_s: float) -> Rank:
+        """What ``item`` is compared by within its tenant.
+
+        Raises:
+            KeyError: it is not in.
+        """
+        queue = self._queues[self._held[item].tenant]
+        return queue.rank(item, now_s, wishes=self.num_wished <= self.max_wished)
 
     def _first_of(self, tenants: Iterable[Hashable], now_s: float, keep: R | None) -> R | None:
         firsts = []

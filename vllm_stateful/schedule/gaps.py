@@ -148,6 +148,8 @@ class Forecast:
         costs = kept[None, 1:] - kept[:-1, None]
         rates = np.divide(hits, costs, out=np.zeros_like(hits), where=costs > 0)
         self._rates: list[float] = rates.max(axis=1).tolist()
+        self.returns = float(returned[-1])
+        """The chance that it returns at all."""
 
     def rate(self, age_s: float) -> float:
         """Returns per second of a session that has waited for ``age_s``."""

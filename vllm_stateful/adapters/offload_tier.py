@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sessions' side of vLLM's CPU offload tier (``OffloadingConnector``).
+
+vLLM stores every full block of a prompt on the host as soon as it is computed, and loads what the
+GPU has lost before a turn is scheduled. What is added: the tier gives up chunks in the order of the
+sessions (``adapters.offload_policy``), and a session that is not worth its place is not stored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.logger import init_logger
+from vllm.v1.request import Request
+
+from vllm_stateful.adapters.offload_policy import StatefulCachePolicy
+from vllm_stateful.prefix.residency import is_anonymous
+from vllm_stateful.schedule.gaps import Forecast, GapModel, Wait, WaitKind
+from vllm_stateful.schedule.offload_order import OffloadOrder, Owner, WorkingSet
+from vllm_stateful.types import SessionKey
+
+logger = init_logger("vllm.stateful")
+
+MAX_ENDED = 10_000
+"""Ended requests whose session is remembered until the tier asks; it asks in the next step."""
+
+STORE_NONE = {"max_offload_tokens": 0}
+"""vLLM's own request parameter (``kv_transfer_params``): how much of a request is offloaded."""
+
+
+def is_offloading(connector: Any) -> bool:
+    """Whether a KV connector is vLLM's own offloading one, beside which sessions can be kept."""
+    return type(connector) is OffloadingConnector
+
+
+class OffloadTier:
+    """What one scheduler tells its offload tier.
+
+    Args:
+        policy: that of the tier.
+        tokens_per_chunk: how many tokens one chunk holds.
+    """
+
+    def __init__(self, policy: StatefulCachePolicy, tokens_per_chunk: int) -> None:
+        self.order: OffloadOrder[Any] = policy.order
+        self.working_set = WorkingSet(policy.cache_capacity * tokens_per_chunk)
+        self.num_declined = 0
+        self._ended: OrderedDict[str, SessionKey] = OrderedDict()
+        self._one_shot = GapModel().forecast(None, Wait(WaitKind.ONE_SHOT))
+        policy.owner_of = self._owner_of
+
+    def admit(self, request: Request, session: SessionKey) -> None:
+        """Decide whether the KV of a new request goes to the tier, before vLLM's connector does.
+
+        A client's own ``max_offload_tokens`` stands.
+        """
+        given = request.kv_transfer_params or {}
+        if self.working_set.ratio <= 1 or "max_offload_tokens" in given:
+            return
+        otherwise = self._one_shot if is_anonymous(session) else None
+        if not self.order.beats_victim(_owner(session), otherwise):
+            request.kv_transfer_params = {**given, **STORE_NONE}
+            self.num_declined += 1
+
+    def request_ended(self, request_id: str, session: SessionKey) -> None:
+        """Remember whose request it was; the tier asks when it builds its next transfers."""
+        self._ended[request_id] = session
+        while len(self._ended) > MAX_ENDED:
+            self._ended.popitem(last=False)
+
+    def waits(
+        self, session: SessionKey, forecast: Forecast, num_tokens: int, wished_until_s: float
+    ) -> None:
+        """A session with a context of so many tokens began to wait; see ``OffloadOrder.waits``."""
+        self.working_set.waits(session, num_tokens, forecast.returns, time.monotonic())
+        self.order.waits(_owner(session), forecast, wished_until_s)
+
+    def closed(self, session: SessionKey) -> None:
+        """The session is over."""
+        self.working_set.ended(session)
+        self.order.ended(_owner(session))
+
+    def _owner_of(self, request_id: str) -> Owner:
+        session = self._ended.pop(request_id, None)
+        return Owner(("request", request_id)) if session is None else _owner(session)
+
+
+def _owner(session: SessionKey) -> Owner:
+    return Owner(session, session.identity.cache_salt)
+
+
+def tier_of(connector: Any) -> OffloadTier | None:
+    """The tier of the connector that vLLM has just built; None when another policy runs it."""
+    policy = StatefulCachePolicy.take_newest()
+    if connector is None or not is_offloading(connector):
+        return None
+    if policy is None:
+        logger.info(
+            "stateful: the offload tier keeps vLLM's own eviction policy; "
+            "docs/offload.md says how to let it know sessions"
+        )
+        return None
+    group = connector.scheduler.config.kv_group_configs[0]
+    return OffloadTier(policy, group.tokens_per_chunk)
