@@ -183,9 +183,7 @@ def test_other_connectors_are_left_to_stock_vllm(engine: Engine) -> None:
     class NixlConnector:
         pass
 
-    scheduler = SimpleNamespace(
-        **{**vars(engine.scheduler), "connector": NixlConnector()}
-    )
+    scheduler = SimpleNamespace(**{**vars(engine.scheduler), "connector": NixlConnector()})
     assert unsupported_reason(scheduler) == (
         "a KV connector other than OffloadingConnector: NixlConnector"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
@@ -42,9 +43,16 @@ class OffloadTier:
     Args:
         policy: that of the tier.
         tokens_per_chunk: how many tokens one chunk holds.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, policy: StatefulCachePolicy, tokens_per_chunk: int) -> None:
+    def __init__(
+        self,
+        policy: StatefulCachePolicy,
+        tokens_per_chunk: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self.order: OffloadOrder[Any] = policy.order
         self.working_set = WorkingSet(policy.cache_capacity * tokens_per_chunk)
         self.num_declined = 0
@@ -75,7 +83,7 @@ class OffloadTier:
         self, session: SessionKey, forecast: Forecast, num_tokens: int, wished_until_s: float
     ) -> None:
         """A session with a context of so many tokens began to wait; see ``OffloadOrder.waits``."""
-        self.working_set.waits(session, num_tokens, forecast.returns, time.monotonic())
+        self.working_set.waits(session, num_tokens, forecast.returns, self._clock())
         self.order.waits(_owner(session), forecast, wished_until_s)
 
     def closed(self, session: SessionKey) -> None:
