@@ -23,16 +23,16 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, make_o
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 
 from benchmarks.models import ROOT
-from benchmarks.policy.traces import KVCT, Turn, read_kvct, read_mooncake, working_set
+from benchmarks.policy.traces import KVCT, Turn, in_order, read_kvct, read_mooncake, working_set
 from vllm_stateful.adapters.offload_policy import StatefulCachePolicy
 from vllm_stateful.adapters.offload_tier import OffloadTier
 from vllm_stateful.schedule.gaps import Wait, WaitKind
 from vllm_stateful.schedule.waits import WaitBook
 from vllm_stateful.types import Identity, SessionKey
 
-OVERSUBSCRIBED = (1.0, 2.0, 3.7, 8.0)
+OVERSUBSCRIBED = (1.25, 2.0, 3.7, 8.0)
 POLICIES = ("lru", "arc", "ungated", "plugin")
-BLOCKS_PER_CHUNK = 8
+TOKENS_PER_CHUNK = 2048
 
 
 class Request:
@@ -52,7 +52,8 @@ class Figures(NamedTuple):
 class Tier:
     """One manager, and what tells it of sessions."""
 
-    def __init__(self, policy: str, num_chunks: int) -> None:
+    def __init__(self, policy: str, num_chunks: int, blocks_per_chunk: int) -> None:
+        self.blocks_per_chunk = blocks_per_chunk
         ours = policy in ("ungated", "plugin")
         self.manager = CPUOffloadingManager(
             num_chunks,
@@ -72,7 +73,7 @@ class Tier:
 
     def arrives(self, turn: Turn, name: str, session: SessionKey) -> ReqContext:
         """Load what is there, store what is not."""
-        keys = keys_of(turn)
+        keys = self.keys_of(turn)
         context = ReqContext(name)
         for place, key in enumerate(keys):
             context.set_offload_key_position(key, place + 1)
@@ -104,22 +105,21 @@ class Tier:
             self.tier.request_ended(context.req_id, session)
             kind = WaitKind.TOOL if turn.calls_tool else WaitKind.USER
             forecast = self.waits.began(session, None, Wait(kind, num_turns=number), self.now_s)
-            self.tier.waits(session, forecast, len(keys_of(turn)), 0.0)
+            self.tier.waits(session, forecast, len(self.keys_of(turn)), 0.0)
         self.manager.on_request_finished(context)
 
+    def keys_of(self, turn: Turn) -> list[OffloadKey]:
+        """Its full chunks; a key stands for all before it too."""
+        space = str(turn.space).encode()
+        return [
+            make_offload_key(space + int(block).to_bytes(8, "big"), 0)
+            for block in turn.blocks[self.blocks_per_chunk - 1 :: self.blocks_per_chunk]
+        ]
 
-def keys_of(turn: Turn) -> list[OffloadKey]:
-    """Its full chunks; a key stands for all before it too."""
-    space = str(turn.space).encode()
-    return [
-        make_offload_key(space + int(block).to_bytes(8, "big"), 0)
-        for block in turn.blocks[BLOCKS_PER_CHUNK - 1 :: BLOCKS_PER_CHUNK]
-    ]
 
-
-def play(turns: Sequence[Turn], policy: str, num_chunks: int) -> Figures:
+def play(turns: Sequence[Turn], policy: str, num_chunks: int, blocks_per_chunk: int) -> Figures:
     """All turns through one tier, arrivals and ends in their order in time."""
-    tier = Tier(policy, num_chunks)
+    tier = Tier(policy, num_chunks, blocks_per_chunk)
     number = itertools.count()
     num_turns: dict[Any, int] = {}
     ends: list[tuple[float, int, Turn, ReqContext, SessionKey, int]] = []
@@ -146,22 +146,25 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--traces", type=Path, default=ROOT.parent / "shared" / "traces")
     parser.add_argument("--seed", type=int, default=0, help="order and arrival of the sessions")
+    parser.add_argument("--turns", type=int, default=6000, help="of each trace, from its start")
     args = parser.parse_args(arguments)
     if not (args.traces / KVCT).exists():
         print(f"no traces in {args.traces}", file=sys.stderr)
         return 1
     streams = {
-        "Claude Code sessions over 6 h": read_kvct(args.traces, 6.0, args.seed),
-        "Mooncake chat": read_mooncake(args.traces),
+        "Claude Code sessions over 6 h": (read_kvct(args.traces, 6.0, args.seed), 64),
+        "Mooncake chat": (read_mooncake(args.traces), 512),
     }
-    for title, turns in streams.items():
-        chunks = working_set(turns) // BLOCKS_PER_CHUNK
+    for title, (turns, tokens_per_block) in streams.items():
+        turns = in_order(turns[: args.turns])
+        blocks_per_chunk = TOKENS_PER_CHUNK // tokens_per_block
+        chunks = working_set(turns) // blocks_per_chunk
         print(f"{title}: {len(turns)} turns, working set {chunks} chunks")
         print("over-subscription  " + "  ".join(f"{name:>22}" for name in POLICIES))
         for ratio in OVERSUBSCRIBED:
             cells = []
             for name in POLICIES:
-                found = play(turns, name, int(chunks / ratio))
+                found = play(turns, name, int(chunks / ratio), blocks_per_chunk)
                 share = found.loaded / found.asked
                 cells.append(f"{share:.1%} / {found.stored / found.asked:.1%}".rjust(22))
             print(f"{ratio:17.1f}  " + "  ".join(cells), flush=True)

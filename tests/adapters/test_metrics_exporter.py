@@ -24,6 +24,8 @@ def snapshot(**values: Any) -> dict[str, Any]:
         "waits": {},
         "num_reasoning_dropped": 0,
         "num_prefills_joined": 0,
+        "num_offloads_declined": 0,
+        "offload_working_set": 0.0,
         **gauges,
         **values,
     }

@@ -198,3 +198,26 @@ def test_idle_sessions_do_not_count_as_usage(engine: Engine) -> None:
     engine.turn("first", HISTORY)
     assert engine.store.pins.num_pinned == 6
     assert engine.manager.usage == 0
+
+
+def test_sessions_are_spared_when_giving_them_up_would_not_make_room(
+    options: dict[str, Any],
+) -> None:
+    """A running fork holds its parent's blocks: the parent's residency is no reserve."""
+    engine = Engine(**{**options, "num_blocks": 101}, max_batched=512)
+    engine.store.pins.budget_blocks = 100
+    for n in range(4):
+        engine.turn(f"small-{n}", [n, *HISTORY[:17]], f"session-{n}", max_tokens=2)
+    parent = [n * 7 % 100 for n in range(160)]
+    engine.turn("parent", parent, "session-parent", max_tokens=2)
+    engine.add("fork", [*parent, 5, 6, 7], session_id="session-child", max_tokens=40)
+    engine.step()
+    engine.step()
+    assert engine.manager.usage >= 0.4
+    engine.add("big", [n * 13 % 100 for n in range(290)], session_id="session-big")
+    engine.step()
+    engine.step()
+    assert engine.demotions() == {}
+    engine.run()
+    assert engine.answer("big") == expected_answer([n * 13 % 100 for n in range(290)], 4)
+    engine.check_nothing_is_lost()

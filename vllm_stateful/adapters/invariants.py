@@ -39,6 +39,8 @@ def check_pool(scheduler: Scheduler) -> dict[str, int]:
                 f"block {block.block_id}: ref_cnt {block.ref_cnt}, but requests hold it "
                 f"{used[block.block_id]} times and residencies {pinned[block.block_id]} times"
             )
+        if manager.store.pins.users(block.block_id) > used[block.block_id]:
+            raise InvariantError(f"block {block.block_id}: the pin ledger miscounts its users")
         if pinned[block.block_id] != manager.store.pins.holders(block.block_id):
             raise InvariantError(f"block {block.block_id}: the pin ledger miscounts its holders")
     return _totals(manager, used + deferred, pinned)

@@ -106,7 +106,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
     def usage(self) -> float:
         """Share of the blocks in use; pinned blocks count as free, for they are on demand."""
         total = self.block_pool.num_gpu_blocks - 1
-        used = total - self.block_pool.get_num_free_blocks() - self.store.pins.num_pinned
+        used = total - self.block_pool.get_num_free_blocks() - self.store.pins.num_freeable
         return max(used, 0) / total if total else 0.0
 
     # ---- what is here --------------------------------------------------------------------
@@ -258,9 +258,22 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         turn.lookup_s += time.perf_counter() - started
         if allocated is None:
             turn.only_full_blocks = turn.offer is not None
-        elif not turn.is_counted:
+            return None
+        if turn.offer is not None and turn.borrowed is None:
+            self._share(turn, turn.offer)
+        if not turn.is_counted:
             self._count_admission(ask, turn)
         return allocated
+
+    def _share(self, turn: Turn, offer: Offer) -> None:
+        """Its full blocks are the turn's as well; a partly filled one was copied."""
+        turn.shared_ids = offer.residency.block_ids[: offer.num_tokens // self._block_size]
+        self.store.pins.use(turn.shared_ids)
+
+    def _unshare(self, turn: Turn) -> None:
+        if turn.shared_ids is not None:
+            self.store.pins.unuse(turn.shared_ids)
+            turn.shared_ids = None
 
     def _adopt(self, ask: Ask, turn: Turn) -> KVCacheBlocks | None:
         offer = turn.offer
@@ -312,7 +325,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             held += sum(1 for block in ask.computed.blocks[0] if block.ref_cnt > 0)
         needed = -(-min(num_tokens, self.max_model_len) // self._block_size) - held
         num_free = self.block_pool.get_num_free_blocks()
-        if needed > num_free + self.store.pins.num_pinned - num_kept:
+        if needed > num_free + self.store.pins.num_freeable - num_kept:
             return None
         return int(needed - num_free)
 
@@ -324,14 +337,18 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         """
         offer = None if turn is None else turn.offer
         base = None if offer is None else offer.residency
-        freed = self.store.demote_next(Demotion.PRESSURE, max(1, lacking), keep=base)
-        if freed is not None:
-            return lacking - freed
+        before: int = self.block_pool.get_num_free_blocks()
+        if self.store.demote_next(Demotion.PRESSURE, max(1, lacking), keep=base) is not None:
+            return lacking - self._num_freed_since(before)
         if turn is None or offer is None or not offer.residency.is_idle:
             return None
         if self._is_borrowing(turn, offer):
             return None
-        return lacking - self.store.demote(offer.residency, Demotion.PRESSURE)
+        self.store.demote(offer.residency, Demotion.PRESSURE)
+        return lacking - self._num_freed_since(before)
+
+    def _num_freed_since(self, before: int) -> int:
+        return int(self.block_pool.get_num_free_blocks()) - before
 
     def _count_admission(self, ask: Ask, turn: Turn) -> None:
         turn.is_counted = True
@@ -355,6 +372,8 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             return
         self.bypassed.discard(request.request_id)
         turn = self.turns.pop(request.request_id, None)
+        if turn is not None:
+            self._unshare(turn)
         if turn is not None and self._is_worth_keeping(request, turn):
             self._keep(request, turn)
             return
@@ -378,6 +397,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         turn = self.turns.get(request.request_id)
         if turn is not None:
             turn.is_loading = False
+            self._unshare(turn)
             self._forfeit(turn, Demotion.PREEMPTED)
 
     def _forfeit(self, turn: Turn, why: Demotion) -> None:

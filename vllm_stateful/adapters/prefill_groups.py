@@ -29,6 +29,7 @@ class SchedulerPrefills:
         self._manager: StatefulKVCacheManager = scheduler.kv_cache_manager
         block_size = self._manager.store.block_size
         self.groups = PrefillGroups(block_size, MIN_SAVED, self._num_computed)
+        self._noted: set[Request] = set()
 
     def waits(self, request: Request) -> bool:
         """Whether a request that could be admitted in this step should wait for another."""
@@ -37,6 +38,8 @@ class SchedulerPrefills:
             return False
         if request.num_computed_tokens:  # it holds KV that was loaded for it
             return False
+        if self.groups.follows(request.request_id):
+            return self.groups.goes_on(request.request_id)
         turn = self._manager.turn_of(request)
         if turn is None:
             return False
@@ -54,7 +57,12 @@ class SchedulerPrefills:
 
     def _note_running(self) -> None:
         """Who is being computed in chunks now, those admitted in this very step included."""
-        running = {r.request_id: r for r in self._scheduler._inflight_prefills}
+        prefills: set[Request] = self._scheduler._inflight_prefills
+        if prefills == self._noted:
+            return
+        loading = {r for r in prefills if r.status == RequestStatus.WAITING_FOR_REMOTE_KVS}
+        self._noted = prefills - loading
+        running = {request.request_id: request for request in self._noted}
         known = self.groups.known()
         self.groups.ends(known - running.keys())
         for name in running.keys() - known:

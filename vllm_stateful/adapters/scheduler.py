@@ -261,6 +261,9 @@ class _StatefulMixin:
 
     def _close(self, session_id: str, cache_salt: str | None) -> int:
         """Base-model sessions of that id and salt; those of LoRA adapters by their own end."""
+        for request in self.requests.values():
+            if request.session_id == session_id:
+                self.kv_cache_manager.turn_of(request)  # one that was not looked up yet counts too
         return int(self.kv_cache_manager.close_session(session_id, cache_salt))
 
 

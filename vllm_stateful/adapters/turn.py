@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 from vllm_stateful.api.retention_wish import hinted_seconds
 from vllm_stateful.api.session_identity import id_fault
 from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency
-from vllm_stateful.types import Bypass, Identity, Outcome, SessionKey, TokenArray
+from vllm_stateful.types import BlockIds, Bypass, Identity, Outcome, SessionKey, TokenArray
 
 CLOSE_ACTION = "session.close"
 """The KV hint that ends a session with this turn; set by ``adapters.identity``."""
@@ -48,6 +48,8 @@ class Turn:
     offer: Offer | None = None
     """What the last lookup returned; None when it returned stock's answer."""
     borrowed: Residency | None = None
+    shared_ids: BlockIds | None = None
+    """The full blocks that it shares with a residency, as the pin ledger was told."""
     only_full_blocks: bool = False
     """Its partial block could not be copied for lack of one free block: align the hit."""
     is_loading: bool = False

@@ -103,14 +103,19 @@ class PrefillGroups:
             tokens: its prompt, shape ``[num_tokens]``.
             num_here: says how many of them are in the cache already, whoever computes now.
         """
+        if self.follows(name):
+            return self.goes_on(name)
+        waiting = self._follow(identity, tokens, num_here)
+        if waiting is None:
+            self.forget(name)
+            return False
+        self._waiting[name] = waiting
+        return self.goes_on(name)
+
+    def follows(self, name: Hashable) -> bool:
+        """Whether a turn waits already, for one that is still being computed."""
         waiting = self._waiting.get(name)
-        if waiting is None or self._running.get(waiting.leader.name) is not waiting.leader:
-            waiting = self._follow(identity, tokens, num_here)
-            if waiting is None:
-                self.forget(name)
-                return False
-            self._waiting[name] = waiting
-        return self._goes_on(name, waiting)
+        return waiting is not None and (self._running.get(waiting.leader.name) is waiting.leader)
 
     def _follow(
         self, identity: Identity, tokens: TokenArray, num_here: Callable[[], int]
@@ -127,7 +132,9 @@ class PrefillGroups:
             return None
         return _Waiting(match.value, num_shared)
 
-    def _goes_on(self, name: Hashable, waiting: _Waiting) -> bool:
+    def goes_on(self, name: Hashable) -> bool:
+        """Whether a turn that follows should wait in this step too."""
+        waiting = self._waiting[name]
         done = self._num_computed(waiting.leader.name)
         has_all = done >= waiting.num_shared
         stands_still = done <= waiting.num_computed

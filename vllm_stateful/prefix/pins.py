@@ -16,7 +16,10 @@ class PinLedger:
     def __init__(self, num_blocks: int, budget_blocks: int) -> None:
         self.budget_blocks = budget_blocks
         self.num_pinned = 0
+        self.num_pinned_used = 0
+        """Those that running turns share: giving them back frees nothing."""
         self._holders = np.zeros(num_blocks, np.int32)
+        self._users = np.zeros(num_blocks, np.int32)
 
     @property
     def over_budget(self) -> bool:
@@ -24,14 +27,43 @@ class PinLedger:
 
     def pin(self, block_ids: BlockIds) -> None:
         """Add one holder to each block. Ids are distinct: a sequence holds a block once."""
-        self.num_pinned += int(np.count_nonzero(self._holders[block_ids] == 0))
+        self._count(block_ids, -1)
         self._holders[block_ids] += 1
+        self._count(block_ids, 1)
 
     def unpin(self, block_ids: BlockIds) -> None:
         """Take one holder from each block."""
+        self._count(block_ids, -1)
         self._holders[block_ids] -= 1
-        self.num_pinned -= int(np.count_nonzero(self._holders[block_ids] == 0))
+        self._count(block_ids, 1)
+
+    def use(self, block_ids: BlockIds) -> None:
+        """A running turn shares these blocks with the residencies that hold them."""
+        self._count(block_ids, -1)
+        self._users[block_ids] += 1
+        self._count(block_ids, 1)
+
+    def unuse(self, block_ids: BlockIds) -> None:
+        """It has ended."""
+        self._count(block_ids, -1)
+        self._users[block_ids] -= 1
+        self._count(block_ids, 1)
 
     def holders(self, block_id: int) -> int:
         """The number of idle residencies that hold this block."""
         return int(self._holders[block_id])
+
+    def users(self, block_id: int) -> int:
+        """The number of running turns that were given this block by a residency."""
+        return int(self._users[block_id])
+
+    @property
+    def num_freeable(self) -> int:
+        """Blocks that would be free if all idle residencies were given up."""
+        return self.num_pinned - self.num_pinned_used
+
+    def _count(self, block_ids: BlockIds, sign: int) -> None:
+        pinned = self._holders[block_ids] > 0
+        self.num_pinned += sign * int(np.count_nonzero(pinned))
+        used = pinned & (self._users[block_ids] > 0)
+        self.num_pinned_used += sign * int(np.count_nonzero(used))

@@ -58,14 +58,17 @@ def reasoning_of(path_up: Iterable[Node[Any]]) -> Reasoning | None:
     Args:
         path_up: the nodes of prompt and answer, from the end to the beginning.
     """
-    first: Node[Any] | None = None
+    nodes: list[Node[Any]] = []
     for node in path_up:
         if node.kind not in ANSWER_KINDS:
             break
-        first = node if node.kind == Kind.REASONING else first
-    if first is None or not first.is_cut or len(first.tokens) < MIN_TOKENS or not first.start:
+        nodes = [node, *nodes] if node.kind == Kind.REASONING else nodes
+    if not nodes or not nodes[0].is_cut or not nodes[0].start:
         return None
-    return Reasoning(first.start, np.asarray(first.tokens[:NUM_HEAD], np.int32))
+    head = np.concatenate([node.tokens[:MIN_TOKENS] for node in nodes[:MIN_TOKENS]])
+    if len(head) < MIN_TOKENS:
+        return None
+    return Reasoning(nodes[0].start, np.array(head[:NUM_HEAD], np.int32))
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from vllm_stateful.prefix.radix_tree import RadixTree
 from vllm_stateful.prefix.reasoning import Reasoning
-from vllm_stateful.schedule.gaps import Forecast, WaitKind
+from vllm_stateful.schedule.gaps import Forecast, Wait, WaitKind
 from vllm_stateful.schedule.retention import Worth
 from vllm_stateful.types import BlockIds, Outcome, SessionKey, TokenArray
 
@@ -115,6 +115,13 @@ class FinishedTurn:
     """The tool that its answer calls; empty when its name is not known, None without a call."""
     wish_s: float = 0.0
     """For how long its client asked to keep it."""
+
+    def wait(self, num_turns: int) -> Wait:
+        """What its session waits for now, after so many turns."""
+        kind = WaitKind.USER if self.tool is None else WaitKind.TOOL
+        if num_turns == 1 and is_anonymous(self.session):
+            kind = WaitKind.ONE_SHOT
+        return Wait(kind, self.tool or "", num_turns)
 
     def tokens_from(self, start: int) -> TokenArray:
         """Those from a position up to the frontier."""

@@ -31,7 +31,7 @@ from vllm_stateful.prefix.residency import (
     is_anonymous,
 )
 from vllm_stateful.schedule.fairness import FairQueue
-from vllm_stateful.schedule.gaps import Forecast, Wait, WaitKind
+from vllm_stateful.schedule.gaps import Forecast, Wait
 from vllm_stateful.schedule.waits import WaitBook
 from vllm_stateful.types import BlockIds, Demotion, Identity, Outcome, SessionKey, TokenArray
 
@@ -162,7 +162,12 @@ class ResidencyStore:
         """
         assert longest.node is not None
         least = longest.num_tokens - self.block_size + 1
-        for branch in sorted(self.branches(session), key=lambda branch: branch.frontier):
+
+        def order(branch: Residency) -> tuple[int, int]:
+            """What shares most, and ends there."""
+            return -min(branch.frontier, longest.num_tokens), branch.frontier
+
+        for branch in sorted(self.branches(session), key=order):
             if branch.frontier < least:
                 continue
             shared = min(branch.frontier, longest.num_tokens)
@@ -220,7 +225,7 @@ class ResidencyStore:
         """
         assert len(turn.blocks) == -(-turn.frontier // self.block_size)
         num_turns = 1 if turn.borrowed is None else turn.borrowed.num_turns + 1
-        wait = self._wait_of(turn, num_turns)
+        wait = turn.wait(num_turns)
         wished_until_s = self._clock() + turn.wish_s if turn.wish_s else 0.0
         made = Residency(
             turn.session,
@@ -277,7 +282,8 @@ class ResidencyStore:
         reasoning = None if base is None else base.reasoning
         if base is None or reasoning is None or base.session != turn.session:
             return
-        if turn.num_base_tokens >= reasoning.start:
+        goes_further = len(turn.prompt) >= reasoning.start + len(reasoning.head)
+        if turn.num_base_tokens >= reasoning.start and goes_further:
             kept = reasoning.stands_in(turn.prompt)
             self._habits.saw(turn.session.identity.cache_salt, base.wait, kept=kept)
 
@@ -304,14 +310,6 @@ class ResidencyStore:
             del self._trees[identity]
         if self._of_version.get(residency.version) is residency:
             del self._of_version[residency.version]
-
-    @staticmethod
-    def _wait_of(turn: FinishedTurn, num_turns: int) -> Wait:
-        """What the session waits for now."""
-        kind = WaitKind.USER if turn.tool is None else WaitKind.TOOL
-        if num_turns == 1 and is_anonymous(turn.session):
-            kind = WaitKind.ONE_SHOT
-        return Wait(kind, turn.tool or "", num_turns)
 
     def _expect(self, turn: FinishedTurn, wait: Wait, wished_until_s: float) -> Forecast:
         """When the session is expected back."""
@@ -353,6 +351,7 @@ class ResidencyStore:
         for branch in self.branches(made.session):
             if made.tree.num_shared(branch, end) == made.frontier:
                 branch.forecast, branch.wished_until_s = made.forecast, made.wished_until_s
+                branch.superseded = False
                 if branch.is_idle:
                     self._enter(branch)
                 return True

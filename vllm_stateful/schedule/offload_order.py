@@ -30,6 +30,9 @@ K = TypeVar("K", bound=Hashable)
 MAX_SESSIONS = 10_000
 """Waits remembered; the one that began longest ago is forgotten."""
 
+MAX_BRANCHES = 4
+"""Turns after which a session loses what they did not use: parallel sub-agents share an id."""
+
 WISHED_SHARE = 0.5
 """Wishes of clients count up to this share of the tier."""
 
@@ -45,6 +48,33 @@ class _Waiting(NamedTuple):
     forecast: Forecast
     since_s: float
     wished_until_s: float
+
+
+class _Claim(Generic[K]):
+    """The chunks that one session may need again.
+
+    Attributes:
+        keys: in the order in which they are to stay; to each the turn that used it last.
+        num_turns: turns of the session so far.
+    """
+
+    def __init__(self) -> None:
+        self.keys: dict[K, int] = {}
+        self.num_turns = 0
+
+    def use(self, used: Iterable[K]) -> list[K]:
+        """One more turn. Returns what no turn of the last ``MAX_BRANCHES`` has used."""
+        self.num_turns += 1
+        before, self.keys = self.keys, dict.fromkeys(used, self.num_turns)
+        oldest = self.num_turns - MAX_BRANCHES
+        unused = []
+        for key, turn in before.items():
+            if key not in self.keys:
+                if turn > oldest:
+                    self.keys[key] = turn
+                else:
+                    unused.append(key)
+        return unused
 
 
 class WorkingSet:
@@ -90,8 +120,7 @@ class OffloadOrder(Generic[K]):
 
     def __init__(self, capacity: int, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._claims: dict[Owner, list[K]] = {}
-        """The chunks of each session; the last one goes first."""
+        self._claims: dict[Owner, _Claim[K]] = {}
         self._num_claims: dict[K, int] = {}
         """How many sessions have a claim to a chunk that is here."""
         self._running: OrderedDict[K, None] = OrderedDict()
@@ -113,8 +142,8 @@ class OffloadOrder(Generic[K]):
 
     def removed(self, key: K) -> None:
         """A chunk is not here after all (its store failed). O(all chunks), and rare."""
-        for owner in [owner for owner, keys in self._claims.items() if key in keys]:
-            self._claims[owner].remove(key)
+        for owner in [owner for owner, claim in self._claims.items() if key in claim.keys]:
+            del self._claims[owner].keys[key]
             self._settle(owner)
         self._take_out(key)
 
@@ -132,15 +161,18 @@ class OffloadOrder(Generic[K]):
     def used(self, owner: Owner, keys: Iterable[K]) -> None:
         """A turn of the session ended; these chunks are its prompt's, from its head on.
 
-        Those of earlier turns that it did not use stay the session's, and go before these.
+        Those of earlier turns that it did not use go before these, and are given up some turns
+        later.
         """
-        here = {key: None for key in keys if key in self._num_claims}
-        before = self._claims.get(owner, [])
-        for key in here.keys() - set(before):
-            self._num_claims[key] += 1
-            self._running.pop(key, None)
-            self._orphans.pop(key, None)
-        self._claims[owner] = [*here, *(key for key in before if key not in here)]
+        claim = self._claims.setdefault(owner, _Claim())
+        here = [key for key in keys if key in self._num_claims]
+        for key in here:
+            if key not in claim.keys:
+                self._num_claims[key] += 1
+                self._running.pop(key, None)
+                self._orphans.pop(key, None)
+        for key in claim.use(here):
+            self._give_up(key)
         self._settle(owner)
 
     def waits(self, owner: Owner, forecast: Forecast, wished_until_s: float = 0.0) -> None:
@@ -160,7 +192,8 @@ class OffloadOrder(Generic[K]):
     def ended(self, owner: Owner) -> None:
         """The session is over: nobody needs what only it had."""
         self._waiting.pop(owner, None)
-        for key in self._claims.pop(owner, ()):
+        claim = self._claims.pop(owner, None)
+        for key in claim.keys if claim is not None else ():
             self._give_up(key)
         self._queue.discard(owner)
 
@@ -211,8 +244,8 @@ class OffloadOrder(Generic[K]):
 
     def _settle(self, owner: Owner) -> None:
         """In the queue while it has chunks here, with their number, and only then."""
-        keys = self._claims.get(owner)
-        if not keys:
+        claim = self._claims.get(owner)
+        if claim is None or not claim.keys:
             self._claims.pop(owner, None)
             self._queue.discard(owner)
             return
@@ -220,7 +253,7 @@ class OffloadOrder(Generic[K]):
         self._queue.add(
             owner,
             tenant=owner.tenant,
-            num_blocks=len(keys),
+            num_blocks=len(claim.keys),
             worth=Worth.LIVE,
             forecast=known.forecast,
             now_s=known.since_s,
@@ -229,19 +262,19 @@ class OffloadOrder(Generic[K]):
 
     def _take_tail(self, owner: Owner, num: int, is_free: Callable[[K], bool]) -> list[K]:
         """Chunks that only this session claims, from its end on; it loses its claim to others."""
-        keys = self._claims[owner]
+        keys = self._claims[owner].keys
         taken: list[K] = []
-        stay: list[K] = []
+        stay: list[tuple[K, int]] = []
         while keys and len(taken) < num:
-            key = keys.pop()
+            key, turn = keys.popitem()
             if self._num_claims[key] > 1:
                 self._num_claims[key] -= 1
             elif is_free(key):
                 self._take_out(key)
                 taken.append(key)
             else:
-                stay.append(key)
-        keys.extend(reversed(stay))
+                stay.append((key, turn))
+        keys.update(reversed(stay))
         if keys:
             self._queue.shrink(owner, len(keys))
         else:

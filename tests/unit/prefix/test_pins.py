@@ -52,20 +52,24 @@ def test_no_blocks_are_no_pins() -> None:
     assert ledger.num_pinned == 0
 
 
-@given(sequences=st.lists(SEQUENCES, max_size=8), data=st.data())
-def test_counts_equal_those_of_a_list_of_holders(
-    sequences: list[list[int]], data: st.DataObject
+@given(steps=st.lists(st.tuples(st.sampled_from(["pin", "use"]), SEQUENCES), max_size=10))
+def test_counts_equal_those_of_lists_of_holders_and_users(
+    steps: list[tuple[str, list[int]]],
 ) -> None:
+    """Each sequence is entered, and then all are taken out again, in the same order."""
     ledger = PinLedger(NUM_BLOCKS, budget_blocks=3)
-    held: list[list[int]] = []
-    for sequence in sequences:
-        ledger.pin(ids(*sequence))
-        held.append(sequence)
-        if data.draw(st.booleans()):
-            ledger.unpin(ids(*held.pop(data.draw(st.integers(0, len(held) - 1)))))
-        holders = Counter(block for kept in held for block in kept)
-        assert ledger.num_pinned == len(holders)
-        assert [ledger.holders(n) for n in range(NUM_BLOCKS)] == [
-            holders[n] for n in range(NUM_BLOCKS)
-        ]
-        assert ledger.over_budget == (len(holders) > 3)
+    lists: dict[str, Counter[int]] = {"pin": Counter(), "use": Counter()}
+    enter = {"pin": ledger.pin, "use": ledger.use}
+    leave = {"pin": ledger.unpin, "use": ledger.unuse}
+    for sign, change in ((1, enter), (-1, leave)):
+        for what, sequence in steps:
+            change[what](ids(*sequence))
+            lists[what].update(dict.fromkeys(sequence, sign))
+            held = {block for block, count in lists["pin"].items() if count}
+            used = {block for block, count in lists["use"].items() if count}
+            assert ledger.num_pinned == len(held)
+            assert ledger.num_freeable == len(held - used)
+            assert ledger.over_budget == (len(held) > 3)
+            for block in range(NUM_BLOCKS):
+                assert ledger.holders(block) == lists["pin"][block]
+                assert ledger.users(block) == lists["use"][block]

@@ -268,3 +268,23 @@ def test_tokens_of_a_residency_are_those_of_its_turn(engine: FakeEngine) -> None
     assert made is not None
     assert np.array_equal(made.tokens, array([*HISTORY, 1, 2, 3]))
     assert made.frontier == 25
+
+
+def test_a_superseded_branch_whose_turn_is_repeated_is_live_again(engine: FakeEngine) -> None:
+    first = engine.kept(ALICE, [*HISTORY, *range(300, 310)])
+    engine.kept(ALICE, [*HISTORY, *range(400, 410)])
+    assert first.superseded
+    assert engine.turn(ALICE, [*HISTORY, *range(300, 310)]) is None
+    assert not first.superseded
+
+
+def test_a_turn_continues_the_idle_branch_that_it_extends_not_a_shorter_busy_one(
+    engine: FakeEngine,
+) -> None:
+    engine.kept(ALICE, HISTORY)
+    engine.start(ALICE, [*HISTORY, 1])
+    longer = engine.finish(engine.start(ALICE, [*HISTORY, 7]))
+    match = engine.store.match(ALICE, array([*HISTORY, 7, 8, 9]), len(HISTORY) + 2)
+    assert match.residency is longer
+    assert longer is not None
+    assert match.num_tokens == longer.frontier

@@ -144,6 +144,27 @@ def test_a_client_that_begins_to_send_reasoning_is_noticed(engine: FakeEngine) -
     engine.check()
 
 
+def test_a_retried_prompt_says_nothing_about_reasoning(engine: FakeEngine) -> None:
+    """Its template opens the reasoning; a retry ends there, and has dropped nothing."""
+    prompt = [*SYSTEM, *QUESTION, *ASK, THINK, NEW_LINE]
+    for retry in range(6):
+        answer = [*words(6000 + 100 * retry, 30), THOUGHT, *ANSWER]
+        engine.turn(ALICE, prompt, answer)
+    assert engine.store.num_reasoning_dropped == 0
+
+
+def test_reasoning_is_known_though_a_sibling_answer_begins_like_it(engine: FakeEngine) -> None:
+    prompt = [*SYSTEM, *QUESTION, *ASK, THINK, NEW_LINE]
+    first = engine.turn(ALICE, prompt, [*words(6000, 30), THOUGHT, *ANSWER])
+    second = engine.turn(ALICE, prompt, [*words(7000, 30), THOUGHT, *ANSWER])
+    assert first is not None
+    assert second is not None
+    assert first.reasoning is not None
+    assert second.reasoning is not None
+    assert second.reasoning.start == first.reasoning.start == len(prompt) - 2
+    assert second.reasoning.head.tolist() == [THINK, NEW_LINE, *words(7000, 6)]
+
+
 def test_tenants_do_not_learn_of_each_other(engine: FakeEngine) -> None:
     converse(engine, "session-alice", keeps=False, num_turns=6)
     dropped = engine.store.num_reasoning_dropped
