@@ -47,6 +47,6 @@ def test_every_entry_point_has_the_plugins_name_and_exists(group: str) -> None:
 
 
 def test_vllm_is_an_extra_of_one_minor_version() -> None:
-    assert PROJECT["dependencies"] == ["jinja2>=3.1", "numpy>=1.26"]
+    assert PROJECT["dependencies"] == ["jinja2>=3.1", "numba>=0.60", "numpy>=1.26"]
     for wheel in PROJECT["optional-dependencies"].values():
         assert [item.partition(">=")[2] for item in wheel] == ["0.32,<0.33"]

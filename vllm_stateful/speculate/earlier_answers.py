@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the same agent answered before, in any of its sessions: the richest source of drafts.
+
+Agents with one system message and one set of tools call the same tools in the same words. Tenants
+never share: who asks is part of the agent's key.
+
+Source: the global tree of SuffixDecoding (arXiv:2411.04975), here for each agent.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+
+import numpy as np
+
+from vllm_stateful.speculate.lookup_index import GRAM, LookupIndex
+from vllm_stateful.types import TokenArray
+
+MAX_TOKENS = 1 << 20
+"""Of one agent's answers; then the older half is forgotten."""
+
+LEAD_TOKENS = 2 * GRAM
+"""Tokens before an answer that are kept with it, so that its beginning is found too."""
+
+
+class EarlierAnswers:
+    """The answers of all agents. Not thread-safe.
+
+    Args:
+        max_bytes: memory of all indexes together; the agent that was used longest ago goes first.
+        max_tokens: of one agent.
+    """
+
+    def __init__(self, max_bytes: int, max_tokens: int = MAX_TOKENS) -> None:
+        self._max_bytes = max_bytes
+        self._max_tokens = max_tokens
+        self._agents: OrderedDict[Hashable, LookupIndex] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._agents)
+
+    def of(self, agent: Hashable) -> LookupIndex | None:
+        """The answers of an agent; None when there are none."""
+        index = self._agents.get(agent)
+        if index is not None:
+            self._agents.move_to_end(agent)
+        return index
+
+    def add(self, agent: Hashable, prompt: TokenArray, answer: TokenArray) -> None:
+        """One more answer. O(len(answer)), amortized.
+
+        Args:
+            agent: tenant, LoRA adapter, system message and tools.
+            prompt: what was answered; its end is kept with the answer.
+            answer: shape ``[num_tokens]``.
+        """
+        index = self._agents.pop(agent, None)
+        self.num_bytes -= 0 if index is None else index.num_bytes
+        new = np.concatenate([prompt[-LEAD_TOKENS:], answer])[-self._max_tokens :]
+        if index is None or len(index) + len(new) > self._max_tokens:
+            kept = (
+                np.empty(0, np.int32) if index is None else index.tokens[-self._max_tokens // 2 :]
+            )
+            room = self._max_tokens - len(new)
+            index = LookupIndex()
+            index.extend(kept[max(0, len(kept) - room) :])
+        index.extend(new)
+        self._agents[agent] = index
+        self.num_bytes += index.num_bytes
+        while self.num_bytes > self._max_bytes and self._agents:
+            _, forgotten = self._agents.popitem(last=False)
+            self.num_bytes -= forgotten.num_bytes

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the end of a text stood before, and what followed it there.
+
+Every position is chained to the one before it that ends in the same ``GRAM`` tokens, as in LZ77
+compressors: appending a token is O(1), taking tokens back is O(1) each, and a look-up walks the
+newest ``MAX_CANDIDATES`` places, so its cost does not grow with the text. Memory: 12 to 16 bytes
+a token (the token, its chain link, and a hash table of one to two entries a token).
+
+Source: prompt lookup decoding (Saxena 2023; vLLM ``v1/spec_decode/ngram_proposer.py``), frequency
+among the matches as in SuffixDecoding (arXiv:2411.04975), hash chains as in RFC 1951, section 4.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_stateful.speculate.compiled import compiled
+from vllm_stateful.types import TokenArray
+
+GRAM = 3
+"""Tokens that must be equal before a place is looked at."""
+
+MAX_CANDIDATES = 64
+"""Places that one look-up compares."""
+
+MAX_MATCH = 64
+"""Longer matches are not told apart."""
+
+MIN_CAPACITY = 1024
+
+Ints = NDArray[np.int32]
+
+
+class Found(NamedTuple):
+    """Places that end like the text does, the newest first.
+
+    Attributes:
+        places: int32, shape ``[num_found]``: the position behind each.
+        lengths: int32, shape ``[num_found]``: how many tokens before it are equal, up to
+            ``MAX_MATCH``.
+    """
+
+    places: Ints
+    lengths: Ints
+
+
+class LookupIndex:
+    """One text that grows, and now and then loses its end. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+        self._tokens: Ints = np.empty(MIN_CAPACITY, np.int32)
+        self._before: Ints = np.empty(MIN_CAPACITY, np.int32)
+        self._newest: Ints = np.full(MIN_CAPACITY, -1, np.int32)
+        self._places: Ints = np.empty(MAX_CANDIDATES, np.int32)
+        self._lengths: Ints = np.empty(MAX_CANDIDATES, np.int32)
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    @property
+    def tokens(self) -> TokenArray:
+        """Shape ``[len(self)]``; a view."""
+        return self._tokens[: self._num_tokens]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        return int(self._tokens.nbytes + self._before.nbytes + self._newest.nbytes)
+
+    def extend(self, tokens: TokenArray) -> None:
+        """Append tokens. O(len(tokens)), amortized."""
+        start, end = self._num_tokens, self._num_tokens + len(tokens)
+        if end > len(self._tokens):
+            self._grow(end)
+        self._tokens[start:end] = tokens
+        self._num_tokens = end
+        _chain(self._tokens, self._before, self._newest, start, end)
+
+    def truncate(self, num_tokens: int) -> None:
+        """Take back all tokens from a position on. O(tokens taken back).
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if not 0 <= num_tokens <= self._num_tokens:
+            raise ValueError(f"cannot keep {num_tokens} of {self._num_tokens} tokens")
+        _unchain(self._tokens, self._before, self._newest, num_tokens, self._num_tokens)
+        self._num_tokens = num_tokens
+
+    def find(self) -> Found:
+        """Where the end of the text stood before."""
+        return self.find_end_of(self._tokens, self._num_tokens, is_own=True)
+
+    def find_end_of(self, tokens: Ints, num_tokens: int, *, is_own: bool = False) -> Found:
+        """Where the end of another text stands in this one.
+
+        Args:
+            tokens: shape ``[>= num_tokens]``.
+            num_tokens: where it ends.
+            is_own: it is this text: its own end is no place.
+        """
+        count = _find(
+            self._tokens,
+            self._before,
+            self._newest,
+            tokens,
+            num_tokens,
+            is_own,
+            self._places,
+            self._lengths,
+        )
+        return Found(self._places[:count].copy(), self._lengths[:count].copy())
+
+    def _grow(self, num_tokens: int) -> None:
+        capacity = max(MIN_CAPACITY, 1 << (num_tokens - 1).bit_length())
+        tokens = np.empty(capacity, np.int32)
+        tokens[: self._num_tokens] = self.tokens
+        self._tokens = tokens
+        self._before = np.empty(capacity, np.int32)
+        self._newest = np.full(capacity, -1, np.int32)
+        _chain(self._tokens, self._before, self._newest, 0, self._num_tokens)
+
+
+@compiled
+def _slot(tokens: Ints, end: int, size: int) -> int:
+    """The hash table entry of the ``GRAM`` tokens up to and with position ``end``."""
+    mixed = np.uint64(0)
+    for place in range(end - GRAM + 1, end + 1):
+        mixed = (mixed ^ np.uint64(tokens[place])) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return int(np.int64(mixed & np.uint64(size - 1)))
+
+
+@compiled
+def _chain(tokens: Ints, before: Ints, newest: Ints, start: int, end: int) -> None:
+    for place in range(max(start, GRAM - 1), end):
+        slot = _slot(tokens, place, len(newest))
+        before[place] = newest[slot]
+        newest[slot] = place
+
+
+@compiled
+def _unchain(tokens: Ints, before: Ints, newest: Ints, start: int, end: int) -> None:
+    for place in range(end - 1, max(start, GRAM - 1) - 1, -1):
+        newest[_slot(tokens, place, len(newest))] = before[place]
+
+
+@compiled
+def _find(
+    tokens: Ints,
+    before: Ints,
+    newest: Ints,
+    other: Ints,
+    num_other: int,
+    is_own: bool,
+    places: Ints,
+    lengths: Ints,
+) -> int:
+    if num_other < GRAM:
+        return 0
+    last = num_other - 1
+    place = newest[_slot(other, last, len(newest))]
+    if is_own:
+        place = before[place]
+    count = 0
+    for _ in range(len(places)):
+        if place < 0:
+            break
+        longest = min(MAX_MATCH, place + 1, num_other)
+        length = 0
+        while length < longest and tokens[place - length] == other[last - length]:
+            length += 1
+        if length >= GRAM:
+            places[count] = place + 1
+            lengths[count] = length
+            count += 1
+        place = before[place]
+    return count

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts for running turns, from their sessions' own tokens and their agents' earlier answers.
+
+A session's index lives from turn to turn and grows by what is new; a turn takes it along while it
+runs. A second turn of the same session at the same time makes one of its own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_stateful.speculate.drafts import (
+    MAX_DRAFT,
+    NO_DRAFT,
+    NOWHERE,
+    Acceptance,
+    Draft,
+    Text,
+    draft_of,
+)
+from vllm_stateful.speculate.earlier_answers import EarlierAnswers
+from vllm_stateful.speculate.lookup_index import LookupIndex
+from vllm_stateful.types import TokenArray
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    session: Hashable
+    agent: Hashable
+    index: LookupIndex
+    num_prompt: int
+    draft: Draft = NO_DRAFT
+
+
+class SessionDrafts:
+    """All running turns of one engine core. Not thread-safe.
+
+    Args:
+        max_bytes: memory for the indexes of waiting sessions, and as much for earlier answers.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.num_drafted = 0
+        self.num_accepted = 0
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._waiting: OrderedDict[Hashable, LookupIndex] = OrderedDict()
+        self._running: dict[Hashable, _Running] = {}
+        self._earlier = EarlierAnswers(max_bytes)
+        self._acceptance: dict[Hashable, Acceptance] = {}
+
+    def __contains__(self, name: Hashable) -> bool:
+        return name in self._running
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def begins(
+        self, name: Hashable, session: Hashable, agent: Hashable, prompt: TokenArray
+    ) -> None:
+        """A turn runs.
+
+        Args:
+            name: of the turn.
+            session: whose index it continues.
+            agent: tenant, LoRA adapter, system message and tools: whose answers it may be drafted.
+            prompt: shape ``[num_tokens]``. What the index has of it is not indexed again.
+        """
+        index = self._waiting.pop(session, None)
+        if index is None:
+            index = LookupIndex()
+        else:
+            self._num_bytes -= index.num_bytes
+        num_shared = _num_shared(index.tokens, prompt)
+        index.truncate(num_shared)
+        index.extend(prompt[num_shared:])
+        self._running[name] = _Running(session, agent, index, len(prompt))
+
+    def came(self, name: Hashable, tokens: TokenArray) -> None:
+        """Tokens of a turn were generated: what is accepted of its last draft is learned from."""
+        turn = self._running[name]
+        if len(turn.draft.tokens):
+            self.num_drafted += len(turn.draft.tokens)
+            self.num_accepted += self._of(turn.agent).saw(turn.draft, tokens)
+            turn.draft = NO_DRAFT
+        turn.index.extend(tokens)
+
+    def num_tokens(self, name: Hashable) -> int:
+        """Tokens of a running turn that are known here."""
+        return len(self._running[name].index)
+
+    def draft(self, name: Hashable, least_chance: float, max_tokens: int = MAX_DRAFT) -> TokenArray:
+        """What probably comes next in a turn; see ``drafts.draft_of``."""
+        turn = self._running[name]
+        others = NOWHERE
+        earlier = self._earlier.of(turn.agent)
+        if earlier is not None:
+            found = earlier.find_end_of(turn.index.tokens, len(turn.index))
+            others = Text(earlier.tokens, found)
+        own = Text(turn.index.tokens, turn.index.find())
+        turn.draft = draft_of(
+            own, self._of(turn.agent), least_chance, others=others, max_tokens=max_tokens
+        )
+        return turn.draft.tokens
+
+    def ends(self, name: Hashable) -> None:
+        """A turn is over; a no-op when it is not running. Its index waits for the next."""
+        turn = self._running.pop(name, None)
+        if turn is None:
+            return
+        tokens, num_prompt = turn.index.tokens, turn.num_prompt
+        if len(tokens) > num_prompt:
+            self._earlier.add(turn.agent, tokens[:num_prompt], tokens[num_prompt:])
+        replaced = self._waiting.pop(turn.session, None)
+        self._num_bytes += turn.index.num_bytes - (0 if replaced is None else replaced.num_bytes)
+        self._waiting[turn.session] = turn.index
+        while self._num_bytes > self._max_bytes:
+            _, forgotten = self._waiting.popitem(last=False)
+            self._num_bytes -= forgotten.num_bytes
+
+    def _of(self, agent: Hashable) -> Acceptance:
+        """What drafts of an agent were worth; forgotten together with its answers."""
+        found = self._acceptance.get(agent)
+        if found is None:
+            if len(self._acceptance) > 2 * len(self._earlier) + 64:
+                known = [each for each in self._acceptance if self._earlier.of(each) is not None]
+                self._acceptance = {each: self._acceptance[each] for each in known}
+            found = self._acceptance[agent] = Acceptance()
+        return found
+
+
+def _num_shared(one: TokenArray, other: TokenArray) -> int:
+    """How many tokens both begin with."""
+    num = min(len(one), len(other))
+    equal = one[:num] == other[:num]
+    return num if equal.all() else int(np.argmin(equal))
