@@ -27,11 +27,12 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_stateful.adapters.scheduler import StatefulAsyncScheduler, StatefulScheduler
+from vllm_stateful.adapters.speculation import SchedulerDrafts
 
 VOCAB = 100
 MODEL_CONFIG = {
@@ -214,6 +215,7 @@ class SimulatedEngine:
         scheduler_cls: type | None = None,
         num_drafts: int = 0,
         kv_transfer: KVTransferConfig | None = None,
+        session_drafts: bool = False,
     ) -> None:
         config = vllm_config(block_size, max_num_seqs, max_batched)
         config.kv_transfer_config = kv_transfer
@@ -234,6 +236,8 @@ class SimulatedEngine:
         )
         self.num_drafts = self.scheduler.num_spec_tokens = num_drafts
         self.manager = self.scheduler.kv_cache_manager
+        if session_drafts:
+            self.scheduler.speculation = SchedulerDrafts(self.manager, None, num_drafts)
         self.worker = SimulatedWorker(num_blocks, block_size)
         if kv_transfer is not None:
             self.worker.tier = SimulatedTier(self.worker.slots)
@@ -284,6 +288,10 @@ class SimulatedEngine:
 
     def _propose(self) -> None:
         """Drafts as `ngram` makes them (synchronous scheduling): some right, some wrong."""
+        if self.scheduler.speculation is not None:
+            names = [request.request_id for request in self.scheduler.running]
+            self.scheduler.update_draft_token_ids(DraftTokenIds(names, [[] for _ in names]))
+            return
         for request in self.scheduler.running if self.num_drafts else ():
             if request.num_computed_tokens >= request.num_tokens - 1:
                 drafts = expected_answer(list(request.all_token_ids), self.num_drafts)

@@ -28,6 +28,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.prefix import residency_store
+from vllm_stateful.speculate.step_costs import StepCosts
 
 NUM_BLOCKS = 40
 MAX_PROMPT = 80
@@ -50,6 +51,7 @@ class AgentSessions(RuleBasedStateMachine):
     async_scheduling = False
     num_drafts = 0
     num_chunks = 0
+    session_drafts = False
     conversations = Bundle("conversations")
 
     @initialize()
@@ -61,6 +63,7 @@ class AgentSessions(RuleBasedStateMachine):
             max_batched=32,
             async_scheduling=self.async_scheduling,
             num_drafts=self.num_drafts,
+            session_drafts=self.session_drafts,
             kv_transfer=offloading(self.num_chunks) if self.num_chunks else None,
         )
         self.manager = self.engine.manager
@@ -207,12 +210,20 @@ class AgentSessionsAsync(AgentSessions):
 @pytest.fixture(autouse=True)
 def _tiny_sessions_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residency_store, "MIN_SHARED_TOKENS", 2)
+    monkeypatch.setattr(StepCosts, "least_chance", lambda *_: 0.0)
 
 
 class AgentSessionsWithDrafts(AgentSessions):
     """The same with prompt-lookup drafts, of which about half are rejected."""
 
     num_drafts = 3
+
+
+class AgentSessionsWithOwnDrafts(AgentSessions):
+    """The same with drafts from the sessions, whatever they are worth."""
+
+    num_drafts = 5
+    session_drafts = True
 
 
 class AgentSessionsOffloaded(AgentSessions):
@@ -243,6 +254,7 @@ RUN = settings(
         AgentSessions,
         AgentSessionsAsync,
         AgentSessionsWithDrafts,
+        AgentSessionsWithOwnDrafts,
         AgentSessionsOffloaded,
         AgentSessionsOffloadedAsync,
     ],

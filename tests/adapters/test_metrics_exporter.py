@@ -25,6 +25,8 @@ def snapshot(**values: Any) -> dict[str, Any]:
         "num_reasoning_dropped": 0,
         "num_prefills_joined": 0,
         "num_offloads_declined": 0,
+        "num_tokens_drafted": 0,
+        "num_drafts_accepted": 0,
         "offload_working_set": 0.0,
         **gauges,
         **values,

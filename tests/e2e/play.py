@@ -76,6 +76,12 @@ class Player:
                 "num_speculative_tokens": 4,
                 "prompt_lookup_max": 4,
             }
+        if args.session_drafts:
+            options["speculative_config"] = {
+                "method": "custom_class",
+                "num_speculative_tokens": 16,
+                "model": "vllm_stateful.adapters.speculation.SessionDrafter",
+            }
         if args.offload:
             options["kv_transfer_config"] = offloading(args.offload)
         self.llm = LLM(
@@ -271,6 +277,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=12)
     parser.add_argument("--prompts", help="replay the prompts of this earlier result")
     parser.add_argument("--offload", type=int, default=0, help="bytes of a CPU offload tier")
+    parser.add_argument("--session-drafts", action="store_true", help="with the plugin's drafts")
     parser.add_argument("--speculate", action="store_true", help="with vLLM's ngram drafts")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

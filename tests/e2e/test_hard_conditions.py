@@ -63,6 +63,16 @@ def test_ngram_speculation_resumes_at_accepted_tokens_only(play: Play) -> None:
     assert_same_answers(stock, plugin)
 
 
+def test_drafts_from_sessions_change_no_answer(play: Play) -> None:
+    stock, plugin = play(TINY), play(TINY, "--plugin", "--session-drafts")
+    assert_same_answers(stock, plugin)
+    drafted = plugin["stats"]["num_tokens_drafted"]
+    accepted = plugin["stats"]["num_drafts_accepted"]
+    print(f"{accepted} of {drafted} drafted tokens accepted")
+    assert accepted > 0
+    assert_nothing_lost(plugin)
+
+
 def test_bf16_first_token_logprobs_are_within_tolerance(play: Play, recorded: str) -> None:
     """bf16 rounds differently when a prompt is cut differently, so compare probabilities."""
     arguments = ("--dtype", "bfloat16", "--prompts", recorded, "--max-tokens", "1")

@@ -19,6 +19,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.called_tools import CalledTools
@@ -27,6 +28,7 @@ from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.message_boundaries import boundary_rules
 from vllm_stateful.adapters.offload_tier import OffloadTier, is_offloading, tier_of
 from vllm_stateful.adapters.prefill_groups import SchedulerPrefills
+from vllm_stateful.adapters.speculation import SchedulerDrafts, is_asked_for
 from vllm_stateful.adapters.turn import session_of
 from vllm_stateful.adapters.waiting_queue import ProgramQueue
 from vllm_stateful.config import StatefulConfig, load_config
@@ -90,11 +92,15 @@ class _StatefulMixin:
     by_service: ProgramQueue | None = None
     """The waiting queue with ``--stateful-order least-served``."""
     prefills: SchedulerPrefills | None = None
+    speculation: SchedulerDrafts | None = None
+    """Drafts from sessions, where vLLM was told to take them."""
+    vllm_config: Any
     connector: Any
     tier: OffloadTier | None = None
     """vLLM's offload tier, where it is on and lets us order it."""
     ending: deque[tuple[int, Request]]
     """Turns that ended with a step in flight, and the step after which they are kept."""
+    num_spec_tokens: int
     sched_step_seq: int
     processed_step_seq: int
     _request_blocks_can_be_freed: Callable[[Request], bool]
@@ -119,12 +125,13 @@ class _StatefulMixin:
             raise UnsupportedError(f"the KV cache manager is a {type(manager).__name__}")
         manager.__class__ = StatefulKVCacheManager
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
+        rules = boundary_rules(tokenizer)
         manager.become_stateful(
             pin_fraction=self.config.pin_fraction,
             idle_seconds=self.config.idle_seconds,
             clock=time.monotonic,
             called_tool=CalledTools(tokenizer),
-            rules=boundary_rules(tokenizer),
+            rules=rules,
         )
         logger.info(
             "stateful: on, sessions may pin %d of %d blocks of %d tokens",
@@ -134,6 +141,8 @@ class _StatefulMixin:
         )
         manager.store.tier = self.tier
         self.prefills = SchedulerPrefills(self)
+        if is_asked_for(self.vllm_config):
+            self.speculation = SchedulerDrafts(manager, rules, self.num_spec_tokens)
         if self.config.order == "least-served":
             self._order_by_service()
 
@@ -161,6 +170,8 @@ class _StatefulMixin:
             self.by_service.ended(request)
         if self.prefills is not None:
             self.prefills.ended(request)
+        if self.speculation is not None:
+            self.speculation.ended(request)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
@@ -206,11 +217,21 @@ class _StatefulMixin:
         if self.by_service is not None:
             for new in output.scheduled_new_reqs:
                 self.by_service.admitted(self.requests[new.req_id], new.num_computed_tokens)
+        if self.speculation is not None:
+            self.speculation.step_begins(output)
         self._check()
         return output
 
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """vLLM's hand-over of the worker's drafts; those of the sessions take their place."""
+        if self.speculation is not None:
+            draft_token_ids = self.speculation.fill(draft_token_ids, self.requests)
+        super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
+
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's bookkeeping after a step; turns that ended are kept here."""
+        if self.speculation is not None:
+            self.speculation.step_ends()
         outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
         self._check()
         return outputs
@@ -244,6 +265,7 @@ class _StatefulMixin:
             "num_prefills_joined": 0 if self.prefills is None else self.prefills.groups.num_joined,
             "num_reasoning_dropped": store.num_reasoning_dropped,
             **self._tier_stats(),
+            **self._draft_stats(),
             "num_sessions": store.num_sessions,
             "num_blocks_pinned": store.pins.num_pinned,
             "num_blocks_budget": store.pins.budget_blocks,
@@ -257,6 +279,13 @@ class _StatefulMixin:
         return {
             "num_offloads_declined": self.tier.num_declined,
             "offload_working_set": self.tier.working_set.ratio,
+        }
+
+    def _draft_stats(self) -> dict[str, int]:
+        drafts = None if self.speculation is None else self.speculation.drafts
+        return {
+            "num_tokens_drafted": 0 if drafts is None else drafts.num_drafted,
+            "num_drafts_accepted": 0 if drafts is None else drafts.num_accepted,
         }
 
     def _close(self, session_id: str, cache_salt: str | None) -> int:

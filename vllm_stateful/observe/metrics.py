@@ -55,6 +55,20 @@ METRICS: tuple[Metric, ...] = (
         "Turns that waited until another had computed the prefix that both share.",
     ),
     Metric(
+        "vllm_stateful_tokens_drafted",
+        "counter",
+        "num_tokens_drafted",
+        None,
+        "Tokens that were drafted from sessions.",
+    ),
+    Metric(
+        "vllm_stateful_drafts_accepted",
+        "counter",
+        "num_drafts_accepted",
+        None,
+        "Tokens drafted from sessions that the model accepted.",
+    ),
+    Metric(
         "vllm_stateful_offloads_declined",
         "counter",
         "num_offloads_declined",

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts for vLLM's speculative decoding, made where the sessions are: in the engine core.
+
+vLLM asks its worker for drafts after each step and hands them to the scheduler, which has the next
+step verify them. Asked for by vLLM's own option, nothing is patched::
+
+    --speculative-config '{"method": "custom_class", "num_speculative_tokens": 16,
+      "model": "vllm_stateful.adapters.speculation.SessionDrafter"}'
+
+the worker proposes nothing, and the scheduler puts the session's drafts in its place. Everything
+behind that is vLLM's: grammars cut drafts, the rejection sampler keeps the distribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Hashable
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request
+
+from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
+from vllm_stateful.adapters.turn import Turn, token_array
+from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
+from vllm_stateful.speculate.session_drafts import SessionDrafts
+from vllm_stateful.speculate.step_costs import StepCosts
+
+MAX_BYTES = 512 << 20
+"""For the indexes of waiting sessions, and as much for the answers of agents."""
+
+LOOK_FOR_USER = 32_768
+"""Tokens in which the first user message is looked for: before it is what makes the agent."""
+
+OPENING = 32
+"""Tokens that make the agent where no message is known to begin."""
+
+RATE_DECAY = 0.98
+"""How much less each earlier step counts in what a step accepts."""
+
+
+class SessionDrafter:
+    """vLLM's ``custom_class`` proposer in the worker: it leaves drafting to the engine core."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        pass
+
+    def propose(self, sampled_token_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
+        """No drafts, one empty list for each request."""
+        return [[] for _ in sampled_token_ids]
+
+    def load_model(self, *_: Any, **__: Any) -> None:
+        """There is none."""
+
+
+NAME = f"{SessionDrafter.__module__}.{SessionDrafter.__qualname__}"
+
+
+def is_asked_for(vllm_config: Any) -> bool:
+    """Whether vLLM was told to take drafts from sessions."""
+    config = vllm_config.speculative_config
+    return config is not None and config.method == "custom_class" and config.model == NAME
+
+
+class SchedulerDrafts:
+    """The drafts of one scheduler's turns.
+
+    Args:
+        manager: whose turns they are.
+        rules: where messages begin in token ids; None when that is not known.
+        max_tokens: of one draft (``num_speculative_tokens``).
+    """
+
+    def __init__(
+        self, manager: StatefulKVCacheManager, rules: BoundaryRules | None, max_tokens: int
+    ) -> None:
+        self.costs = StepCosts()
+        self.drafts = SessionDrafts(MAX_BYTES)
+        self._manager = manager
+        self._rules = rules
+        self._max_tokens = max_tokens
+        self._accepted_a_step = 0.0
+        self._started: tuple[float, int] | None = None
+
+    def step_begins(self, output: SchedulerOutput) -> None:
+        """A step was scheduled: one that only decodes is timed."""
+        drafted = output.scheduled_spec_decode_tokens
+        decodes = all(
+            num == 1 + len(drafted.get(name, ()))
+            for name, num in output.num_scheduled_tokens.items()
+        )
+        is_timed = decodes and not output.scheduled_new_reqs and output.num_scheduled_tokens
+        rows = output.total_num_scheduled_tokens
+        self._started = (time.perf_counter(), rows) if is_timed else None
+
+    def step_ends(self) -> None:
+        """Its output is here."""
+        if self._started is not None:
+            began, rows = self._started
+            self.costs.saw(rows, time.perf_counter() - began)
+            self._started = None
+
+    def fill(self, proposed: DraftTokenIds, requests: dict[str, Request]) -> DraftTokenIds:
+        """The drafts of the requests that a step has run, in the place of the worker's."""
+        before = self.drafts.num_accepted
+        running = [name for name in proposed.req_ids if self._is_decoding(requests.get(name))]
+        for name in running:
+            self._catch_up(requests[name])
+        accepted = self.drafts.num_accepted - before
+        self._accepted_a_step += (1 - RATE_DECAY) * (accepted - self._accepted_a_step)
+        least = self.costs.least_chance(len(running), self._accepted_a_step)
+        made = {name: self._draft(requests[name], least) for name in running}
+        return DraftTokenIds(proposed.req_ids, [made.get(name, []) for name in proposed.req_ids])
+
+    def ended(self, request: Request) -> None:
+        """A request is over: its session keeps its index, its agent its answer."""
+        if request.request_id in self.drafts:
+            self._catch_up(request)
+            self.drafts.ends(request.request_id)
+
+    def _is_decoding(self, request: Request | None) -> bool:
+        if request is None or request.is_finished() or request.is_prefill_chunk:
+            return False
+        return request.request_id in self._manager.turns
+
+    def _catch_up(self, request: Request) -> None:
+        """Learn what was generated since the last time."""
+        name = request.request_id
+        if name not in self.drafts:
+            turn = self._manager.turns[name]
+            self.drafts.begins(name, turn.session, self._agent_of(turn), turn.prompt)
+        known = self.drafts.num_tokens(name) - request.num_prompt_tokens
+        new = list(request.output_token_ids[known:])
+        if new:
+            self.drafts.came(name, token_array(new))
+
+    def _draft(self, request: Request, least_chance: float) -> list[int]:
+        left = request.max_tokens - request.num_output_tokens - 1
+        most = min(self._max_tokens, left)
+        if most <= 0 or least_chance >= 1.0:
+            return []
+        tokens: list[int] = self.drafts.draft(request.request_id, least_chance, most).tolist()
+        return tokens
+
+    def _agent_of(self, turn: Turn) -> Hashable:
+        """Tenant, adapter, and all that stands before the first user message."""
+        opening = turn.prompt[:OPENING]
+        if self._rules is not None:
+            head = turn.prompt[:LOOK_FOR_USER]
+            cuts = self._rules.cuts(head, 0, Kind.OTHER)
+            users = cuts.starts[cuts.kinds == Kind.USER]
+            opening = head[: int(users[0])] if len(users) else opening
+        digest = hashlib.blake2b(opening.tobytes(), digest_size=16).digest()
+        return turn.session.identity, digest
