@@ -27,7 +27,7 @@ from benchmarks.serving.burst_report import Sample
 from benchmarks.serving.client import ChatClient, RequestFailedError, encode_body
 from benchmarks.serving.pressure_play import warm_up
 from benchmarks.serving.replay import DEFAULT_BUDGET, MODEL_NAME, Tokens
-from benchmarks.serving.servers import Server, both_servers
+from benchmarks.serving.servers import Server, running_servers
 from benchmarks.serving.tables import save
 
 PAUSE_S = 1.3  # a CPU worker spins for one second after each request
@@ -198,7 +198,7 @@ def measure(args: argparse.Namespace) -> list[Sample]:
                 cores=args.cores,
                 threshold=args.threshold,
             )
-            with both_servers(model, args.logs, say, is_timed=False, settings=settings) as servers:
+            with running_servers(model, args.logs, say, settings=settings) as servers:
                 player = Player(servers, tokens, block_size, budget, args.answer_tokens)
                 try:
                     for server in servers.values():

@@ -26,7 +26,7 @@ from benchmarks.serving import conversation, report
 from benchmarks.serving.client import ChatClient, Reply, RequestFailedError, encode_body
 from benchmarks.serving.plot import save_plot
 from benchmarks.serving.report import MEASURED, PROBED, Sample
-from benchmarks.serving.servers import MAX_MODEL_LEN, MODEL_NAME, SIDES, Server, both_servers
+from benchmarks.serving.servers import MAX_MODEL_LEN, MODEL_NAME, SIDES, Server, running_servers
 from benchmarks.serving.stages import (
     ATTENTION,
     LOOP_BLOCKED,
@@ -179,7 +179,7 @@ def measure(args: argparse.Namespace, model: Path) -> list[Asked]:
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    with both_servers(model, args.logs, say, is_timed=not args.no_stages) as servers:
+    with running_servers(model, args.logs, say, is_timed=not args.no_stages) as servers:
         clients = {side: ChatClient(HOST, server.port) for side, server in servers.items()}
         player = Player(servers, clients, args, count)
         for num_messages in args.messages:

@@ -30,7 +30,7 @@ from benchmarks.serving.pressure_load import Load, LoadOptions, make_load
 from benchmarks.serving.pressure_play import Player, num_planned, warm_up
 from benchmarks.serving.pressure_report import Run
 from benchmarks.serving.replay import Tokens
-from benchmarks.serving.servers import SIDES, Server, both_servers
+from benchmarks.serving.servers import SIDES, Server, running_servers
 from benchmarks.serving.tables import save
 
 PAUSE_S = 1.5  # a CPU worker spins for one second after each request
@@ -204,7 +204,7 @@ def main() -> int:
             cores=args.cores,
             num_blocks=num_blocks,
         )
-        with both_servers(model, args.logs, say, is_timed=False, settings=settings) as servers:
+        with running_servers(model, args.logs, say, settings=settings) as servers:
             num_tokens = check_cache(servers, num_blocks, args.block_size)
             say(f"both KV caches: {num_tokens} tokens, the longest request: {max_len}")
             runs = play(args, servers, loads, tokens)

@@ -2,7 +2,7 @@
 """What the benchmarks on recorded conversations share: models, pinned answers, server settings."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,10 @@ def settings(
     cores: str | None = None,
     num_blocks: int | None = None,
     threshold: int = 0,
+    side_arguments: Mapping[str, tuple[str, ...]] | None = None,
+    is_eager: bool = True,
 ) -> Settings:
-    """What both servers have in common.
+    """What the servers have in common, and what one side has to itself.
 
     Args:
         max_model_len: the longest request, with its answer.
@@ -80,11 +82,13 @@ def settings(
         cores: for each worker; vLLM's default leaves one core of two to the worker.
         num_blocks: size of the KV cache, where it is not the natural one.
         threshold: most tokens of one long prompt in a step, where others wait; 0 for no such limit.
+        side_arguments: of `vllm serve`, for one side each.
+        is_eager: without compiling the model.
     """
     arguments = [
         *("--block-size", str(block_size)),
         *("--chat-template", str(TOOLS_TEMPLATE)),
-        *("--logits-processors", "benchmarks.serving.pinned_ids:PinnedIds"),
+        *("--worker-extension-cls", "benchmarks.serving.pinned_ids.PinnedIds"),
     ]
     if budget != DEFAULT_BUDGET:
         arguments += ["--max-num-batched-tokens", budget]
@@ -95,7 +99,15 @@ def settings(
     environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(ROOT)}
     if cores:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
-    return Settings(MODEL_NAME, max_model_len, tuple(arguments), KV_GIB, environment)
+    return Settings(
+        MODEL_NAME,
+        max_model_len,
+        tuple(arguments),
+        KV_GIB,
+        environment,
+        side_arguments or {},
+        is_eager,
+    )
 
 
 def add_options(parser: argparse.ArgumentParser, *, model: str, out: str) -> None:

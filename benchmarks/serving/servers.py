@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two servers, stock and with the plugin, each a process group that always ends."""
+"""The servers, stock and with the plugin, each a process group that always ends."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ from benchmarks.demo.servers import HOST, ServerFailedError, free_port
 
 STOCK, PLUGIN = "stock", "plugin"
 SIDES = (STOCK, PLUGIN)
+NGRAM = "ngram"
+"""Stock vLLM with its own drafts from the prompt."""
 MODEL_NAME = "tiny"
 MAX_MODEL_LEN = 262144
 KV_GIB = 2
@@ -34,20 +36,27 @@ _CACHE_SIZE = re.compile(r"KV cache size: ([\d,]+) tokens")
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides have in common beside the model; the default is for a one-layer model."""
+    """What all sides have in common beside the model; the default is for a one-layer model.
+
+    Attributes:
+        side_arguments: of `vllm serve`, for one side each.
+        is_eager: without compiling the model.
+    """
 
     model_name: str = MODEL_NAME
     max_model_len: int = MAX_MODEL_LEN
     arguments: tuple[str, ...] = ("--max-num-batched-tokens", "8192")
     kv_gib: int = KV_GIB
     environment: Mapping[str, str] = field(default_factory=dict)
+    side_arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    is_eager: bool = True
 
 
 ONE_LAYER = Settings()
 
 
 def serve_command(model: Path, port: int, side: str, settings: Settings = ONE_LAYER) -> list[str]:
-    """The arguments of `vllm`; nothing but `--plugin stateful` differs between the sides."""
+    """The arguments of `vllm`; the sides differ in `--plugin stateful` and their own arguments."""
     return [
         "serve",
         str(model),
@@ -57,8 +66,9 @@ def serve_command(model: Path, port: int, side: str, settings: Settings = ONE_LA
         *("--dtype", "float32"),
         "--enable-prefix-caching",
         "--enable-prompt-tokens-details",
-        "--enforce-eager",
+        *(("--enforce-eager",) if settings.is_eager else ()),
         *settings.arguments,
+        *settings.side_arguments.get(side, ()),
         *(("--plugin", "stateful") if side == PLUGIN else ()),
     ]
 
@@ -68,7 +78,7 @@ def environment(side: str, settings: Settings = ONE_LAYER) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not (side == STOCK and name.startswith("VLLM_STATEFUL"))
+        if not (side != PLUGIN and name.startswith("VLLM_STATEFUL"))
     }
     common = {
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_gib),
@@ -217,19 +227,20 @@ class Server:
 
 
 @contextmanager
-def both_servers(
+def running_servers(
     model: Path,
     logs: Path,
     say: Callable[[str], None],
     *,
-    is_timed: bool,
+    is_timed: bool = False,
     settings: Settings = ONE_LAYER,
+    sides: Sequence[str] = SIDES,
 ) -> Iterator[dict[str, Server]]:
-    """Stock and plugin, started one after the other."""
+    """Stock and plugin, or other sides, started one after the other."""
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         servers = {}
-        for side in SIDES:
+        for side in sides:
             server = stack.enter_context(
                 Server(side, model, logs, is_timed=is_timed, settings=settings)
             )

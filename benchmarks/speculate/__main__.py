@@ -3,6 +3,9 @@
 
     python -m benchmarks.speculate [--traces FOLDER]
 
+With ``suffix`` as vLLM drives it, at its defaults, where arctic-inference 0.1.1 can be imported (it
+is built from source; its package of suffix trees alone is enough).
+
 Every answer of every recorded conversation is replayed: a draft is accepted as far as it equals
 what was recorded. No model runs, so the figures are of the drafts alone. Each conversation keeps
 one index over all of its turns. ``plugin`` has the earlier answers of the same source beside that,
@@ -12,6 +15,7 @@ in the order of the file; ``own text`` has not.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +45,7 @@ SOURCES = (
     "whowhen",
     "pi-mono",
 )
-CHANCES = (0.4, 0.3, 0.2)
+CHANCES = (0.4, 0.3, 0.25, 0.2)
 """Least chances of a drafted token (``draft_of``)."""
 
 AGENT = "agent"
@@ -90,6 +94,50 @@ class Ngram:
 
     def ended(self, prompt: TokenArray, answer: TokenArray) -> None:
         pass
+
+
+class Suffix:
+    """arctic-inference's suffix trees, as ``vllm.v1.spec_decode.suffix_decoding`` drives them.
+
+    Args:
+        cache: ``SuffixDecodingCache``: of one conversation's prompts, and of all answers so far.
+    """
+
+    DEPTH, MAX_REQUESTS, FACTOR, LEAST = 24, 10_000, 1.0, 0.1
+    """vLLM's defaults."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self._tokens = np.empty(0, np.int32)
+        self._running: int | None = None
+        self._num_requests = len(cache.cached_requests)
+
+    def extend(self, tokens: TokenArray) -> None:
+        self._tokens = np.concatenate([self._tokens, tokens])
+        if self._running is not None:
+            self._cache.add_active_response(self._running, tokens)
+
+    def draft(self) -> TokenArray:
+        if self._running is None:
+            self._running = self._num_requests
+            self._cache.start_request(self._running, self._tokens)
+        found = self._cache.speculate(
+            self._running,
+            self._tokens[-self.DEPTH :],
+            max_spec_tokens=self.DEPTH,
+            max_spec_factor=self.FACTOR,
+            min_token_prob=self.LEAST,
+        )
+        return np.array(found.token_ids, np.int32)
+
+    def saw(self, came: TokenArray) -> None:
+        pass
+
+    def ended(self, prompt: TokenArray, answer: TokenArray) -> None:
+        if self._running is not None:
+            self._cache.stop_request(self._running)
+            self._running = None
+            self._num_requests += 1
 
 
 class Lookup:
@@ -208,6 +256,11 @@ def methods() -> dict[str, Callable[[], Method]]:
         "ngram 2-5 x5": lambda: Ngram(2, 5, 5),
         "ngram 3-8 x5": lambda: Ngram(3, 8, 5),
     }
+    with contextlib.suppress(ImportError):
+        from arctic_inference.suffix_decoding import SuffixDecodingCache
+
+        cache = SuffixDecodingCache(Suffix.DEPTH, Suffix.MAX_REQUESTS)
+        made["suffix"] = lambda: Suffix(cache)
     for chance in CHANCES:
         made[f"own text {chance}"] = lambda c=chance, a=Acceptance(): Lookup(a, c, None)  # type: ignore[misc]  # noqa: B008
     for chance in CHANCES:
