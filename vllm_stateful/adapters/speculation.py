@@ -24,9 +24,10 @@ from vllm.v1.request import Request
 
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.turn import Turn, token_array
+from vllm_stateful.config import parse_bool
 from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
 from vllm_stateful.speculate.session_drafts import SessionDrafts
-from vllm_stateful.speculate.step_costs import StepCosts
+from vllm_stateful.speculate.step_costs import LEAST_CHANCE, StepCosts
 
 MAX_BYTES = 512 << 20
 """For the indexes of waiting sessions, and as much for the answers of agents."""
@@ -39,6 +40,11 @@ OPENING = 32
 
 RATE_DECAY = 0.98
 """How much less each earlier step counts in what a step accepts."""
+
+
+XARG = "stateful_drafts"
+"""``vllm_xargs`` of a request: 0 for no drafts; 1 for drafts that are worth it for this request
+alone, whatever they cost the others."""
 
 
 class SessionDrafter:
@@ -64,6 +70,17 @@ def is_asked_for(vllm_config: Any) -> bool:
     return config is not None and config.method == "custom_class" and config.model == NAME
 
 
+def wish_of(request: Request) -> bool | None:
+    """Whether a request asks for drafts or against them; what cannot be read asks for none."""
+    value = (request.sampling_params.extra_args or {}).get(XARG)
+    if value is None:
+        return None
+    try:
+        return parse_bool(str(value))
+    except ValueError:
+        return False
+
+
 class SchedulerDrafts:
     """The drafts of one scheduler's turns.
 
@@ -81,7 +98,7 @@ class SchedulerDrafts:
         self._manager = manager
         self._rules = rules
         self._max_tokens = max_tokens
-        self._accepted_a_step = 0.0
+        self._drafted_a_step = self._accepted_a_step = 0.0
         self._started: tuple[float, int] | None = None
 
     def step_begins(self, output: SchedulerOutput) -> None:
@@ -104,13 +121,14 @@ class SchedulerDrafts:
 
     def fill(self, proposed: DraftTokenIds, requests: dict[str, Request]) -> DraftTokenIds:
         """The drafts of the requests that a step has run, in the place of the worker's."""
-        before = self.drafts.num_accepted
+        drafted, accepted = self.drafts.num_drafted, self.drafts.num_accepted
         running = [name for name in proposed.req_ids if self._is_decoding(requests.get(name))]
         for name in running:
             self._catch_up(requests[name])
-        accepted = self.drafts.num_accepted - before
+        drafted, accepted = self.drafts.num_drafted - drafted, self.drafts.num_accepted - accepted
+        self._drafted_a_step += (1 - RATE_DECAY) * (drafted - self._drafted_a_step)
         self._accepted_a_step += (1 - RATE_DECAY) * (accepted - self._accepted_a_step)
-        least = self.costs.least_chance(len(running), self._accepted_a_step)
+        least = self.costs.least_chance(len(running), self._drafted_a_step, self._accepted_a_step)
         made = {name: self._draft(requests[name], least) for name in running}
         return DraftTokenIds(proposed.req_ids, [made.get(name, []) for name in proposed.req_ids])
 
@@ -137,6 +155,9 @@ class SchedulerDrafts:
             self.drafts.came(name, token_array(new))
 
     def _draft(self, request: Request, least_chance: float) -> list[int]:
+        wish = wish_of(request)
+        if wish is not None:
+            least_chance = LEAST_CHANCE if wish else 1.0
         left = request.max_tokens - request.num_output_tokens - 1
         most = min(self._max_tokens, left)
         if most <= 0 or least_chance >= 1.0:

@@ -3,11 +3,13 @@
 
 The text follows the places that end as it does: where they disagree the majority, weighed by how
 long each match is, and among equals the newest. Each drafted token comes with what is known of its
-chance: by how many tokens its place agrees with the text (the drafted ones included), and by how
-many of the places agree with each other. What such tokens were worth is learned from what the
-model accepts (``Acceptance``), so a draft ends where its next token is not worth its cost.
+chance: by how many tokens its place agrees with the text (the drafted ones included), how many
+places agree, how far the others disagree, and whether it was said in other sessions too. What such
+tokens were worth is learned from what the model accepts (``Acceptance``), so a draft ends where its
+next token is not worth its cost.
 
-Source: draft length by match length as in SuffixDecoding (arXiv:2411.04975), learned here.
+Source: frequency among matches as in SuffixDecoding (arXiv:2411.04975); its chances are shares of
+occurrences, here they are learned.
 """
 
 from __future__ import annotations
@@ -24,11 +26,17 @@ from vllm_stateful.types import TokenArray
 MAX_DRAFT = 32
 """Tokens that one draft has at most."""
 
-LENGTHS = (4, 5, 6, 8, 10, 13, 17, 24, 32, 48)
+LENGTHS = (2, 3, 4, 6, 9, 16, 32)
 """Match lengths from which a token counts as of the next class."""
 
-AGREEMENTS = (0.5, 0.75, 0.999)
-"""Shares of the places from which a token counts as of the next class."""
+AGREEMENTS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.999)
+"""Shares of the places, by weight, from which a token counts as of the next class."""
+
+PLACES = (2, 4)
+"""Numbers of agreeing places from which a token counts as of the next class."""
+
+LENGTH_POWER = 5
+"""A place weighs as much as the length of its match to this power."""
 
 PRIOR_WEIGHT = 10.0
 """Tokens that the prior counts as."""
@@ -38,10 +46,18 @@ MOST_SEEN = 2000.0
 
 Floats = NDArray[np.float64]
 
-PRIORS: Floats = np.linspace(0.35, 0.97, len(LENGTHS) + 1)[:, None] * np.array(
-    [[0.45, 0.65, 0.85, 1.0]]
+_CHANCES = np.array([0.4, 0.57, 0.69, 0.75, 0.83, 0.9, 0.95, 0.97])
+"""Where one place alone matches, by length."""
+
+_SHARES = np.array(
+    [0.03, 0.07, 0.12, 0.17, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.93, 0.98, 1.0]
 )
-"""Shape ``[len(LENGTHS) + 1, len(AGREEMENTS) + 1]``: chances before anything is learned."""
+_POWERS = np.array([[1.0, 0.7, 0.35], [1.6, 1.0, 0.25]])
+"""What more places make of that, by their number: in the session itself; in others too."""
+
+PRIORS: Floats = _CHANCES[:, None, None, None] ** _POWERS[None, None] * _SHARES[None, :, None, None]
+"""Chances before anything is learned, as recorded agents have them. Shape ``[len(LENGTHS) + 1,
+len(AGREEMENTS) + 1, 2, len(PLACES) + 1]``."""
 
 
 class Draft(NamedTuple):
@@ -50,15 +66,15 @@ class Draft(NamedTuple):
     Attributes:
         tokens: int32, shape ``[num_tokens]``.
         classes: int32, shape ``[num_tokens]``: what ``Acceptance`` knows each by.
-        chance: that all of them are accepted.
+        expected: how many of them are expected to be accepted.
     """
 
     tokens: TokenArray
     classes: Ints
-    chance: float
+    expected: float
 
 
-NO_DRAFT = Draft(np.empty(0, np.int32), np.empty(0, np.int32), 1.0)
+NO_DRAFT = Draft(np.empty(0, np.int32), np.empty(0, np.int32), 0.0)
 
 
 class Acceptance:
@@ -130,7 +146,7 @@ def draft_of(
         return NO_DRAFT
     out = np.empty(max_tokens, np.int32)
     classes = np.empty(max_tokens, np.int32)
-    num, chance = _follow(
+    num, expected = _follow(
         own.tokens,
         others.tokens,
         np.concatenate([own.found.places, others.found.places]),
@@ -141,11 +157,12 @@ def draft_of(
         out,
         classes,
     )
-    return Draft(out[:num], classes[:num], chance) if num else NO_DRAFT
+    return Draft(out[:num], classes[:num], expected) if num else NO_DRAFT
 
 
 _LENGTHS = np.array(LENGTHS, np.int64)
 _AGREEMENTS = np.array(AGREEMENTS, np.float64)
+_PLACES = np.array(PLACES, np.int64)
 
 
 @compiled
@@ -161,46 +178,68 @@ def _follow(
     classes: Ints,
 ) -> tuple[int, float]:
     """Fills ``out`` and ``classes``; ``places`` loses those that disagree (they become -1)."""
-    chance = 1.0
+    chance, expected = 1.0, 0.0
     nexts = np.empty(len(places), np.int32)
     for step in range(len(out)):
-        for one in range(len(places)):
-            nexts[one] = -1
-            if places[one] < 0:
-                continue
-            place = places[one] + step
-            if one >= num_own:
-                if place < len(others):
-                    nexts[one] = others[place]
-            elif place < len(own):
-                nexts[one] = own[place]
-            else:  # the text repeats itself
-                nexts[one] = out[place - len(own)]
-        best, best_weight, best_length, total = -1, 0.0, 0, 0.0
-        for one in range(len(places)):
-            if nexts[one] < 0:
-                continue
-            weight, longest, is_first = 0.0, 0, True
-            for other in range(len(places)):
-                if nexts[other] == nexts[one]:
-                    is_first = is_first and other >= one
-                    weight += float(lengths[other]) ** 2
-                    longest = max(longest, lengths[other])
-            if is_first:
-                total += weight
-                if weight > best_weight:
-                    best, best_weight, best_length = nexts[one], weight, longest
-        if best < 0:
-            return step, chance
-        length = np.searchsorted(_LENGTHS, best_length + step, side="right")
-        agreement = np.searchsorted(_AGREEMENTS, best_weight / total, side="right")
-        each = length * (len(_AGREEMENTS) + 1) + agreement
-        if chance * rates[each] < least_chance:
-            return step, chance
+        _next_of(own, others, places, num_own, out, step, nexts)
+        token, each = _choose(nexts, lengths, num_own, step)
+        if token < 0 or chance * rates[each] < least_chance:
+            return step, expected
         chance *= rates[each]
-        out[step] = best
+        expected += chance
+        out[step] = token
         classes[step] = each
         for one in range(len(places)):
-            if nexts[one] != best:
+            if nexts[one] != token:
                 places[one] = -1
-    return len(out), chance
+    return len(out), expected
+
+
+@compiled
+def _next_of(
+    own: Ints, others: Ints, places: Ints, num_own: int, out: Ints, step: int, nexts: Ints
+) -> None:
+    """The token that follows each place after ``step`` drafted ones; -1 where there is none."""
+    for one in range(len(places)):
+        nexts[one] = -1
+        if places[one] < 0:
+            continue
+        place = places[one] + step
+        if one >= num_own:
+            if place < len(others):
+                nexts[one] = others[place]
+        elif place < len(own):
+            nexts[one] = own[place]
+        else:  # the text repeats itself
+            nexts[one] = out[place - len(own)]
+
+
+@compiled
+def _choose(nexts: Ints, lengths: Ints, num_own: int, step: int) -> tuple[int, int]:
+    """The token for which most speaks, and its class; -1 where there is none."""
+    best, best_weight, total = -1, 0.0, 0.0
+    best_length, best_count, is_others = 0, 0, 0
+    for one in range(len(nexts)):
+        if nexts[one] < 0:
+            continue
+        weight, longest, count, has_others = 0.0, 0, 0, 0
+        for other in range(len(nexts)):
+            if nexts[other] == nexts[one]:
+                if other < one:  # it was weighed there
+                    break
+                weight += float(lengths[other]) ** LENGTH_POWER
+                longest = max(longest, lengths[other])
+                count += 1
+                has_others = max(has_others, 1 if other >= num_own else 0)
+        total += weight
+        if weight > best_weight:
+            best, best_weight = nexts[one], weight
+            best_length, best_count, is_others = longest, count, has_others
+    if best < 0:
+        return -1, 0
+    each = np.searchsorted(_LENGTHS, best_length + step, side="right")
+    each *= len(_AGREEMENTS) + 1
+    each += np.searchsorted(_AGREEMENTS, best_weight / total, side="right")
+    each = each * 2 + is_others
+    each *= len(_PLACES) + 1
+    return best, int(each + np.searchsorted(_PLACES, best_count, side="right"))

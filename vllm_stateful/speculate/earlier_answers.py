@@ -14,13 +14,13 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from vllm_stateful.speculate.lookup_index import GRAM, LookupIndex
+from vllm_stateful.speculate.lookup_index import LookupIndex
 from vllm_stateful.types import TokenArray
 
 MAX_TOKENS = 1 << 20
 """Of one agent's answers; then the older half is forgotten."""
 
-LEAD_TOKENS = 2 * GRAM
+LEAD_TOKENS = 6
 """Tokens before an answer that are kept with it, so that its beginning is found too."""
 
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the end of a text stood before, and what followed it there.
 
-Every position is chained to the one before it that ends in the same ``GRAM`` tokens, as in LZ77
-compressors: appending a token is O(1), taking tokens back is O(1) each, and a look-up walks the
-newest ``MAX_CANDIDATES`` places, so its cost does not grow with the text. Memory: 12 to 16 bytes
-a token (the token, its chain link, and a hash table of one to two entries a token).
+Every position is chained to the one before it that ends in the same tokens, as in LZ77 compressors:
+one chain for each of ``GRAMS``. The longest finds far back what has stood there at length; the
+shortest knows what mostly follows a single token. Appending a token is O(1), taking tokens back is
+O(1) each, and a look-up walks the newest ``MAX_CANDIDATES`` places of each chain, so its cost does
+not grow with the text. Memory: 28 to 56 bytes a token (the token, and for each chain a link and a
+hash table of one to two entries a token).
 
 Source: prompt lookup decoding (Saxena 2023; vLLM ``v1/spec_decode/ngram_proposer.py``), frequency
 among the matches as in SuffixDecoding (arXiv:2411.04975), hash chains as in RFC 1951, section 4.
@@ -20,11 +22,11 @@ from numpy.typing import NDArray
 from vllm_stateful.speculate.compiled import compiled
 from vllm_stateful.types import TokenArray
 
-GRAM = 3
-"""Tokens that must be equal before a place is looked at."""
+GRAMS = (6, 2, 1)
+"""Tokens that must be equal before a place is looked at, by chain, the longest first."""
 
-MAX_CANDIDATES = 64
-"""Places that one look-up compares."""
+MAX_CANDIDATES = 32
+"""Places of each chain that one look-up compares."""
 
 MAX_MATCH = 64
 """Longer matches are not told apart."""
@@ -35,10 +37,10 @@ Ints = NDArray[np.int32]
 
 
 class Found(NamedTuple):
-    """Places that end like the text does, the newest first.
+    """Places that end like the text does, those of the longest chain first, there the newest.
 
     Attributes:
-        places: int32, shape ``[num_found]``: the position behind each.
+        places: int32, shape ``[num_found]``: the position behind each, by chain.
         lengths: int32, shape ``[num_found]``: how many tokens before it are equal, up to
             ``MAX_MATCH``.
     """
@@ -53,10 +55,10 @@ class LookupIndex:
     def __init__(self) -> None:
         self._num_tokens = 0
         self._tokens: Ints = np.empty(MIN_CAPACITY, np.int32)
-        self._before: Ints = np.empty(MIN_CAPACITY, np.int32)
-        self._newest: Ints = np.full(MIN_CAPACITY, -1, np.int32)
-        self._places: Ints = np.empty(MAX_CANDIDATES, np.int32)
-        self._lengths: Ints = np.empty(MAX_CANDIDATES, np.int32)
+        self._before: Ints = np.empty((len(GRAMS), MIN_CAPACITY), np.int32)
+        self._newest: Ints = np.full((len(GRAMS), MIN_CAPACITY), -1, np.int32)
+        self._places: Ints = np.empty(len(GRAMS) * MAX_CANDIDATES, np.int32)
+        self._lengths: Ints = np.empty(len(GRAMS) * MAX_CANDIDATES, np.int32)
 
     def __len__(self) -> int:
         return self._num_tokens
@@ -120,16 +122,19 @@ class LookupIndex:
         tokens = np.empty(capacity, np.int32)
         tokens[: self._num_tokens] = self.tokens
         self._tokens = tokens
-        self._before = np.empty(capacity, np.int32)
-        self._newest = np.full(capacity, -1, np.int32)
+        self._before = np.empty((len(GRAMS), capacity), np.int32)
+        self._newest = np.full((len(GRAMS), capacity), -1, np.int32)
         _chain(self._tokens, self._before, self._newest, 0, self._num_tokens)
 
 
+_GRAMS = np.array(GRAMS, np.int64)
+
+
 @compiled
-def _slot(tokens: Ints, end: int, size: int) -> int:
-    """The hash table entry of the ``GRAM`` tokens up to and with position ``end``."""
+def _slot(tokens: Ints, end: int, gram: int, size: int) -> int:
+    """The hash table entry of the ``gram`` tokens up to and with position ``end``."""
     mixed = np.uint64(0)
-    for place in range(end - GRAM + 1, end + 1):
+    for place in range(end - gram + 1, end + 1):
         mixed = (mixed ^ np.uint64(tokens[place])) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
     return int(np.int64(mixed & np.uint64(size - 1)))
@@ -137,16 +142,21 @@ def _slot(tokens: Ints, end: int, size: int) -> int:
 
 @compiled
 def _chain(tokens: Ints, before: Ints, newest: Ints, start: int, end: int) -> None:
-    for place in range(max(start, GRAM - 1), end):
-        slot = _slot(tokens, place, len(newest))
-        before[place] = newest[slot]
-        newest[slot] = place
+    for chain in range(len(_GRAMS)):
+        gram = _GRAMS[chain]
+        for place in range(max(start, gram - 1), end):
+            slot = _slot(tokens, place, gram, newest.shape[1])
+            before[chain, place] = newest[chain, slot]
+            newest[chain, slot] = place
 
 
 @compiled
 def _unchain(tokens: Ints, before: Ints, newest: Ints, start: int, end: int) -> None:
-    for place in range(end - 1, max(start, GRAM - 1) - 1, -1):
-        newest[_slot(tokens, place, len(newest))] = before[place]
+    for chain in range(len(_GRAMS)):
+        gram = _GRAMS[chain]
+        for place in range(end - 1, max(start, gram - 1) - 1, -1):
+            slot = _slot(tokens, place, gram, newest.shape[1])
+            newest[chain, slot] = before[chain, place]
 
 
 @compiled
@@ -160,23 +170,27 @@ def _find(
     places: Ints,
     lengths: Ints,
 ) -> int:
-    if num_other < GRAM:
-        return 0
-    last = num_other - 1
-    place = newest[_slot(other, last, len(newest))]
-    if is_own:
-        place = before[place]
     count = 0
-    for _ in range(len(places)):
-        if place < 0:
-            break
-        longest = min(MAX_MATCH, place + 1, num_other)
-        length = 0
-        while length < longest and tokens[place - length] == other[last - length]:
-            length += 1
-        if length >= GRAM:
-            places[count] = place + 1
-            lengths[count] = length
-            count += 1
-        place = before[place]
+    last = num_other - 1
+    known = MAX_MATCH + 1  # as long, and longer, matches are in the chains before
+    for chain in range(len(_GRAMS)):
+        gram = _GRAMS[chain]
+        if num_other < gram:
+            continue
+        place = newest[chain, _slot(other, last, gram, newest.shape[1])]
+        if is_own:
+            place = before[chain, place]
+        for _ in range(MAX_CANDIDATES):
+            if place < 0:
+                break
+            longest = min(MAX_MATCH, place + 1, num_other)
+            length = 0
+            while length < longest and tokens[place - length] == other[last - length]:
+                length += 1
+            if gram <= length < known:
+                places[count] = place + 1
+                lengths[count] = length
+                count += 1
+            place = before[chain, place]
+        known = gram
     return count

@@ -3,7 +3,7 @@
 
 import hypothesis.strategies as st
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 
 from vllm_stateful.speculate.drafts import MAX_DRAFT, NO_DRAFT, Acceptance, Draft, Text, draft_of
 from vllm_stateful.speculate.earlier_answers import LEAD_TOKENS, EarlierAnswers
@@ -93,6 +93,7 @@ def test_tokens_that_were_not_verified_teach_nothing() -> None:
     assert acceptance.saw(NO_DRAFT, array(5)) == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 8))
 def test_each_token_follows_some_place_that_agrees_so_far(text: list[int], most: int) -> None:
     own = text_of(*text)
@@ -139,13 +140,13 @@ def index_of(store: EarlierAnswers) -> LookupIndex:
 
 
 def test_the_agent_that_was_used_longest_ago_is_forgotten() -> None:
-    store = EarlierAnswers(3 * 12 * 1024)
+    store = EarlierAnswers(3 * LookupIndex().num_bytes)
     for n in range(3):
         store.add(n, array(), array(1, 2, 3))
     store.of(0)
     store.add(3, array(), array(1, 2, 3))
     assert [n for n in range(4) if store.of(n) is not None] == [0, 2, 3]
-    assert store.num_bytes == 3 * 12 * 1024
+    assert store.num_bytes == 3 * LookupIndex().num_bytes
 
 
 def test_an_answer_is_kept_with_the_end_of_its_prompt() -> None:

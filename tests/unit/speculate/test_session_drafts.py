@@ -3,6 +3,7 @@
 
 import numpy as np
 
+from vllm_stateful.speculate.lookup_index import LookupIndex
 from vllm_stateful.speculate.session_drafts import SessionDrafts
 from vllm_stateful.types import TokenArray
 
@@ -69,7 +70,7 @@ def test_an_agent_is_drafted_its_own_earlier_answers_only() -> None:
 
 
 def test_memory_is_bounded_and_what_waits_longest_goes() -> None:
-    drafts = SessionDrafts(2 * 12 * 1024)
+    drafts = SessionDrafts(2 * LookupIndex().num_bytes)
     for n in range(4):
         drafts.begins(n, f"session-{n}", n, array(1, 2, 3))
         drafts.ends(n)
