@@ -30,6 +30,7 @@ class StatefulConfig:
     verify_tokens: float = 0.01
     render_bytes: int = 1 << 30
     base_bytes: int = 1 << 29
+    response_cache_bytes: int = 0
     disable: frozenset[str] = frozenset()
     strict: bool = False
     check_invariants: bool = False
@@ -167,6 +168,14 @@ OPTIONS: tuple[Option, ...] = (
         "a number of bytes (K, M, G allowed)",
         "Memory for remembered prompts in each engine core, so that only what is new has to be "
         "sent. Default: 512M.",
+    ),
+    Option(
+        "response_cache_bytes",
+        _bytes,
+        "a number of bytes (K, M, G allowed)",
+        "Memory for whole answers in each API server: a request that equals an earlier one, or "
+        "one in flight, is answered without the model, if it is greedy or has a seed. "
+        "Default: 0, nothing is remembered.",
     ),
     Option(
         "disable",

@@ -14,6 +14,7 @@ NUM_INTERLEAVED, INTERLEAVED_TURNS = 3, 5
 NUM_BURST, BURST_TURNS = 8, 2
 MAX_ANSWER_TOKENS = 200
 SPARE_TOKENS = 64
+TEMPLATE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def bugfix(traces: Path, count: Count, max_tokens: int, number: int) -> Workload
 def coding(traces: Path, count: Count, max_tokens: int, number: int) -> Workload:
     """(b) 35 turns in a row out of a coding session of 439, where they fit the model."""
     (session,) = conversations(traces, ["pi-mono"], count, max_answer_tokens=max_tokens)
-    sizes = [count(step.answer) + _size(step, count) for step in session.steps]
+    sizes = [_size(step, count) for step in session.steps]
     starts = range(len(sizes) - CODING_TURNS)
     totals = {start: sum(sizes[start : start + CODING_TURNS]) for start in starts}
     chosen: list[int] = []
@@ -140,7 +141,9 @@ def _short(
 
 
 def _size(step: Step, count: Count) -> int:
-    return count(rendered(step.new_messages))
+    """With what the template puts around each message."""
+    texts = [message["content"] for message in step.new_messages] + [step.answer]
+    return sum(count(text) + TEMPLATE_TOKENS for text in texts)
 
 
 def _one_by_one(chosen: Sequence[Conversation]) -> tuple[Wave, ...]:

@@ -26,7 +26,7 @@ from vllm_stateful.config import FEATURES
 from vllm_stateful.errors import ConfigError, UnsupportedError
 
 SESSIONS = {patch.name for patch in PATCHES if patch.feature == "sessions"}
-EVERYTHING = {patch.name for patch in PATCHES} - {"cli-flags"}
+BY_DEFAULT = {p.name for p in PATCHES if p.feature not in ("cli", "history", "responses")}
 HOOKS = [importlib.import_module(patch.wrap.__module__).hook for patch in PATCHES]
 
 # Runs in a fresh interpreter: the process in which vLLM calls the entry point.
@@ -98,6 +98,7 @@ def test_enabled_all_patches_are_applied_once_and_undone_exactly() -> None:
         "assert all(member is before[name] for name, member in members().items())\n",
         VLLM_STATEFUL="1",
         VLLM_STATEFUL_IDLE_SECONDS="60",
+        VLLM_STATEFUL_RESPONSE_CACHE_BYTES="1M",
         VLLM_STATEFUL_HISTORY="generated",
     )
 
@@ -162,7 +163,7 @@ def drift(monkeypatch: pytest.MonkeyPatch, *drifted: Patch) -> None:
 
 def test_activate_applies_all_but_the_command_line_without_a_word(lines: list[str]) -> None:
     activation.activate()
-    assert applied() == EVERYTHING - {"finished-answer"}
+    assert applied() == BY_DEFAULT
     assert lines == []
     assert activation.problems() == ()
 
@@ -227,14 +228,22 @@ def test_a_drifted_feature_leaves_the_other_features_on(
     (anthropic,) = (patch for patch in PATCHES if patch.feature == "anthropic-usage")
     drift(monkeypatch, anthropic)
     activation.activate()
-    assert applied() == EVERYTHING - {"anthropic-usage", "finished-answer"}
+    assert applied() == BY_DEFAULT - {"anthropic-usage"}
     assert len(lines) == 1
 
 
 def test_generated_history_is_told_of_finished_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_STATEFUL_HISTORY", "generated")
     activation.activate()
-    assert applied() == EVERYTHING
+    assert applied() == BY_DEFAULT | {"finished-answer"}
+
+
+def test_a_response_cache_with_room_for_anything_is_put_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_STATEFUL_RESPONSE_CACHE_BYTES", "1M")
+    activation.activate()
+    assert applied() == BY_DEFAULT | patches_of("responses")
 
 
 def patches_of(*features: str) -> set[str]:
@@ -247,7 +256,7 @@ def test_a_disabled_stage_is_left_to_vllm_without_a_word(
 ) -> None:
     monkeypatch.setenv("VLLM_STATEFUL_DISABLE", feature)
     activation.activate()
-    assert applied() == EVERYTHING - {"finished-answer"} - patches_of(feature)
+    assert applied() == BY_DEFAULT - patches_of(feature)
     assert lines == []
     assert activation.problems() == ()
 

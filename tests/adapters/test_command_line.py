@@ -111,6 +111,27 @@ def test_without_our_flags_nothing_is_set_and_nothing_is_patched(parse: Parse) -
     assert arguments.plugin is None
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize(
+    ("option", "added", "gone"),
+    [
+        (["--stateful-history", "generated"], {"history"}, set()),
+        (["--stateful-response-cache-bytes", "1M"], {"responses"}, set()),
+        (["--stateful-disable", "transport,reasoning"], set(), {"transport", "reasoning"}),
+    ],
+)
+def test_an_option_says_what_is_patched_before_and_behind_the_plugin(
+    parse: Parse, option: list[str], added: set[str], gone: set[str], is_first: bool
+) -> None:
+    parse("--plugin", "stateful")
+    features = {patch.feature for patch in PATCHES if patch.is_applied}
+    undo_all()
+    os.environ.pop("VLLM_STATEFUL")
+    plugin = ["--plugin", "stateful"]
+    parse(*(plugin + option if is_first else option + plugin))
+    assert {p.feature for p in PATCHES if p.is_applied} == (features | added) - gone
+
+
 @pytest.mark.parametrize("words", [["--plugin", "stateful"], ["--plugin=stateful"]])
 def test_the_plugin_is_on_in_this_process_and_its_children(parse: Parse, words: list[str]) -> None:
     arguments = parse(*words)

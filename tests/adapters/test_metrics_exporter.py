@@ -10,6 +10,7 @@ from simulated_engine import SimulatedEngine
 from vllm_stateful.adapters.metrics_exporter import MetricsExporter
 from vllm_stateful.observe.metrics import METRICS, RESUME_BUCKETS_S
 from vllm_stateful.observe.prompt_counts import PromptCounts, Sent, Tokenized, Verified
+from vllm_stateful.observe.response_counts import ResponseCounts
 from vllm_stateful.observe.turn_counts import TurnCounts
 from vllm_stateful.types import Demotion, Outcome
 
@@ -54,7 +55,7 @@ def exported() -> Exported:
 
 def own_snapshot(**values: Any) -> dict[str, Any]:
     """What an API process says of itself, all zero but for ``values``."""
-    return {**PromptCounts().snapshot(), **values}
+    return {**PromptCounts().snapshot(), **ResponseCounts().snapshot(), **values}
 
 
 def test_every_metric_is_registered_under_its_name(exported: Exported) -> None:

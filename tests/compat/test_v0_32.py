@@ -68,6 +68,10 @@ OWNERS = {
     "reasoning-end": BaseThinkingReasoningParser,
     "finished-answer": OutputProcessor,
     "message-parsing": hf,
+    "response-request": AsyncMPClient,
+    "response-abort": AsyncMPClient,
+    "response-outputs": OutputProcessor,
+    "response-forget": AsyncMPClient,
 }
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 by_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)

@@ -24,6 +24,7 @@ PURE_PACKAGES = [
     "vllm_stateful.api",
     "vllm_stateful.prefix",
     "vllm_stateful.schedule",
+    "vllm_stateful.respond",
     "vllm_stateful.speculate",
     "vllm_stateful.observe",
     "vllm_stateful.render",

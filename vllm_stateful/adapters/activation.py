@@ -26,6 +26,10 @@ from vllm_stateful.compat.v0_32 import (
     prompt_send,
     reasoning_end,
     request_identity,
+    response_abort,
+    response_forget,
+    response_outputs,
+    response_request,
     scheduler_class,
     session_identity,
     worker_ids,
@@ -70,7 +74,7 @@ def install_command_line() -> None:
 
 
 def activate() -> None:
-    """Apply all patches. Re-entrant.
+    """Apply the patches that the options ask for, and no others. Re-entrant.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
@@ -87,6 +91,9 @@ def activate() -> None:
     _fill_hooks()
     wanted = _patches_of(multiprocessing.current_process().name)
     try:
+        for patch in reversed(PATCHES):
+            if patch not in wanted and patch is not cli_flags.PATCH:
+                patch.undo()
         applied = apply_all(wanted, strict=strict, log=logger)
     except CompatError as error:
         _problems.append(str(error))
@@ -107,7 +114,9 @@ def _patches_of(process_name: str) -> list[Patch]:
     only_engine = process_name.startswith("EngineCore")
     runs_here = ("engine", "all") if only_engine else ("api", "engine", "all")
     config = load_config()
-    off = config.disable if config.history == "generated" else config.disable | {"history"}
+    off = set(config.disable)
+    off |= set() if config.history == "generated" else {"history"}
+    off |= set() if config.response_cache_bytes else {"responses"}
     usable = [p for p in PATCHES if p is not cli_flags.PATCH and p.feature not in off]
     return [patch for patch in usable if patch.process in runs_here]
 
@@ -161,6 +170,11 @@ def _fill_hooks() -> None:
     reasoning_end.hook.set(_is_reasoning_end)
     finished_answer.hook.set(_note_answer)
     message_parsing.hook.set(_parse_new_messages)
+    response_request.hook.set(_is_answered)
+    response_abort.hook.set(_left_to_abort)
+    response_outputs.hook.set(_with_followers)
+    response_outputs.stopped.set(_note_stopped)
+    response_forget.hook.set(_note_call)
 
 
 def _choose_scheduler(_: Any, stock: type) -> type:
@@ -253,6 +267,36 @@ def _worker_ids(request: Any, is_v2: bool, uses_mrope: bool) -> Any:
     from vllm_stateful.adapters.worker_ids import worker_ids
 
     return worker_ids(request, is_v2, uses_mrope)
+
+
+def _is_answered(client: Any, request: Any) -> bool:
+    from vllm_stateful.adapters.response_cache import responses_of
+
+    return responses_of(client).is_answered(request)
+
+
+def _left_to_abort(client: Any, request_ids: list[str]) -> list[str]:
+    from vllm_stateful.adapters.response_cache import responses_of
+
+    return responses_of(client).aborted(request_ids)
+
+
+def _with_followers(outputs: list[Any]) -> list[Any]:
+    from vllm_stateful.adapters.response_cache import with_followers
+
+    return with_followers(outputs)
+
+
+def _note_stopped(request_ids: list[str]) -> None:
+    from vllm_stateful.adapters.response_cache import stopped
+
+    stopped(request_ids)
+
+
+def _note_call(client: Any, method: str) -> None:
+    from vllm_stateful.adapters.response_cache import called
+
+    called(client, method)
 
 
 def _utility(engine_core: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -119,6 +119,8 @@ class _SetOption(argparse.Action):
         except ConfigError as error:
             parser.error(str(error))
         os.environ[self.option.env] = values
+        if is_enabled() and not activation.problems():  # what is patched may depend on it
+            _guarded(parser, activation.activate)
 
 
 class _SetFlag(_SetOption):

@@ -21,6 +21,7 @@ from starlette.datastructures import Headers
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
+from vllm_stateful.adapters import asked
 from vllm_stateful.adapters.sent_body import sent_body, wish_of
 from vllm_stateful.adapters.turn import CLOSE_ACTION, RETAIN_ACTION
 from vllm_stateful.api import (
@@ -60,15 +61,18 @@ _tenant: ContextVar[str] = ContextVar("stateful_tenant", default="")
 
 
 class TenantMiddleware:
-    """ASGI middleware that remembers, for one HTTP request, whose it is."""
+    """ASGI middleware that remembers, for one HTTP request, whose it is and what it allows."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass everything on untouched."""
-        if scope["type"] == "http" and tenant_isolation():
-            _tenant.set(tenant_of(Headers(scope=scope)))
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            asked.note_headers(headers)
+            if tenant_isolation():
+                _tenant.set(tenant_of(headers))
         await self.app(scope, receive, send)
 
 
@@ -102,6 +106,7 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
     """
     headers = {} if raw_request is None else raw_request.headers
     body = sent_body(raw_request)
+    asked.note_tools(body)
 
     def field(name: str) -> object:
         value = getattr(request, name, None)

@@ -19,6 +19,10 @@ from vllm_stateful.compat.v0_32 import (
     prompt_send,
     reasoning_end,
     request_identity,
+    response_abort,
+    response_forget,
+    response_outputs,
+    response_request,
     scheduler_class,
     session_identity,
     worker_ids,
@@ -41,6 +45,10 @@ PATCHES: tuple[Patch, ...] = (
     reasoning_end.PATCH,
     finished_answer.PATCH,
     message_parsing.PATCH,
+    response_request.PATCH,
+    response_abort.PATCH,
+    response_outputs.PATCH,
+    response_forget.PATCH,
 )
 
 _MARKDOWN_HEAD = """\

@@ -200,6 +200,31 @@ METRICS: tuple[Metric, ...] = (
         "api",
     ),
     Metric(
+        "vllm_stateful_responses",
+        "counter",
+        "responses",
+        "result",
+        "Requests that may be remembered: hit (answered from memory), joined (answered with an "
+        "equal one in flight), miss; and stored, the answers that are remembered.",
+        "api",
+    ),
+    Metric(
+        "vllm_stateful_responses_uncached",
+        "counter",
+        "responses_uncached",
+        "reason",
+        "Requests that may not be remembered, by reason.",
+        "api",
+    ),
+    Metric(
+        "vllm_stateful_response_cache_bytes",
+        "gauge",
+        "response_cache_bytes",
+        None,
+        "Memory that remembered answers take in the API servers.",
+        "api",
+    ),
+    Metric(
         "vllm_stateful_render_bytes",
         "gauge",
         "render_bytes",
