@@ -99,7 +99,7 @@ class SchedulerDrafts:
         self._rules = rules
         self._max_tokens = max_tokens
         self._drafted_a_step = self._accepted_a_step = 0.0
-        self._started: tuple[float, int] | None = None
+        self._started: tuple[float, int, int] | None = None
 
     def step_begins(self, output: SchedulerOutput) -> None:
         """A step was scheduled: one that only decodes is timed."""
@@ -109,14 +109,22 @@ class SchedulerDrafts:
             for name, num in output.num_scheduled_tokens.items()
         )
         is_timed = decodes and not output.scheduled_new_reqs and output.num_scheduled_tokens
+        if not is_timed:
+            self._started = None
+            return
+        computed = output.scheduled_cached_reqs
+        attended = sum(
+            num * output.num_scheduled_tokens[name]
+            for name, num in zip(computed.req_ids, computed.num_computed_tokens, strict=True)
+        )
         rows = output.total_num_scheduled_tokens
-        self._started = (time.perf_counter(), rows) if is_timed else None
+        self._started = (time.perf_counter(), rows, attended)
 
     def step_ends(self) -> None:
         """Its output is here."""
         if self._started is not None:
-            began, rows = self._started
-            self.costs.saw(rows, time.perf_counter() - began)
+            began, rows, attended = self._started
+            self.costs.saw(rows, attended, time.perf_counter() - began)
             self._started = None
 
     def fill(self, proposed: DraftTokenIds, requests: dict[str, Request]) -> DraftTokenIds:
@@ -128,9 +136,21 @@ class SchedulerDrafts:
         drafted, accepted = self.drafts.num_drafted - drafted, self.drafts.num_accepted - accepted
         self._drafted_a_step += (1 - RATE_DECAY) * (drafted - self._drafted_a_step)
         self._accepted_a_step += (1 - RATE_DECAY) * (accepted - self._accepted_a_step)
-        least = self.costs.least_chance(len(running), self._drafted_a_step, self._accepted_a_step)
-        made = {name: self._draft(requests[name], least) for name in running}
+        made = self._drafts([requests[name] for name in running])
         return DraftTokenIds(proposed.req_ids, [made.get(name, []) for name in proposed.req_ids])
+
+    def _drafts(self, running: list[Request]) -> dict[str, list[int]]:
+        """For all that decode; each row is weighed against a step as they have been of late."""
+        contexts = [request.num_tokens for request in running]
+        rows = len(running) + self._drafted_a_step
+        attended = sum(contexts) / max(1, len(running)) * rows
+        made = len(running) + self._accepted_a_step
+        return {
+            request.request_id: self._draft(
+                request, self.costs.least_chance(rows, attended, made, context)
+            )
+            for request, context in zip(running, contexts, strict=True)
+        }
 
     def ended(self, request: Request) -> None:
         """A request is over: its session keeps its index, its agent its answer."""

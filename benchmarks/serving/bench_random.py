@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What drafts cost where nothing can be drafted: random answers, from 1 to 64 requests at once.
+
+    python -m benchmarks.serving.bench_random [--concurrency 1,4,16,64] [--rounds 5] [--quick]
+
+Stock vLLM and vLLM with drafts from sessions are made to say the same random tokens, turn about.
+Nothing of it stood anywhere before, so that every draft is wrong.
+"""
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+import httpx
+
+from benchmarks.demo import machine
+from benchmarks.demo.servers import HOST, ServerFailedError
+from benchmarks.serving import replay
+from benchmarks.serving.agents_play import PAUSE_S, drafts_of, since
+from benchmarks.serving.bench_agents import BLOCK_SIZE, PLUGIN_CONFIG
+from benchmarks.serving.client import ChatClient, RequestFailedError, encode_body
+from benchmarks.serving.pressure_play import warm_up
+from benchmarks.serving.servers import PLUGIN, STOCK, Server, running_servers
+from benchmarks.serving.tables import markdown, percentile, save
+
+MAX_LEN = 2048
+FIRST_TOKEN, NUM_TOKENS = 300, 48_000
+QUICK = {"concurrency": ("1", "4"), "rounds": 1, "model": replay.SMALL}
+
+
+@dataclass
+class Sample:
+    """All requests of one round on one side.
+
+    Attributes:
+        total_s: From sending the first to the end of the last answer.
+        num_drafted: Tokens, for all of them.
+    """
+
+    side: str
+    concurrency: int
+    round: int
+    total_s: float
+    num_drafted: int
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    replay.add_options(parser, model=replay.SMOLLM2, out="random.json")
+    add = parser.add_argument
+    add("--concurrency", type=replay.names, default=("1", "4", "16", "64"))
+    add("--rounds", type=int, default=5, help="(%(default)s)")
+    add("--tokens", type=int, default=48, help="of each answer (%(default)s)")
+    add("--compiled", action="store_true", help="let vLLM compile the model (it is run eagerly)")
+    return replay.parse_quick(parser, arguments, QUICK)
+
+
+def play(server: Server, concurrency: int, name: str, num_tokens: int) -> float:
+    """One round; seconds.
+
+    Raises:
+        RequestFailedError: an answer was not as long as it was to be.
+    """
+    chance = Random(name)
+
+    def body() -> bytes:
+        pinned = [FIRST_TOKEN + chance.randrange(NUM_TOKENS) for _ in range(num_tokens)]
+        words = " ".join(str(chance.randrange(10**6)) for _ in range(4))
+        messages = [{"role": "user", "content": words}]
+        fields = {"ignore_eos": True, "vllm_xargs": {"pinned_ids": pinned}}
+        return encode_body(replay.MODEL_NAME, messages, num_tokens, **fields)
+
+    def ask(content: bytes) -> None:
+        with ChatClient(HOST, server.port) as client:
+            reply = client.ask(content)
+        if reply.num_answer_tokens != num_tokens:
+            raise RequestFailedError(f"{reply.num_answer_tokens} tokens instead of {num_tokens}")
+
+    bodies = [body() for _ in range(concurrency)]
+    with ThreadPoolExecutor(max_workers=concurrency) as threads:
+        started = time.perf_counter()
+        list(threads.map(ask, bodies))
+        return time.perf_counter() - started
+
+
+def measure(args: argparse.Namespace) -> list[Sample]:
+    """All rounds; another side is the first each time."""
+    model = replay.model_folder(args.model)
+    tokens = replay.Tokens(model)
+    settings = replay.settings(
+        MAX_LEN,
+        block_size=BLOCK_SIZE,
+        cores=args.cores,
+        side_arguments={PLUGIN: ("--speculative-config", json.dumps(PLUGIN_CONFIG))},
+        is_eager=not args.compiled,
+    )
+    samples = []
+    with running_servers(model, args.logs, say, settings=settings) as servers:
+        try:
+            for server in servers.values():
+                warm_up(server.port, partial(tokens.pinned, replay.IDS))
+                for number in map(int, args.concurrency):
+                    play(server, number, f"warm {number}", 8)
+            for concurrency in map(int, args.concurrency):
+                for number in range(args.rounds):
+                    sides = list(servers.items())[:: 1 if number % 2 else -1]
+                    samples += [_sample(args, *each, concurrency, number) for each in sides]
+        except (OSError, httpx.HTTPError, RequestFailedError) as error:
+            reports = [server.report(str(error)) for server in servers.values()]
+            raise ServerFailedError("\n".join(reports)) from error
+    return samples
+
+
+def _sample(
+    args: argparse.Namespace, side: str, server: Server, concurrency: int, number: int
+) -> Sample:
+    time.sleep(PAUSE_S)
+    before = drafts_of(server, "random", str(concurrency))
+    name = f"{args.seed} {concurrency} {number}"
+    total_s = play(server, concurrency, name, args.tokens)
+    drafted = since(before, drafts_of(server, "random", str(concurrency))).num_drafted
+    say(f"{concurrency} at once, {side}: {total_s:.2f} s, {drafted} tokens drafted")
+    return Sample(side, concurrency, number, total_s, drafted)
+
+
+def table(samples: Sequence[Sample]) -> str:
+    """Medians; the ratio is of each round, the worst and the best beside the median."""
+    lines = []
+    for concurrency in dict.fromkeys(sample.concurrency for sample in samples):
+        mine = [sample for sample in samples if sample.concurrency == concurrency]
+        of = {side: {s.round: s for s in mine if s.side == side} for side in (STOCK, PLUGIN)}
+        times = {side: percentile([s.total_s for s in of[side].values()], 0.5) for side in of}
+        ratios = sorted(of[PLUGIN][n].total_s / of[STOCK][n].total_s for n in of[STOCK])
+        drafted = sum(sample.num_drafted for sample in of[PLUGIN].values())
+        lines.append(
+            [
+                str(concurrency),
+                *(f"{times[side]:.2f}" for side in of),
+                f"{percentile(ratios, 0.5):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})",
+                str(drafted),
+            ]
+        )
+    return markdown(["at once", "stock (s)", "plugin (s)", "plugin / stock", "drafted"], lines)
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(text, flush=True)
+
+
+def main() -> int:
+    """Measure, print the table, write the file."""
+    args = parse(sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the servers too
+    command = f"python -m benchmarks.serving.bench_random {shlex.join(sys.argv[1:])}".strip()
+    about = machine.describe() | {"command": command, "options": replay.written(args)}
+    try:
+        samples = measure(args)
+    except ServerFailedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    say(f"\n{table(samples)}")
+    save(args.out, about | {"table": table(samples).splitlines()}, samples)
+    say(f"\nwritten: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests of every kind through one engine, with drafts from sessions or without.
+
+    python tests/e2e/drafted.py --model DIR --out OUT [--drafts]
+
+Each kind is asked three times: what an agent has said before is what it is drafted. Then one short
+prompt is sampled many times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+NUM_TOKENS = 24
+TOP_K = 3
+SAMPLED = 1500
+PROMPT = [11, 500, 23, 77, 500, 23, 9, 4000, 23]
+DRAFTS = {
+    "method": "custom_class",
+    "num_speculative_tokens": 16,
+    "model": "vllm_stateful.adapters.speculation.SessionDrafter",
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "logprobs": {"logprobs": 3},
+    "presence_penalty": {"presence_penalty": 0.8},
+    "frequency_penalty": {"frequency_penalty": 0.8},
+    "repetition_penalty": {"repetition_penalty": 1.3},
+    "bad_words": {"bad_words": ["the", " a"]},
+    "min_tokens": {"min_tokens": 12, "ignore_eos": False},
+    "max_tokens": {"max_tokens": 3},
+    "allowed_token_ids": {"allowed_token_ids": [*range(100, 140)]},
+    "stop_token_ids": {"stop_token_ids": [*range(0, 49_000, 7)], "min_tokens": 2},
+    "choice": {"structured_outputs": {"choice": ["yes, I think so", "no, I do not think so"]}},
+    "json": {
+        "structured_outputs": {
+            "json": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Paris", "Rome"]}, "sure": {"type": "boolean"}},
+                "required": ["city", "sure"],
+                "additionalProperties": False,
+            }
+        },
+        "max_tokens": 60,
+    },
+    "asked for": {"extra_args": {"stateful_drafts": 1}},
+    "without": {"extra_args": {"stateful_drafts": 0}},
+}
+
+
+def answers(llm: Any, stop: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Greedy answers by the name of the kind and its number."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    kinds = KINDS | ({"stop": {"stop": [stop]}} if stop else {})
+    for name, options in kinds.items():
+        said = {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True, **options}
+        if "structured_outputs" in said:
+            said["structured_outputs"] = StructuredOutputsParams(**said["structured_outputs"])
+            said["ignore_eos"] = False
+        for number in range(3):
+            (output,) = llm.generate(
+                {"prompt_token_ids": PROMPT}, SamplingParams(**said), use_tqdm=False
+            )
+            answer = output.outputs[0]
+            logprobs = [
+                sorted(((token, found.logprob) for token, found in place.items()), key=str)
+                for place in answer.logprobs or ()
+            ]
+            yield (
+                f"{name} {number}",
+                {
+                    "token_ids": list(answer.token_ids),
+                    "text": answer.text,
+                    "finish_reason": answer.finish_reason,
+                    "logprobs": logprobs,
+                },
+            )
+
+
+def sampled(llm: Any) -> dict[str, int]:
+    """How often each pair of tokens was drawn; the second one is drafted."""
+    from vllm import SamplingParams
+
+    counts: Counter[str] = Counter()
+    for start in range(0, SAMPLED, 50):
+        params = [
+            SamplingParams(
+                temperature=1.0,
+                top_k=TOP_K,
+                max_tokens=3,
+                ignore_eos=True,
+                seed=start + each,
+                extra_args={"stateful_drafts": 1},
+            )
+            for each in range(50)
+        ]
+        prompts = [{"prompt_token_ids": PROMPT}] * len(params)
+        for output in llm.generate(prompts, params, use_tqdm=False):
+            counts[" ".join(map(str, output.outputs[0].token_ids[:2]))] += 1
+    return dict(counts)
+
+
+def chances(llm: Any) -> dict[str, float]:
+    """What the model itself gives each pair."""
+    from vllm import SamplingParams
+
+    def next_tokens(prompt: list[int]) -> dict[int, float]:
+        params = SamplingParams(temperature=1.0, top_k=TOP_K, max_tokens=1, logprobs=TOP_K, seed=1)
+        (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+        found = sorted(output.outputs[0].logprobs[0].items(), key=lambda each: -each[1].logprob)
+        weights = {token: 2.718281828459045**each.logprob for token, each in found[:TOP_K]}
+        return {token: weight / sum(weights.values()) for token, weight in weights.items()}
+
+    return {
+        f"{first} {second}": chance * other
+        for first, chance in next_tokens(PROMPT).items()
+        for second, other in next_tokens([*PROMPT, first]).items()
+    }
+
+
+def main() -> None:
+    """Ask, and write what came."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--drafts", action="store_true")
+    args = parser.parse_args()
+    if args.drafts:
+        os.environ["VLLM_STATEFUL"] = "1"
+        os.environ["VLLM_STATEFUL_CHECK_INVARIANTS"] = "1"
+    from vllm import LLM
+
+    llm = LLM(
+        args.model,
+        dtype="float32",
+        max_model_len=1024,
+        max_num_seqs=50,
+        block_size=32,
+        enforce_eager=True,
+        speculative_config=DRAFTS if args.drafts else None,
+    )
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    first = dict(answers(llm, None))
+    stop = first["greedy 0"]["text"][10:14]
+    document: dict[str, Any] = {"answers": first | dict(answers(llm, stop))}
+    document["chances"] = chances(llm)
+    drafts = scheduler.speculation.drafts if args.drafts else None
+    before = drafts.num_accepted if drafts else 0
+    document["sampled"] = sampled(llm)
+    document["accepted"] = [before, drafts.num_accepted - before] if drafts else [0, 0]
+    args.out.write_text(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
