@@ -259,7 +259,8 @@ class SimulatedEngine:
         arrival_time: float = 0.0,
         **options: Any,
     ) -> Request:
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0, **options)
+        options.setdefault("temperature", 0)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **options)
         request = Request(
             request_id=request_id,
             prompt_token_ids=list(prompt),

@@ -53,3 +53,26 @@ def test_nothing_is_drafted_across_tenants() -> None:
     from_itself = num_drafted(new_engine(), cache_salt="another")
     assert num_drafted(answered("one"), cache_salt="one") > from_itself
     assert num_drafted(answered("one"), cache_salt="another") == from_itself
+
+
+@pytest.mark.parametrize("greedy_only", [True, False])
+@pytest.mark.parametrize("num_steps", range(6))
+def test_on_a_cpu_nothing_is_verified_beside_a_turn_that_is_not_greedy(
+    num_steps: int, greedy_only: bool
+) -> None:
+    """vLLM's rejection sampler has no temperatures there; the turn may come after the drafts."""
+    engine = answered()
+    assert engine.scheduler.speculation.greedy_only  # on this machine
+    engine.scheduler.speculation.greedy_only = greedy_only
+    engine.add("greedy", HISTORY, session_id=ALICE, max_tokens=NUM_TOKENS)
+    for _ in range(num_steps):
+        engine.step()
+    engine.outputs.clear()
+    engine.add("drawn", HISTORY, session_id="session-carol", max_tokens=4, temperature=0.5)
+    engine.run()
+    together = [o for o in engine.outputs if "drawn" in o.num_scheduled_tokens]
+    assert together
+    if greedy_only:
+        assert not any(output.scheduled_spec_decode_tokens for output in together)
+    engine.turn("third", HISTORY, BOB, max_tokens=NUM_TOKENS)
+    assert any(output.scheduled_spec_decode_tokens for output in engine.outputs)

@@ -3,8 +3,8 @@
 
     python tests/e2e/drafted.py --model DIR --out OUT [--drafts]
 
-Each kind is asked three times: what an agent has said before is what it is drafted. Then one short
-prompt is sampled many times.
+Each kind is asked three times: what an agent has said before is what it is drafted. Then greedy
+turns run beside others that are not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 NUM_TOKENS = 24
 TOP_K = 3
-SAMPLED = 1500
 PROMPT = [11, 500, 23, 77, 500, 23, 9, 4000, 23]
 DRAFTS = {
     "method": "custom_class",
@@ -56,12 +54,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def answers(llm: Any, stop: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def answers(llm: Any, kinds: dict[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Greedy answers by the name of the kind and its number."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    kinds = KINDS | ({"stop": {"stop": [stop]}} if stop else {})
     for name, options in kinds.items():
         said = {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True, **options}
         if "structured_outputs" in said:
@@ -87,45 +84,24 @@ def answers(llm: Any, stop: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
             )
 
 
-def sampled(llm: Any) -> dict[str, int]:
-    """How often each pair of tokens was drawn; the second one is drafted."""
+def mixed(llm: Any) -> list[list[int]]:
+    """Greedy answers beside others that are drawn."""
     from vllm import SamplingParams
 
-    counts: Counter[str] = Counter()
-    for start in range(0, SAMPLED, 50):
-        params = [
-            SamplingParams(
-                temperature=1.0,
-                top_k=TOP_K,
-                max_tokens=3,
-                ignore_eos=True,
-                seed=start + each,
-                extra_args={"stateful_drafts": 1},
-            )
-            for each in range(50)
-        ]
-        prompts = [{"prompt_token_ids": PROMPT}] * len(params)
-        for output in llm.generate(prompts, params, use_tqdm=False):
-            counts[" ".join(map(str, output.outputs[0].token_ids[:2]))] += 1
-    return dict(counts)
-
-
-def chances(llm: Any) -> dict[str, float]:
-    """What the model itself gives each pair."""
-    from vllm import SamplingParams
-
-    def next_tokens(prompt: list[int]) -> dict[int, float]:
-        params = SamplingParams(temperature=1.0, top_k=TOP_K, max_tokens=1, logprobs=TOP_K, seed=1)
-        (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
-        found = sorted(output.outputs[0].logprobs[0].items(), key=lambda each: -each[1].logprob)
-        weights = {token: 2.718281828459045**each.logprob for token, each in found[:TOP_K]}
-        return {token: weight / sum(weights.values()) for token, weight in weights.items()}
-
-    return {
-        f"{first} {second}": chance * other
-        for first, chance in next_tokens(PROMPT).items()
-        for second, other in next_tokens([*PROMPT, first]).items()
-    }
+    params = [
+        SamplingParams(
+            temperature=each % 2,
+            top_k=TOP_K,
+            top_p=0.9,
+            max_tokens=NUM_TOKENS,
+            seed=each,
+            ignore_eos=True,
+        )
+        for each in range(8)
+    ]
+    prompts = [{"prompt_token_ids": PROMPT}] * len(params)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs[::2]]
 
 
 def main() -> None:
@@ -150,14 +126,13 @@ def main() -> None:
         speculative_config=DRAFTS if args.drafts else None,
     )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    first = dict(answers(llm, None))
-    stop = first["greedy 0"]["text"][10:14]
-    document: dict[str, Any] = {"answers": first | dict(answers(llm, stop))}
-    document["chances"] = chances(llm)
+    said = dict(answers(llm, KINDS))
+    stop = said["greedy 0"]["text"][10:14]
+    said |= dict(answers(llm, {"stop": {"stop": [stop]}}))
+    document: dict[str, Any] = {"answers": said}
     drafts = scheduler.speculation.drafts if args.drafts else None
-    before = drafts.num_accepted if drafts else 0
-    document["sampled"] = sampled(llm)
-    document["accepted"] = [before, drafts.num_accepted - before] if drafts else [0, 0]
+    document["accepted"] = drafts.num_accepted if drafts else 0
+    document["mixed"] = mixed(llm)
     args.out.write_text(json.dumps(document))
 
 

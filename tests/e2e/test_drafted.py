@@ -15,8 +15,6 @@ from local_models import ROOT, TINY
 pytestmark = pytest.mark.e2e
 
 LOGPROB_TOLERANCE = 1e-3
-CRITICAL = 26.1
-"""Of the chi-square distribution with 8 degrees of freedom: exceeded once in a thousand times."""
 
 
 def ask(folder: Path, *options: str) -> dict[str, Any]:
@@ -49,7 +47,7 @@ def test_greedy_answers_are_equal_under_every_parameter(
     for name, answer in stock["answers"].items():
         for field in ("token_ids", "text", "finish_reason"):
             assert drafted["answers"][name][field] == answer[field], name
-    accepted, _ = drafted["accepted"]
+    accepted = drafted["accepted"]
     print(f"{len(stock['answers'])} answers, {accepted} drafted tokens accepted")
     assert accepted > 50
 
@@ -63,19 +61,8 @@ def test_logprobs_are_those_without_drafts(both: tuple[dict[str, Any], dict[str,
             assert abs(one - other) < LOGPROB_TOLERANCE
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_what_is_sampled_has_the_model_s_own_distribution(
-    both: tuple[dict[str, Any], dict[str, Any]], side: int
+def test_greedy_turns_beside_drawn_ones_are_answered_as_without_drafts(
+    both: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:
-    """Chi-square over the first two tokens; with drafts the second was drafted, mostly wrong."""
-    counts, chances = both[side]["sampled"], both[0]["chances"]
-    assert counts.keys() <= chances.keys()
-    total = sum(counts.values())
-    statistic = sum(
-        (counts.get(pair, 0) - total * chance) ** 2 / (total * chance)
-        for pair, chance in chances.items()
-    )
-    _, accepted = both[side]["accepted"]
-    print(f"chi-square {statistic:.1f}, {accepted} drafted tokens accepted in {total} answers")
-    assert statistic < CRITICAL
-    assert side == 0 or accepted > 200
+    stock, drafted = both
+    assert drafted["mixed"] == stock["mixed"]

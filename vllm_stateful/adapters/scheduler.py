@@ -213,13 +213,29 @@ class _StatefulMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """One step of vLLM's scheduler; counts what the admitted turns will compute."""
-        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        output = self._schedule(*args, **kwargs)
         if self.by_service is not None:
             for new in output.scheduled_new_reqs:
                 self.by_service.admitted(self.requests[new.req_id], new.num_computed_tokens)
         if self.speculation is not None:
             self.speculation.step_begins(output)
         self._check()
+        return output
+
+    def _schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's own. Beside drafts from sessions without the placeholders of drafts (16 rows that
+        cannot be right) that it adds to a turn of which one token is left to compute: they are for
+        full CUDA graphs, which this way of drafting does not have.
+        """
+        if self.speculation is None:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self.speculation.withdraw(self.requests)
+        num, self.num_spec_tokens = self.num_spec_tokens, 0
+        try:
+            output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.num_spec_tokens = num
+        output.num_spec_tokens_to_schedule = num
         return output
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:

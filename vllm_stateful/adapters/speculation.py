@@ -18,6 +18,8 @@ import time
 from collections.abc import Hashable
 from typing import Any
 
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
@@ -95,11 +97,30 @@ class SchedulerDrafts:
     ) -> None:
         self.costs = StepCosts()
         self.drafts = SessionDrafts(MAX_BYTES)
+        self.greedy_only: bool = current_platform.is_cpu()
+        """vLLM 0.32 on a CPU samples from garbage, or ends the engine, when a step verifies drafts
+        and any of its turns is not greedy: ``rejection_sampler.expand_batch_to_tokens`` leaves
+        temperatures, top_k and top_p unset there (vllm-project/vllm#42638), with any drafts."""
         self._manager = manager
         self._rules = rules
         self._max_tokens = max_tokens
         self._drafted_a_step = self._accepted_a_step = 0.0
         self._started: tuple[float, int, int] | None = None
+
+    def withdraw(self, requests: dict[str, Request]) -> None:
+        """A step is about to be scheduled, and a turn may have come that drafts would hurt."""
+        if self._is_verifying_unsafe(requests):
+            for name, request in requests.items():
+                if request.spec_token_ids:
+                    request.spec_token_ids = []
+                    self.drafts.withdraw(name)
+
+    def _is_verifying_unsafe(self, requests: dict[str, Request]) -> bool:
+        return self.greedy_only and any(
+            request.sampling_params is not None
+            and request.sampling_params.sampling_type != SamplingType.GREEDY
+            for request in requests.values()
+        )
 
     def step_begins(self, output: SchedulerOutput) -> None:
         """A step was scheduled: one that only decodes is timed."""
@@ -136,7 +157,8 @@ class SchedulerDrafts:
         drafted, accepted = self.drafts.num_drafted - drafted, self.drafts.num_accepted - accepted
         self._drafted_a_step += (1 - RATE_DECAY) * (drafted - self._drafted_a_step)
         self._accepted_a_step += (1 - RATE_DECAY) * (accepted - self._accepted_a_step)
-        made = self._drafts([requests[name] for name in running])
+        is_unsafe = self._is_verifying_unsafe(requests)
+        made = {} if is_unsafe else self._drafts([requests[name] for name in running])
         return DraftTokenIds(proposed.req_ids, [made.get(name, []) for name in proposed.req_ids])
 
     def _drafts(self, running: list[Request]) -> dict[str, list[int]]:

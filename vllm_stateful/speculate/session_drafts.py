@@ -107,6 +107,11 @@ class SessionDrafts:
         )
         return turn.draft.tokens
 
+    def withdraw(self, name: Hashable) -> None:
+        """The last draft of a turn will not be verified; a no-op when it is not running."""
+        if name in self._running:
+            self._running[name].draft = NO_DRAFT
+
     def ends(self, name: Hashable) -> None:
         """A turn is over; a no-op when it is not running. Its index waits for the next."""
         turn = self._running.pop(name, None)
