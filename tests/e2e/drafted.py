@@ -130,8 +130,7 @@ def main() -> None:
     stop = said["greedy 0"]["text"][10:14]
     said |= dict(answers(llm, {"stop": {"stop": [stop]}}))
     document: dict[str, Any] = {"answers": said}
-    drafts = scheduler.speculation.drafts if args.drafts else None
-    document["accepted"] = drafts.num_accepted if drafts else 0
+    document["accepted"] = scheduler.speculation.drafts.num_accepted if args.drafts else 0
     document["mixed"] = mixed(llm)
     args.out.write_text(json.dumps(document))
 
