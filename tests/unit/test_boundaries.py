@@ -27,6 +27,7 @@ PURE_PACKAGES = [
     "vllm_stateful.speculate",
     "vllm_stateful.observe",
     "vllm_stateful.render",
+    "vllm_stateful.respond",
     "vllm_stateful.transport",
 ]
 
@@ -109,6 +110,7 @@ STAGE_IMPORTS = {
     "schedule": {"schedule"},
     "observe": {"observe"},
     "render": {"render", "prefix", "transport"},
+    "respond": {"respond"},
     "transport": {"transport"},
 }
 EVERYONE = {"config", "errors", "types"}

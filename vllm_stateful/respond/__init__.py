@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done with an answer while it is generated. Imports neither vLLM nor torch."""
