@@ -27,6 +27,7 @@ from vllm_stateful.errors import ConfigError, UnsupportedError
 
 SESSIONS = {patch.name for patch in PATCHES if patch.feature == "sessions"}
 EVERYTHING = {patch.name for patch in PATCHES} - {"cli-flags"}
+OPT_IN = {"finished-answer", "request-state"}
 HOOKS = [importlib.import_module(patch.wrap.__module__).hook for patch in PATCHES]
 
 # Runs in a fresh interpreter: the process in which vLLM calls the entry point.
@@ -99,6 +100,7 @@ def test_enabled_all_patches_are_applied_once_and_undone_exactly() -> None:
         VLLM_STATEFUL="1",
         VLLM_STATEFUL_IDLE_SECONDS="60",
         VLLM_STATEFUL_HISTORY="generated",
+        VLLM_STATEFUL_TOOL_CALL_CHECK="end",
     )
 
 
@@ -162,7 +164,7 @@ def drift(monkeypatch: pytest.MonkeyPatch, *drifted: Patch) -> None:
 
 def test_activate_applies_all_but_the_command_line_without_a_word(lines: list[str]) -> None:
     activation.activate()
-    assert applied() == EVERYTHING - {"finished-answer"}
+    assert applied() == EVERYTHING - OPT_IN
     assert lines == []
     assert activation.problems() == ()
 
@@ -227,12 +229,13 @@ def test_a_drifted_feature_leaves_the_other_features_on(
     (anthropic,) = (patch for patch in PATCHES if patch.feature == "anthropic-usage")
     drift(monkeypatch, anthropic)
     activation.activate()
-    assert applied() == EVERYTHING - {"anthropic-usage", "finished-answer"}
+    assert applied() == EVERYTHING - OPT_IN - {"anthropic-usage"}
     assert len(lines) == 1
 
 
-def test_generated_history_is_told_of_finished_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_for_is_patched_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_STATEFUL_HISTORY", "generated")
+    monkeypatch.setenv("VLLM_STATEFUL_TOOL_CALL_CHECK", "end")
     activation.activate()
     assert applied() == EVERYTHING
 
@@ -247,7 +250,7 @@ def test_a_disabled_stage_is_left_to_vllm_without_a_word(
 ) -> None:
     monkeypatch.setenv("VLLM_STATEFUL_DISABLE", feature)
     activation.activate()
-    assert applied() == EVERYTHING - {"finished-answer"} - patches_of(feature)
+    assert applied() == EVERYTHING - OPT_IN - patches_of(feature)
     assert lines == []
     assert activation.problems() == ()
 

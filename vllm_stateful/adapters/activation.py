@@ -26,6 +26,7 @@ from vllm_stateful.compat.v0_32 import (
     prompt_send,
     reasoning_end,
     request_identity,
+    request_state,
     scheduler_class,
     session_identity,
     worker_ids,
@@ -107,7 +108,9 @@ def _patches_of(process_name: str) -> list[Patch]:
     only_engine = process_name.startswith("EngineCore")
     runs_here = ("engine", "all") if only_engine else ("api", "engine", "all")
     config = load_config()
-    off = config.disable if config.history == "generated" else config.disable | {"history"}
+    off = set(config.disable)
+    off |= {"history"} if config.history != "generated" else set()
+    off |= {"tool-call-check"} if config.tool_call_check == "off" else set()
     usable = [p for p in PATCHES if p is not cli_flags.PATCH and p.feature not in off]
     return [patch for patch in usable if patch.process in runs_here]
 
@@ -161,6 +164,7 @@ def _fill_hooks() -> None:
     reasoning_end.hook.set(_is_reasoning_end)
     finished_answer.hook.set(_note_answer)
     message_parsing.hook.set(_parse_new_messages)
+    request_state.hook.set(_state_maker)
 
 
 def _choose_scheduler(_: Any, stock: type) -> type:
@@ -217,6 +221,12 @@ async def _parse_new_messages(parse: Any, messages: Any, *arguments: Any) -> Any
     from vllm_stateful.adapters.messages import parse_new_messages
 
     return await parse_new_messages(parse, messages, *arguments)
+
+
+def _state_maker(stock: Any, request: Any) -> Any:
+    from vllm_stateful.adapters.tool_call_check import state_maker
+
+    return state_maker(stock, request)
 
 
 def _pack(client: Any, request_type: Any, message: Any, engine: Any) -> Any:

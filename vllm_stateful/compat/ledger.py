@@ -19,6 +19,7 @@ from vllm_stateful.compat.v0_32 import (
     prompt_send,
     reasoning_end,
     request_identity,
+    request_state,
     scheduler_class,
     session_identity,
     worker_ids,
@@ -41,6 +42,7 @@ PATCHES: tuple[Patch, ...] = (
     reasoning_end.PATCH,
     finished_answer.PATCH,
     message_parsing.PATCH,
+    request_state.PATCH,
 )
 
 _MARKDOWN_HEAD = """\

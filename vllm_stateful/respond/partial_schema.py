@@ -139,6 +139,8 @@ class _Judge:
         if num_open:
             return None
         for key in _list(schema, "required"):
+            if not isinstance(key, str):
+                raise SchemaError("required is no list of names")
             if key not in value:
                 return Objection(path, f"{_shown(key)} is missing")
         return None

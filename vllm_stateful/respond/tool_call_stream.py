@@ -78,6 +78,8 @@ class Unchecked(StrEnum):
     TOO_DEEP = "too_deep"
     UNREADABLE = "unreadable"
     """A key that stands twice in an object, or a number of thousands of digits."""
+    ERROR = "error"
+    """A fault in the check itself; the log has it."""
 
 
 class Verdict(NamedTuple):
@@ -166,6 +168,12 @@ class ToolCallStream:
             self.unchecked[Unchecked.REASONING] += 1
         elif self._is_inside() and self._is_call and not self._is_counted:
             self.results[Result.UNFINISHED] += 1
+        self._is_over = True
+
+    def give_up(self) -> None:
+        """Something went wrong here; the answer goes on unchecked."""
+        self.unchecked[Unchecked.ERROR] += 1
+        self._reasoning_end = self._scanner = None
         self._is_over = True
 
     def _is_inside(self) -> bool:

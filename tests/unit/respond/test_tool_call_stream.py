@@ -283,8 +283,16 @@ def test_a_long_call_is_judged_seldom_but_to_the_end() -> None:
     )
 
 
-@given(schema=anything | schemas, document=anything, num_open=st.integers(0, 3))
-@settings(max_examples=200, deadline=None)
+NUMBERS = ["maximum", "minLength", "maxItems"]
+BRANCHES = ["anyOf", "allOf", "oneOf", "items", "prefixItems", "additionalProperties", "$ref"]
+KEYWORDS = st.sampled_from(
+    ["type", "enum", "const", "properties", "required", "nullable", *NUMBERS, *BRANCHES]
+)
+broken = st.dictionaries(KEYWORDS, anything | schemas | st.lists(anything | schemas), max_size=4)
+
+
+@given(schema=broken | schemas, document=anything, num_open=st.integers(0, 3))
+@settings(max_examples=500, deadline=None)
 def test_no_schema_makes_it_fail(schema: Any, document: Any, num_open: int) -> None:
     try:
         objection(schema, document, num_open)
