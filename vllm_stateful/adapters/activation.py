@@ -86,15 +86,37 @@ def activate() -> None:
         report_problem(reason)
         return
     _fill_hooks()
+    _apply_wanted(strict)
+    if not multiprocessing.current_process().name.startswith(("VllmWorker", "EngineCore")):
+        _register_renderer()
+
+
+def follow_options() -> None:
+    """Apply what the options ask for since ``--plugin`` was read, and undo what they do not.
+
+    Does nothing where the plugin is not on (yet).
+
+    Raises:
+        UnsupportedError: strict, and a patch does not fit.
+    """
+    ours = [patch for patch in PATCHES if patch is not cli_flags.PATCH and patch.is_applied]
+    if not ours:
+        return
+    wanted = _patches_of(multiprocessing.current_process().name)
+    for patch in reversed(ours):
+        if patch not in wanted:
+            patch.undo()
+    _apply_wanted(load_config().strict)
+
+
+def _apply_wanted(strict: bool) -> None:
     wanted = _patches_of(multiprocessing.current_process().name)
     try:
         applied = apply_all(wanted, strict=strict, log=logger)
     except CompatError as error:
         _problems.append(str(error))
         raise UnsupportedError(str(error)) from error
-    _problems.extend(_missing(wanted, applied))
-    if not multiprocessing.current_process().name.startswith(("VllmWorker", "EngineCore")):
-        _register_renderer()
+    _problems.extend(text for text in _missing(wanted, applied) if text not in _problems)
 
 
 def _patches_of(process_name: str) -> list[Patch]:

@@ -27,6 +27,8 @@ GENERAL_GROUPS = (
     "vllm.lora_resolver_plugins",
 )
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
+PATCHING = ("disable", "history", "tool_call_check")
+"""Options that say what is patched; ``--plugin`` may stand before them."""
 
 
 def extend_parser(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +121,8 @@ class _SetOption(argparse.Action):
         except ConfigError as error:
             parser.error(str(error))
         os.environ[self.option.env] = values
+        if self.option.field in PATCHING:
+            _guarded(parser, activation.follow_options)
 
 
 class _SetFlag(_SetOption):
