@@ -27,6 +27,7 @@ class StatefulConfig:
     tenant: str = "api-key"
     history: str = "retokenize"
     order: str = "arrival"
+    tool_call_check: str = "off"
     verify_tokens: float = 0.01
     render_bytes: int = 1 << 30
     base_bytes: int = 1 << 29
@@ -147,6 +148,14 @@ OPTIONS: tuple[Option, ...] = (
         "Which waiting turn is admitted next: arrival is vLLM's own order; least-served takes "
         "the session for which least was computed so far, and a turn that has waited for 30 s "
         "before all others. Not with --scheduling-policy priority. Default: arrival.",
+    ),
+    Option(
+        "tool_call_check",
+        _one_of("off", "end", "strict"),
+        "'off', 'end' or 'strict'",
+        "What is done with tool calls while they are generated: end ends the turn as soon as the "
+        "last allowed call is complete (parallel_tool_calls false, or a named tool); strict also "
+        "ends it at a call that its tool's schema cannot allow any more. Default: off.",
     ),
     Option(
         "verify_tokens",

@@ -26,7 +26,8 @@ from vllm_stateful.config import FEATURES
 from vllm_stateful.errors import ConfigError, UnsupportedError
 
 SESSIONS = {patch.name for patch in PATCHES if patch.feature == "sessions"}
-BY_DEFAULT = {p.name for p in PATCHES if p.feature not in ("cli", "history", "responses")}
+OPT_IN = ("cli", "history", "responses", "tool-call-check")
+BY_DEFAULT = {p.name for p in PATCHES if p.feature not in OPT_IN}
 HOOKS = [importlib.import_module(patch.wrap.__module__).hook for patch in PATCHES]
 
 # Runs in a fresh interpreter: the process in which vLLM calls the entry point.
@@ -100,6 +101,7 @@ def test_enabled_all_patches_are_applied_once_and_undone_exactly() -> None:
         VLLM_STATEFUL_IDLE_SECONDS="60",
         VLLM_STATEFUL_RESPONSE_CACHE_BYTES="1M",
         VLLM_STATEFUL_HISTORY="generated",
+        VLLM_STATEFUL_TOOL_CALL_CHECK="end",
     )
 
 
@@ -232,10 +234,11 @@ def test_a_drifted_feature_leaves_the_other_features_on(
     assert len(lines) == 1
 
 
-def test_generated_history_is_told_of_finished_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_for_is_patched_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_STATEFUL_HISTORY", "generated")
+    monkeypatch.setenv("VLLM_STATEFUL_TOOL_CALL_CHECK", "end")
     activation.activate()
-    assert applied() == BY_DEFAULT | {"finished-answer"}
+    assert applied() == BY_DEFAULT | {"finished-answer", "request-state"}
 
 
 def test_a_response_cache_with_room_for_anything_is_put_in_place(

@@ -158,6 +158,19 @@ def test_options_may_come_before_the_plugin_and_be_written_with_underscores(pars
     assert load_config().pin_fraction == 0.3
 
 
+@pytest.mark.parametrize("plugin_first", [True, False])
+def test_what_is_patched_follows_the_options_wherever_they_stand(
+    parse: Parse, plugin_first: bool
+) -> None:
+    options = ["--stateful-history", "generated", "--stateful-tool-call-check", "end"]
+    options += ["--stateful-disable", "worker-ids"]
+    plugin = ["--plugin", "stateful"]
+    parse(*(plugin + options if plugin_first else options + plugin))
+    assert applied() >= {"finished-answer", "request-state", "session-identity"}
+    assert "worker-ids" not in applied()
+    assert activation.problems() == ()
+
+
 def test_options_may_come_from_vllms_config_file(parse: Parse, tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("plugin: stateful\nstateful-pin-fraction: 0.3\nstateful-strict: true\n")

@@ -11,6 +11,7 @@ from vllm_stateful.adapters.metrics_exporter import MetricsExporter
 from vllm_stateful.observe.metrics import METRICS, RESUME_BUCKETS_S
 from vllm_stateful.observe.prompt_counts import PromptCounts, Sent, Tokenized, Verified
 from vllm_stateful.observe.response_counts import ResponseCounts
+from vllm_stateful.observe.tool_call_counts import ToolCallCounts
 from vllm_stateful.observe.turn_counts import TurnCounts
 from vllm_stateful.types import Demotion, Outcome
 
@@ -55,7 +56,8 @@ def exported() -> Exported:
 
 def own_snapshot(**values: Any) -> dict[str, Any]:
     """What an API process says of itself, all zero but for ``values``."""
-    return {**PromptCounts().snapshot(), **ResponseCounts().snapshot(), **values}
+    own = PromptCounts().snapshot() | ResponseCounts().snapshot()
+    return {**own, **ToolCallCounts().snapshot(), **values}
 
 
 def test_every_metric_is_registered_under_its_name(exported: Exported) -> None:
@@ -161,13 +163,13 @@ def test_the_engines_own_snapshot_feeds_every_metric(exported: Exported) -> None
 def test_own_totals_become_increments(exported: Exported) -> None:
     counts = PromptCounts()
     counts.tokenized(Tokenized.FULL, 100)
-    exported.exporter.update_own(counts.snapshot())
+    exported.exporter.update_own(own_snapshot(**counts.snapshot()))
     counts.tokenized(Tokenized.INCREMENTAL, 130, 90)
     counts.sent(Sent.DELTA)
     counts.verified(Verified.EQUAL)
     counts.watch_memory(lambda: 4096)
     for _ in range(2):
-        exported.exporter.update_own(counts.snapshot())
+        exported.exporter.update_own(own_snapshot(**counts.snapshot()))
     assert exported.value("prompts_tokenized_total", how="full") == 1
     assert exported.value("prompts_tokenized_total", how="incremental") == 1
     assert exported.value("prompt_tokens_tokenized_total", kind="reused") == 90
@@ -205,4 +207,5 @@ def test_a_gauge_of_several_api_servers_is_their_sum_and_one_of_the_engine_is_no
         if metric.kind == "gauge"
     }
     assert modes.pop("render_bytes") == "livesum"
+    assert modes.pop("response_cache_bytes") == "livesum"
     assert set(modes.values()) == {"mostrecent"}

@@ -38,7 +38,7 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.compat.patch import CompatError, Patch, call_shape
@@ -72,6 +72,7 @@ OWNERS = {
     "response-abort": AsyncMPClient,
     "response-outputs": OutputProcessor,
     "response-forget": AsyncMPClient,
+    "request-state": RequestState,
 }
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 by_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)

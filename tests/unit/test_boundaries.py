@@ -28,6 +28,7 @@ PURE_PACKAGES = [
     "vllm_stateful.speculate",
     "vllm_stateful.observe",
     "vllm_stateful.render",
+    "vllm_stateful.respond",
     "vllm_stateful.transport",
 ]
 
@@ -110,6 +111,7 @@ STAGE_IMPORTS = {
     "schedule": {"schedule"},
     "observe": {"observe"},
     "render": {"render", "prefix", "transport"},
+    "respond": {"respond"},
     "transport": {"transport"},
 }
 EVERYONE = {"config", "errors", "types"}

@@ -26,6 +26,7 @@ from vllm_stateful.compat.v0_32 import (
     prompt_send,
     reasoning_end,
     request_identity,
+    request_state,
     response_abort,
     response_forget,
     response_outputs,
@@ -98,7 +99,7 @@ def activate() -> None:
     except CompatError as error:
         _problems.append(str(error))
         raise UnsupportedError(str(error)) from error
-    _problems.extend(_missing(wanted, applied))
+    _problems.extend(text for text in _missing(wanted, applied) if text not in _problems)
     if not multiprocessing.current_process().name.startswith(("VllmWorker", "EngineCore")):
         _register_renderer()
 
@@ -117,6 +118,7 @@ def _patches_of(process_name: str) -> list[Patch]:
     off = set(config.disable)
     off |= set() if config.history == "generated" else {"history"}
     off |= set() if config.response_cache_bytes else {"responses"}
+    off |= {"tool-call-check"} if config.tool_call_check == "off" else set()
     usable = [p for p in PATCHES if p is not cli_flags.PATCH and p.feature not in off]
     return [patch for patch in usable if patch.process in runs_here]
 
@@ -175,6 +177,7 @@ def _fill_hooks() -> None:
     response_outputs.hook.set(_with_followers)
     response_outputs.stopped.set(_note_stopped)
     response_forget.hook.set(_note_call)
+    request_state.hook.set(_state_maker)
 
 
 def _choose_scheduler(_: Any, stock: type) -> type:
@@ -231,6 +234,12 @@ async def _parse_new_messages(parse: Any, messages: Any, *arguments: Any) -> Any
     from vllm_stateful.adapters.messages import parse_new_messages
 
     return await parse_new_messages(parse, messages, *arguments)
+
+
+def _state_maker(stock: Any, request: Any) -> Any:
+    from vllm_stateful.adapters.tool_call_check import state_maker
+
+    return state_maker(stock, request)
 
 
 def _pack(client: Any, request_type: Any, message: Any, engine: Any) -> Any:

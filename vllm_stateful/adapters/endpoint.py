@@ -22,6 +22,7 @@ from vllm_stateful.adapters.request_validation import validate_plain_messages
 from vllm_stateful.config import is_enabled, load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
+from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
 
 logger = init_logger("vllm.stateful")
 
@@ -77,7 +78,9 @@ class StatefulEndpoint:
 async def _poll(engine_client: Any, exporter: MetricsExporter, asks_engine: bool) -> None:
     failed = False
     while not engine_client.errored:
-        exporter.update_own(PROMPT_COUNTS.snapshot() | RESPONSE_COUNTS.snapshot())
+        exporter.update_own(
+            PROMPT_COUNTS.snapshot() | RESPONSE_COUNTS.snapshot() | TOOL_CALL_COUNTS.snapshot()
+        )
         try:
             if asks_engine:
                 exporter.update(await _ask_all(engine_client, "stats", {}))

@@ -23,6 +23,7 @@ from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
 from vllm_stateful.adapters import asked
 from vllm_stateful.adapters.sent_body import sent_body, wish_of
+from vllm_stateful.adapters.tool_call_plan import ToolCallPlan, carry, plan_of
 from vllm_stateful.adapters.turn import CLOSE_ACTION, RETAIN_ACTION
 from vllm_stateful.api import (
     ResponseChain,
@@ -43,17 +44,23 @@ _responses = ResponseChain()
 class IdentifiedSession(str):
     """A session id on its way through vLLM's API process; empty when there is none."""
 
-    __slots__ = ("identity", "wish")
+    __slots__ = ("identity", "tool_calls", "wish")
     identity: TurnIdentity
     wish: RetentionWish | None
+    tool_calls: ToolCallPlan | None
 
     @classmethod
     def of(
-        cls, session_id: str | None, identity: TurnIdentity, wish: RetentionWish | None
+        cls,
+        session_id: str | None,
+        identity: TurnIdentity,
+        wish: RetentionWish | None,
+        tool_calls: ToolCallPlan | None = None,
     ) -> IdentifiedSession:
         made = cls(session_id or "")
         made.identity = identity
         made.wish = wish
+        made.tool_calls = tool_calls
         return made
 
 
@@ -122,7 +129,12 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
         )
     if identity.session_id is None and stock is not None and id_fault(stock) is None:
         stock = None  # a gateway's cookie: it names a server
-    return IdentifiedSession.of(identity.session_id or stock, identity, wish_of(raw_request))
+    return IdentifiedSession.of(
+        identity.session_id or stock,
+        identity,
+        wish_of(raw_request),
+        plan_of(request, raw_request),
+    )
 
 
 def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
@@ -131,6 +143,7 @@ def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     Hints that it has already, from the client's own process, are kept as they are.
     """
     found = request.session_id
+    carry(request.request_id, getattr(found, "tool_calls", None))
     request.session_id = str(found) if found else _offline_session_id(request)
     if not isinstance(found, IdentifiedSession):
         request.cache_salt = scoped_salt(_tenant.get(), request.cache_salt)

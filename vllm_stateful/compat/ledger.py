@@ -19,6 +19,7 @@ from vllm_stateful.compat.v0_32 import (
     prompt_send,
     reasoning_end,
     request_identity,
+    request_state,
     response_abort,
     response_forget,
     response_outputs,
@@ -49,6 +50,7 @@ PATCHES: tuple[Patch, ...] = (
     response_abort.PATCH,
     response_outputs.PATCH,
     response_forget.PATCH,
+    request_state.PATCH,
 )
 
 _MARKDOWN_HEAD = """\

@@ -225,6 +225,31 @@ METRICS: tuple[Metric, ...] = (
         "api",
     ),
     Metric(
+        "vllm_stateful_tool_calls_checked",
+        "counter",
+        "tool_calls_checked",
+        "result",
+        "Tool calls that were followed while they were generated: valid, invalid, unfinished.",
+        "api",
+    ),
+    Metric(
+        "vllm_stateful_tool_calls_unchecked",
+        "counter",
+        "tool_calls_unchecked",
+        "reason",
+        "Requests with tools (parser, reasoning, parameters, tools) and tool calls (schema, "
+        "too_long, too_deep, unreadable, error) that were not judged, by reason.",
+        "api",
+    ),
+    Metric(
+        "vllm_stateful_turns_ended_at_tool_call",
+        "counter",
+        "turns_ended_at_tool_call",
+        "why",
+        "Turns that were ended at a tool call: complete (the last that was allowed), invalid.",
+        "api",
+    ),
+    Metric(
         "vllm_stateful_render_bytes",
         "gauge",
         "render_bytes",

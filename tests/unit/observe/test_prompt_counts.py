@@ -5,6 +5,8 @@ import json
 
 from vllm_stateful.observe.metrics import METRICS
 from vllm_stateful.observe.prompt_counts import PromptCounts, Sent, Tokenized, Verified
+from vllm_stateful.observe.response_counts import ResponseCounts
+from vllm_stateful.observe.tool_call_counts import ToolCallCounts
 
 
 def test_a_fresh_snapshot_names_every_label_at_zero() -> None:
@@ -62,11 +64,12 @@ def test_a_snapshot_is_a_copy_of_plain_data() -> None:
 
 def test_the_snapshot_feeds_exactly_the_metrics_of_the_api_process() -> None:
     own = {metric.key for metric in METRICS if metric.process == "api"}
-    assert set(PromptCounts().snapshot()) == own
+    snapshots = [counts().snapshot() for counts in (PromptCounts, ResponseCounts, ToolCallCounts)]
+    assert {key for snapshot in snapshots for key in snapshot} == own
 
 
 def test_the_help_of_a_labelled_metric_names_its_labels() -> None:
     snapshot = PromptCounts().snapshot()
     for metric in METRICS:
-        if metric.process == "api" and metric.label is not None:
+        if metric.key in snapshot and metric.label is not None:
             assert all(label in metric.help for label in snapshot[metric.key]), metric.name

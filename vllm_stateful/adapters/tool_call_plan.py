@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""API process: what a request says of its tool calls, and how they will stand in the text.
+
+It is read where a request's session is identified, and goes on to the request's state in vLLM's
+output processor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from vllm.logger import init_logger
+
+from vllm_stateful.config import load_config
+from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
+from vllm_stateful.respond.tool_call_stream import Form, ToolCallStream, Unchecked
+
+logger = init_logger("vllm.stateful")
+
+FORMS = {
+    "Hermes2ProToolParser": Form.HERMES,
+    "Llama3JsonToolParser": Form.LLAMA,
+    "MistralToolParser": Form.MISTRAL,
+}
+"""By vLLM's class of tool parser: several names of ``--tool-call-parser`` mean one."""
+
+REASONING_ENDS = {
+    "DeepSeekR1ReasoningParser": "</think>",
+    "Qwen3ParserReasoningAdapter": "</think>",
+    "MistralParserReasoningAdapter": "[/THINK]",
+}
+
+
+class ToolCallPlan(NamedTuple):
+    """What a request says of its tool calls."""
+
+    form: Form
+    tools: Mapping[str, Any]
+    """Schemas of the parameters by name."""
+    limit: int | None
+    name: str | None
+    """Of the one tool that must be called."""
+    reasoning_end: str | None
+
+    def stream(self, *, strict: bool, reasoning_ended: bool) -> ToolCallStream:
+        """What follows one answer."""
+        return ToolCallStream(
+            self.form,
+            self.tools,
+            self.limit,
+            strict=strict,
+            name=self.name,
+            reasoning_end=None if reasoning_ended else self.reasoning_end,
+        )
+
+
+@lru_cache(maxsize=1)
+def mode() -> str:
+    """``--stateful-tool-call-check``: off, end or strict."""
+    return load_config().tool_call_check
+
+
+def plan_of(request: Any, raw_request: Any | None) -> ToolCallPlan | None:
+    """What is to be checked in the answer to a request; None when nothing is.
+
+    Args:
+        request: vLLM's parsed chat or responses request; an Anthropic one was made a chat request.
+        raw_request: the HTTP request, through which the server's parsers are found.
+    """
+    tools, choice = getattr(request, "tools", None), getattr(request, "tool_choice", None)
+    if mode() == "off" or raw_request is None or not tools or choice == "none":
+        return None
+    found = _plan(request, tools, choice, _parser_of(raw_request))
+    if isinstance(found, Unchecked):
+        TOOL_CALL_COUNTS.unchecked(Counter([found]))
+        return None
+    return found
+
+
+def _parser_of(raw_request: Any) -> Any:
+    """The parser class of the server: vLLM makes the same for each of its endpoints."""
+    state = getattr(getattr(raw_request, "app", None), "state", None)
+    return getattr(getattr(state, "openai_serving_chat", None), "parser_cls", None)
+
+
+def _plan(request: Any, tools: list[Any], choice: Any, parser: Any) -> ToolCallPlan | Unchecked:
+    schemas = _schemas(tools)
+    if schemas is None:
+        return Unchecked.TOOLS
+    name = _named(choice)
+    form = _form_of(parser, name, choice)
+    if form is None:
+        _say_unknown(getattr(getattr(parser, "tool_parser_cls", None), "__name__", "none"))
+        return Unchecked.PARSER
+    if _goes_beyond_ends(request):
+        return Unchecked.PARAMETERS
+    reasoning = parser.reasoning_parser_cls
+    if reasoning is not None and reasoning.__name__ not in REASONING_ENDS:
+        return Unchecked.REASONING
+    is_single = name is not None or getattr(request, "parallel_tool_calls", None) is False
+    end = None if reasoning is None else REASONING_ENDS[reasoning.__name__]
+    return ToolCallPlan(form, schemas, 1 if is_single else None, name, end)
+
+
+def _form_of(parser: Any, name: str | None, choice: Any) -> Form | None:
+    """How the calls stand in the text; None when it is not known."""
+    tool_parser = getattr(parser, "tool_parser_cls", None)
+    if tool_parser is None or not _is_plain(parser):
+        return None
+    if tool_parser.supports_required_and_named and (name is not None or choice == "required"):
+        return Form.LIST if name is None else Form.ARGUMENTS
+    is_vllms = tool_parser.__module__.startswith("vllm.tool_parsers.")
+    return FORMS.get(tool_parser.__name__) if is_vllms else None
+
+
+def _is_plain(parser: Any) -> bool:
+    """Whether it only hands the text to the two parsers, as harmony's does not."""
+    from vllm.parser.abstract_parser import DelegatingParser
+
+    return all(
+        getattr(parser, name, None) is getattr(DelegatingParser, name)
+        for name in ("parse", "parse_delta")
+    )
+
+
+def _schemas(tools: list[Any]) -> dict[str, Any] | None:
+    made: dict[str, Any] = {}
+    for tool in tools:
+        function = getattr(tool, "function", tool)
+        if getattr(tool, "type", None) != "function" or function.name in made:
+            return None
+        made[function.name] = function.parameters if function.parameters is not None else {}
+    return made
+
+
+def _named(choice: Any) -> str | None:
+    function = getattr(choice, "function", choice)
+    return getattr(function, "name", None) if getattr(choice, "type", "") == "function" else None
+
+
+def _goes_beyond_ends(request: Any) -> bool:
+    return bool(
+        getattr(request, "min_tokens", 0)
+        or getattr(request, "ignore_eos", False)
+        or getattr(request, "use_beam_search", False)
+        or getattr(request, "continue_final_message", False)
+        or not getattr(request, "add_generation_prompt", True)
+    )
+
+
+@lru_cache(maxsize=16)
+def _say_unknown(name: str) -> None:
+    logger.warning("stateful: tool calls are not checked: tool parser %s is not known", name)
+
+
+_plan_of_request: ContextVar[tuple[str, ToolCallPlan | None]] = ContextVar(
+    "stateful_tool_call_plan", default=("", None)
+)
+
+
+def carry(request_id: str, plan: ToolCallPlan | None) -> None:
+    """Remember the plan of the request that is being made, until its state is made.
+
+    Both happen in one task, and neither ``EngineCoreRequest`` nor its parameters can hold it: they
+    are copied for each of several answers.
+    """
+    _plan_of_request.set((request_id, plan))
+
+
+def carried(request_id: str | None) -> ToolCallPlan | None:
+    """The plan of the request that the client named so; None when there is none."""
+    found, plan = _plan_of_request.get()
+    return plan if found == request_id else None

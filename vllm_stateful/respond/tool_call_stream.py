@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Follows the tool calls in an answer while it is generated, and judges them.
+
+Knows the text that vLLM's tool parsers read; what it does not recognise as a call it leaves alone.
+Source: vllm/tool_parsers (hermes, llama, mistral) and vllm/parser/mistral.py of vLLM 0.32, and
+vllm/tool_parsers/streaming.py for the two forms of guided JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from vllm_stateful.respond.json_scanner import JsonScanner
+from vllm_stateful.respond.partial_schema import SchemaError, objection
+
+MAX_CHARS = 256 * 1024
+"""A longer call is not judged."""
+
+OFTEN = 4096
+"""Up to this length a call is judged at each cut; beyond, when it has grown by 1/16."""
+
+MAX_REASON = 200
+
+COMPLETE = "tool_call_complete"
+"""Reason of a turn that ended as its last allowed call was complete; clients are not told."""
+
+INVALID = "invalid_tool_call"
+"""How the reason of a turn begins that ended at an invalid call."""
+
+
+_CLOSING = "</tool_call>"
+
+
+class Form(StrEnum):
+    """How calls stand in the text."""
+
+    HERMES = "hermes"
+    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``"""
+    LLAMA = "llama"
+    """``{"name": ..., "parameters": {...}}`` from the beginning, more behind a semicolon."""
+    MISTRAL = "mistral"
+    """``[TOOL_CALLS]NAME[ARGS]{...}``, or ``[TOOL_CALLS][{"name": ..., "arguments": ...}]``."""
+    LIST = "list"
+    """A list of ``{"name": ..., "parameters": {...}}`` and nothing else: guided JSON."""
+    ARGUMENTS = "arguments"
+    """The arguments of the one tool that may be called and nothing else: guided JSON."""
+
+
+class Result(StrEnum):
+    """What became of one call; label of ``vllm_stateful_tool_calls_checked_total``."""
+
+    VALID = "valid"
+    """Complete, and nothing is known to speak against it."""
+    INVALID = "invalid"
+    """Not complete, or not what its tool's schema allows."""
+    UNFINISHED = "unfinished"
+    """The turn ended inside of it."""
+
+
+class Unchecked(StrEnum):
+    """Why tools or calls are not checked; label of ``vllm_stateful_tool_calls_unchecked_total``."""
+
+    PARSER = "parser"
+    """The form of the server's tool parser is not known."""
+    REASONING = "reasoning"
+    """The server's reasoning parser is not known, or the reasoning did not end."""
+    PARAMETERS = "parameters"
+    """The request asks to go on behind an end, or continues an answer."""
+    TOOLS = "tools"
+    """A tool that is no function."""
+    SCHEMA = "schema"
+    """A schema that is broken, refers to what is not in it, or takes too long to follow."""
+    TOO_LONG = "too_long"
+    TOO_DEEP = "too_deep"
+    UNREADABLE = "unreadable"
+    """A key that stands twice in an object, or a number of thousands of digits."""
+    ERROR = "error"
+    """A fault in the check itself; the log has it."""
+
+
+class Verdict(NamedTuple):
+    """The turn is to end."""
+
+    end: int
+    """Place in the text, behind the last character that belongs to the answer."""
+    reason: str
+    """``COMPLETE``, or ``INVALID`` with what is wrong."""
+
+
+class _Layout(StrEnum):
+    CALL = "call"
+    CALLS = "calls"
+    ARGUMENTS = "arguments"
+
+
+class _UnjudgedError(Exception):
+    def __init__(self, why: Unchecked) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class ToolCallStream:
+    """The calls of one answer.
+
+    Args:
+        form: how calls stand in the text.
+        tools: JSON Schema of the parameters, by the name of the tool.
+        limit: calls after which the turn ends; None for no limit.
+        strict: whether an invalid call ends the turn.
+        name: of the one tool that may be called, for ``Form.ARGUMENTS``.
+        reasoning_end: the text at which the reasoning ends, before which there are no calls; None
+            when there is none or it has ended.
+    """
+
+    def __init__(
+        self,
+        form: Form,
+        tools: Mapping[str, Any],
+        limit: int | None,
+        *,
+        strict: bool,
+        name: str | None = None,
+        reasoning_end: str | None = None,
+    ) -> None:
+        self.results: Counter[Result] = Counter()
+        self.unchecked: Counter[Unchecked] = Counter()
+        self._form = form
+        self._tools = tools
+        self._limit = limit
+        self._strict = strict
+        self._name = name
+        self._reasoning_end = reasoning_end
+        self._pos = 0
+        self._is_first = True
+        self._layout = _Layout.CALL
+        self._scanner: JsonScanner | None = None
+        self._is_call = False
+        """Whether it is known that this JSON is a call."""
+        self._is_counted = False
+        """Whether the result of the current call is known."""
+        self._num_judged = 0
+        """Complete calls of the list."""
+        self._num_calls = 0
+        self._judged_at = 0
+        self._verdict: Verdict | None = None
+        self._is_over = False
+
+    def look(self, text: str) -> Verdict | None:
+        """Look at what was generated since the last call.
+
+        Args:
+            text: all that was generated so far; it only grows.
+
+        Returns:
+            That the turn is to end, and where; None while it may go on.
+        """
+        while self._verdict is None and not self._is_over and self._step(text):
+            pass
+        return self._verdict
+
+    def finish(self) -> None:
+        """The turn has ended, by itself or by our verdict."""
+        if self._reasoning_end is not None:
+            self.unchecked[Unchecked.REASONING] += 1
+        elif self._is_inside() and self._is_call and not self._is_counted:
+            self.results[Result.UNFINISHED] += 1
+        self._is_over = True
+
+    def give_up(self) -> None:
+        """Something went wrong here; the answer goes on unchecked."""
+        self.unchecked[Unchecked.ERROR] += 1
+        self._reasoning_end = self._scanner = None
+        self._is_over = True
+
+    def _is_inside(self) -> bool:
+        scanner = self._scanner
+        return scanner is not None and scanner.cut > 0 and scanner.end is None
+
+    def _step(self, text: str) -> bool:
+        """Do one thing; False when more text is needed for the next."""
+        if self._reasoning_end is not None:
+            return self._skip_reasoning(text)
+        if self._scanner is None:
+            return self._find_call(text)
+        if self._scanner.end is None:
+            return self._read(text)
+        return self._close(text)
+
+    def _skip_reasoning(self, text: str) -> bool:
+        marker = self._reasoning_end or ""
+        if not self._go_behind(text, marker):
+            return False
+        self._reasoning_end = None
+        while self._pos < len(text) and text[self._pos].isspace():
+            self._pos += 1
+        return True
+
+    def _go_behind(self, text: str, marker: str) -> bool:
+        """Find a marker from here on, and go behind it."""
+        place = text.find(marker, self._pos)
+        if place < 0:
+            self._pos = max(self._pos, len(text) - len(marker) + 1)
+            return False
+        self._pos = place + len(marker)
+        return True
+
+    # ---- where a call begins -------------------------------------------------------------------
+
+    def _find_call(self, text: str) -> bool:
+        if self._form is Form.HERMES:
+            return self._go_behind(text, "<tool_call>") and self._begin(_Layout.CALL)
+        if self._form is Form.LLAMA:
+            return self._find_llama(text)
+        if self._form is Form.MISTRAL:
+            return self._find_mistral(text)
+        return self._begin(_Layout.CALLS if self._form is Form.LIST else _Layout.ARGUMENTS)
+
+    def _begin(self, layout: _Layout) -> bool:
+        self._layout = layout
+        self._scanner = JsonScanner(self._pos)
+        self._is_counted = False
+        self._is_call = self._form is not Form.LLAMA
+        self._num_judged = self._judged_at = 0
+        return True
+
+    def _find_llama(self, text: str) -> bool:
+        rest = text[self._pos : self._pos + 32]
+        before = "<|python_tag|>" if self._is_first else "; "
+        if rest.startswith(before):
+            rest = rest[len(before) :]
+            skipped = len(before)
+        elif before.startswith(rest):
+            return False
+        else:
+            skipped = 0
+        if not rest:
+            return False
+        if rest[0] != "{":
+            self._is_over = True
+            return False
+        self._pos += skipped
+        self._is_first = False
+        return self._begin(_Layout.CALL)
+
+    def _find_mistral(self, text: str) -> bool:
+        if self._is_first:
+            if not self._go_behind(text, "[TOOL_CALLS]"):
+                return False
+            self._is_first = False
+        head = text[self._pos : self._pos + 512]
+        if not head.strip():
+            return False
+        if head.lstrip()[0] in "[{":
+            return self._begin(_Layout.CALLS if head.lstrip()[0] == "[" else _Layout.CALL)
+        brace, args = head.find("{"), head.find("[ARGS]")
+        ends = [place for place in (brace, args) if place >= 0]
+        if not ends:
+            self._is_over = len(head) == 512
+            return False
+        self._name = head[: min(ends)].partition("[CALL_ID]")[0].strip()
+        self._pos += args + len("[ARGS]") if args == min(ends) else brace
+        return self._begin(_Layout.ARGUMENTS)
+
+    # ---- inside a call -------------------------------------------------------------------------
+
+    def _read(self, text: str) -> bool:
+        scanner = self._scanner
+        assert scanner is not None
+        closed = self._closing_tag(text) if self._form is Form.HERMES else -1
+        is_new = scanner.scan(text if closed < 0 else text[:closed])
+        fault = scanner.fault
+        if fault is None and closed >= 0 and scanner.end is None:
+            fault = "it ends inside of the JSON"
+        if fault is not None:
+            self._broken(text, fault)
+            return False
+        if is_new and (scanner.end is not None or (self._strict and self._is_due(scanner))):
+            self._judge(text, scanner)
+        if scanner.end is None:
+            return False
+        self._pos = scanner.end
+        return True
+
+    def _closing_tag(self, text: str) -> int:
+        """vLLM's parser ends a call at the first one, also inside a string."""
+        place = text.find(_CLOSING, self._pos)
+        self._pos = max(self._pos, len(text) - len(_CLOSING) + 1) if place < 0 else place
+        return place
+
+    def _is_due(self, scanner: JsonScanner) -> bool:
+        length = scanner.cut - scanner.start
+        return length <= OFTEN or scanner.cut - self._judged_at >= length // 16
+
+    def _broken(self, text: str, problem: str) -> None:
+        """What stands here is no call, and nothing behind it is looked at."""
+        self._is_over = True
+        if self._is_call:
+            self._object(text, problem)
+
+    def _object(self, text: str, problem: str) -> None:
+        if not self._is_counted:
+            self.results[Result.INVALID] += 1
+            self._is_counted = True
+        if self._strict:
+            said = f"{INVALID}: {problem}".encode(errors="replace").decode()
+            self._verdict = Verdict(len(text), said[:MAX_REASON])
+
+    def _judge(self, text: str, scanner: JsonScanner) -> None:
+        self._judged_at = scanner.cut
+        try:
+            problem = self._problem(self._document(text, scanner), scanner.num_open)
+        except json.JSONDecodeError as error:
+            self._broken(text, f"it is no JSON ({error.msg})")
+        except _UnjudgedError as unjudged:
+            if not self._is_counted:
+                self.unchecked[unjudged.why] += 1
+                self._is_counted = True
+        else:
+            if problem is not None:
+                self._object(text, problem)
+
+    def _document(self, text: str, scanner: JsonScanner) -> Any:
+        if scanner.is_too_deep:
+            raise _UnjudgedError(Unchecked.TOO_DEEP)
+        if scanner.cut - scanner.start > MAX_CHARS:
+            raise _UnjudgedError(Unchecked.TOO_LONG)
+        try:
+            return scanner.document(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:
+            raise _UnjudgedError(Unchecked.UNREADABLE) from None
+
+    def _problem(self, document: Any, num_open: int) -> str | None:
+        if self._layout is _Layout.ARGUMENTS:
+            return self._problem_of(self._name, document, num_open)
+        if self._layout is _Layout.CALL:
+            return self._problem_of_call(document, num_open)
+        for place in range(self._num_judged, len(document)):
+            is_open = num_open > 1 and place == len(document) - 1
+            problem = self._problem_of_call(document[place], num_open - 1 if is_open else 0)
+            if problem is not None:
+                return problem
+            if not is_open:
+                self._num_judged = place + 1
+        return None
+
+    def _problem_of_call(self, call: Any, num_open: int) -> str | None:
+        if not isinstance(call, dict):
+            return "it is no JSON object"
+        key = next((key for key in ("arguments", "parameters") if key in call), None)
+        self._is_call |= key is not None and "name" in call
+        if not self._is_call:
+            return None
+        if "name" in call and call["name"] not in (*self._tools, None):
+            return _unknown(call["name"])
+        if not num_open and (key is None or "name" not in call):
+            return "it has no name" if key is not None else "it has no arguments"
+        if key is None or "name" not in call:
+            return None
+        is_last = next(reversed(call)) == key
+        return self._problem_of(call["name"], call[key], max(0, num_open - 1) if is_last else 0)
+
+    def _problem_of(self, name: Any, arguments: Any, num_open: int) -> str | None:
+        if not isinstance(name, str) or name not in self._tools:
+            return _unknown(name)
+        try:
+            found = objection(self._tools[name], arguments, num_open)
+        except SchemaError:
+            raise _UnjudgedError(Unchecked.SCHEMA) from None
+        if found is None:
+            return None
+        return f"{name}: {found._replace(path=f'arguments{found.path}')}"
+
+    # ---- behind a call -------------------------------------------------------------------------
+
+    def _close(self, text: str) -> bool:
+        if self._form is Form.HERMES:
+            rest = text[self._pos : self._pos + 64].lstrip()
+            if not rest.startswith(_CLOSING):
+                if not _CLOSING.startswith(rest):
+                    self._broken(text, "text follows its JSON")
+                return False
+            self._pos = text.index(_CLOSING, self._pos) + len(_CLOSING)
+        self._count()
+        self._scanner = None
+        self._is_over = not self._is_call or self._form in (Form.LIST, Form.ARGUMENTS)
+        if self._limit is not None and self._num_calls >= self._limit:
+            self._verdict = Verdict(self._pos, COMPLETE)
+        self._is_first = self._form is Form.MISTRAL
+        return True
+
+    def _count(self) -> None:
+        if not self._is_call:
+            return
+        num = self._num_judged if self._layout is _Layout.CALLS else 1
+        if not self._is_counted:
+            self.results[Result.VALID] += num
+        self._num_calls += max(num, 1)
+
+
+def _unknown(name: Any) -> str:
+    return f"there is no tool {json.dumps(name)[:60]}"
