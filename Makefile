@@ -14,7 +14,9 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup model lint format test demo serve clean
+BENCH_ARGS ?=
+
+.PHONY: help setup model lint format test demo bench serve clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +47,9 @@ test: setup model lint ## everything: setup, model, lint, pytest (PYTEST_ARGS="-
 
 demo: setup model ## three agents with tools, stock against plugin, table and plot
 	$(PY) -m benchmarks.demo
+
+bench: setup model ## the paper's workloads: stock, stock with ngram, plugin (BENCH_ARGS="--quick")
+	$(PY) -m benchmarks.serving.bench_agents $(BENCH_ARGS)
 
 serve: setup model ## the small model with the plugin on PORT
 	$(VENV)/bin/vllm serve $(MODEL) --plugin stateful --served-model-name smollm2 --port $(PORT) \
