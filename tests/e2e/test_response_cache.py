@@ -149,13 +149,24 @@ def test_whatever_is_changed_is_asked_anew(server: LiveServer, options: dict[str
     assert second.choices == first.choices
 
 
+def answered_with_a_call(server: LiveServer, **options: Any) -> list[Any]:
+    """A question, not stored, that random weights answer with a whole call in that many tokens."""
+    for _ in range(40):
+        asked = messages()
+        answer = chat(server, asked, extra_headers={"Cache-Control": "no-store"}, **options)
+        if answer.choices[0].message.tool_calls:
+            return asked
+    raise AssertionError("no call in 40 answers")
+
+
 def test_tool_choice_is_part_of_the_question(server: LiveServer) -> None:
-    asked = messages()
+    required: Any = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 60}
+    asked = answered_with_a_call(server, **required)
     chat(server, asked, tools=[TOOL], tool_choice="auto")
     with Counted(server) as counted:
         chat(server, asked, tools=[TOOL], tool_choice="none")
-        first = chat(server, asked, tools=[TOOL], tool_choice="required", max_tokens=60)
-        second = chat(server, asked, tools=[TOOL], tool_choice="required", max_tokens=60)
+        first = chat(server, asked, **required)
+        second = chat(server, asked, **required)
     assert counted.results == {"miss": 2, "stored": 2, "hit": 1}
     calls = [answer.choices[0].message.tool_calls for answer in (first, second)]
     assert [call[0].function for call in calls] == [calls[0][0].function] * 2

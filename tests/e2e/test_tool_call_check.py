@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     options += ["--served-model-name", "smollm2", "--max-model-len", "2048"]
     options += ["--chat-template", str(template), "--stateful-check-invariants"]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    options += ["--logits-processors", "benchmarks.serving.pinned_ids:PinnedIds"]
+    options += ["--worker-extension-cls", "benchmarks.serving.pinned_ids.PinnedIds"]
     with LiveServer(SMOLLM2, log, *options, environment={"PYTHONPATH": str(ROOT)}) as live:
         yield live
         assert live.process.poll() is None, live.last_words()
