@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_stateful"
 FILES = sorted(PACKAGE.rglob("*.py"))
-GLUE = {"adapters", "compat"}
+GLUE = {"adapters", "attention", "compat"}
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random steps: ragged batches over a scattered cache, padding, windows, shared prefixes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from emulator import Step
+
+from vllm_stateful.attention.oracle import append_oracle, attention_oracle
+from vllm_stateful.attention.plan import Plan, Shape, SharedPrefix, make_plan
+
+MOST_ERROR = 4e-3  # relative, in the Frobenius norm, bfloat16 against float64
+BLOCK_KEYS = {64: 64, 128: 64, 256: 32}
+WGMMA_BLOCK_KEYS = {64: 128, 128: 128, 256: 64}
+
+
+@dataclass
+class Case:
+    """A step, how it is cut, and what must come out."""
+
+    name: str
+    step: Step
+    plan: Plan
+    rows: int
+    expected: torch.Tensor
+    expected_cache: torch.Tensor
+
+    def failure(self) -> str:
+        """What is wrong with what a kernel made of the step; empty: nothing."""
+        out = self.step.out.double()
+        error = float((out - self.expected).norm() / self.expected.norm())
+        if not error <= MOST_ERROR:
+            return f"relative error {error:.2e} in {self.name}"
+        if not torch.equal(bits(self.step.cache), bits(self.expected_cache)):
+            return f"the cache differs in {self.name}"
+        return ""
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int16)
+
+
+def random_case(
+    seed: int,
+    *,
+    rows: tuple[int, ...] = (16, 32, 64),
+    block_keys: dict[int, int] = BLOCK_KEYS,
+    head_sizes: tuple[int, ...] = (64, 64, 128, 128, 256),
+) -> Case:
+    """The same one for the same seed."""
+    random = Random(seed)
+    torch.manual_seed(seed)
+    head_size = random.choice(head_sizes)
+    group_size = random.choice((1, 4, 8, 3))
+    num_kv_heads = random.choice((1, 2))
+    page = random.choice((16, 32, 64, 48))
+    dtype = random.choice((torch.bfloat16, torch.bfloat16, torch.float16))
+    tile_rows = random.choice(rows)
+    num_shared = random.choice((0, 0, 1)) and random.choice((2, 3, 5))
+    prefix_keys = random.choice((16, 64, 112)) // page * page
+    window = 0 if num_shared and prefix_keys else random.choice((0, 0, 0, 7, 40))
+    soft_cap = random.choice((0.0, 0.0, 0.0, 5.0))
+    num_sequences = max(num_shared, random.choice((1, 2, 4)))
+    most_new = max(1, random.choice((1, 4, 24, 70)) // (1 + (group_size > 4)))
+    new = [random.randint(1, most_new) for _ in range(num_sequences)]
+    cached = [random.choice((0, random.randint(0, 150), 64, 16)) for _ in new]
+    prefixes = []
+    if num_shared and prefix_keys:
+        for sequence in range(num_shared):
+            cached[sequence] = prefix_keys + random.choice((0, random.randint(0, 60)))
+        prefixes = [SharedPrefix(tuple(range(num_shared)), prefix_keys)]
+    step = make_step(
+        random, dtype, head_size, group_size, num_kv_heads, page, new, cached, prefixes
+    )
+    step.window, step.soft_cap = window, soft_cap
+    shape = Shape(
+        num_ctas=random.choice((1, 2, 5, 9)),
+        tile_rows=tile_rows,
+        block_keys=block_keys[head_size],
+        num_kv_heads=num_kv_heads,
+        group_size=group_size,
+    )
+    bound = random.choice((0, 0, 30))  # how much too long the lengths were planned
+    plan = make_plan(
+        new,
+        [a + b + bound for a, b in zip(new, cached, strict=True)],
+        shape,
+        prefixes=prefixes,
+        window=window,
+        exact=not bound,
+    )
+    name = (
+        f"seed {seed}: {dtype}, D {head_size}, G {group_size}, {num_kv_heads} KV heads, "
+        f"page {page}, rows {tile_rows}, new {new}, cached {cached}, "
+        f"prefix {prefix_keys if prefixes else 0}, "
+        f"window {window}, cap {soft_cap}, CTAs {shape.num_ctas}, bound {bound}"
+    )
+    expected_cache = step.cache.clone()
+    expected = attention_oracle(
+        step.q,
+        step.k_new,
+        step.v_new,
+        step.cache,
+        step.block_table,
+        step.query_start,
+        step.seq_lens,
+        step.scale,
+        window=window,
+        soft_cap=soft_cap,
+    )
+    append_oracle(expected_cache, step.k_new, step.v_new, step.slot_mapping)
+    return Case(name, step, plan, tile_rows, expected, expected_cache)
+
+
+def make_step(
+    random: Random,
+    dtype: torch.dtype,
+    head_size: int,
+    group_size: int,
+    num_kv_heads: int,
+    page: int,
+    new: list[int],
+    cached: list[int],
+    prefixes: list[SharedPrefix],
+) -> Step:
+    """Tensors as vLLM lays them: q, k and v are views of one projection, pages are scattered.
+
+    What no sequence has in the cache is NaN.
+    """
+    tokens, heads = sum(new), num_kv_heads * group_size
+    joint = torch.randn(tokens, (heads + 2 * num_kv_heads) * head_size).to(dtype)
+    widths = [heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size]
+    q, k, v = (each.unflatten(1, (-1, head_size)) for each in joint.split(widths, dim=1))
+    pages = [-(-(a + b) // page) for a, b in zip(new, cached, strict=True)]
+    num_blocks = sum(pages) + 3
+    width = 2 * head_size
+    if random.random() < 0.5:  # token-major, or head-major
+        cache = torch.full((num_blocks, page, num_kv_heads, width), float("nan"), dtype=dtype)
+        cache = cache.transpose(1, 2)
+    else:
+        cache = torch.full((num_blocks, num_kv_heads, page, width), float("nan"), dtype=dtype)
+    free = list(range(num_blocks))
+    random.shuffle(free)
+    table = torch.full((len(new), max(pages) + 2), -1, dtype=torch.int32)
+    for sequence, count in enumerate(pages):
+        for place in range(count):
+            table[sequence, place] = free.pop()
+    for prefix in prefixes:
+        whole = prefix.num_keys // page
+        for sequence in prefix.sequences[1:]:
+            table[sequence, :whole] = table[prefix.sequences[0], :whole]
+    slots: list[int] = []
+    for sequence, (added, old) in enumerate(zip(new, cached, strict=True)):
+        for key in range(old):
+            block = int(table[sequence, key // page])
+            cache[block, :, key % page] = torch.randn(num_kv_heads, width).to(dtype)
+        for key in range(old, old + added):
+            slot = int(table[sequence, key // page]) * page + key % page
+            slots.append(-1 if random.random() < 0.1 else slot)
+    starts = [0]
+    for added in new:
+        starts.append(starts[-1] + added)
+    return Step(
+        q=q,
+        k_new=k,
+        v_new=v,
+        cache=cache,
+        block_table=table,
+        query_start=torch.tensor(starts, dtype=torch.int32),
+        seq_lens=torch.tensor([a + b for a, b in zip(new, cached, strict=True)]).int(),
+        slot_mapping=torch.tensor(slots),
+        scale=head_size**-0.5,
+    )

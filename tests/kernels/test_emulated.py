@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels' own code, run on the host, against float64.
+
+300 cases:
+
+    STATEFUL_EMULATED_CASES=300 pytest tests/kernels/test_emulated.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import pytest
+from cases import WGMMA_BLOCK_KEYS, random_case
+from emulator import Emulator, Params, cuda_headers
+
+pytestmark = pytest.mark.skipif(cuda_headers() is None, reason="the CUDA headers are not here")
+BATCHES = 8
+CASES = int(os.environ.get("STATEFUL_EMULATED_CASES", "64"))
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return Emulator(tmp_path_factory.mktemp("emulator"))
+
+
+def test_both_sides_have_the_same_structures(emulated: Emulator) -> None:
+    assert emulated.sizes == [ctypes.sizeof(Params), 32, 32, 16, 8]
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_mma_against_the_oracle(emulated: Emulator, batch: int) -> None:
+    for seed in range(batch, CASES, BATCHES):
+        case = random_case(seed)
+        emulated.run(case.step, case.plan, "mma", case.rows, seed)
+        assert not case.failure()
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_wgmma_against_the_oracle(emulated: Emulator, batch: int) -> None:
+    for seed in range(batch, CASES, BATCHES):
+        case = random_case(seed, rows=(128,), block_keys=WGMMA_BLOCK_KEYS)
+        emulated.run(case.step, case.plan, "wgmma", case.rows, seed)
+        assert not case.failure()

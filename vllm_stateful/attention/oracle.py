@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Delta append attention in float64, slowly: what every kernel is tested against."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+
+def append_oracle(
+    cache: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Write new K and V to their slots, in place.
+
+    Args:
+        cache: ``[blocks, KV heads, page, 2 D]``: K, then V.
+        k_new: ``[tokens, KV heads, D]``; `v_new` too.
+        slot_mapping: ``[tokens]``; -1: not written.
+    """
+    page, head_size = cache.shape[2], k_new.shape[2]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            cache[slot // page, :, slot % page, :head_size] = k_new[token]
+            cache[slot // page, :, slot % page, head_size:] = v_new[token]
+
+
+def attention_oracle(
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> torch.Tensor:
+    """Causal attention of new tokens to what is cached and to themselves.
+
+    Args:
+        q: ``[tokens, heads, D]``.
+        cache: As it was before the append; keys behind a sequence's cached ones are not read.
+        block_table: ``[sequences, pages]``.
+        query_start: ``[sequences + 1]``.
+        seq_lens: ``[sequences]``, cached and new.
+
+    Returns:
+        ``[tokens, heads, D]`` in float64.
+    """
+    num_heads, head_size = q.shape[1], q.shape[2]
+    group_size, page = num_heads // k_new.shape[1], cache.shape[2]
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    starts = query_start.tolist()
+    for sequence, (begin, end) in enumerate(itertools.pairwise(starts)):
+        if begin == end:
+            continue
+        num_cached = int(seq_lens[sequence]) - (end - begin)
+        places = torch.arange(num_cached, device=q.device)
+        blocks = block_table[sequence].long()[places // page]
+        old = cache[blocks, :, places % page].double()  # [cached, KV heads, 2 D]
+        k = torch.cat([old[..., :head_size], k_new[begin:end].double()])
+        v = torch.cat([old[..., head_size:], v_new[begin:end].double()])
+        k, v = (each.repeat_interleave(group_size, dim=1) for each in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[begin:end].double(), k) * scale
+        if soft_cap:
+            scores = torch.tanh(scores / soft_cap) * soft_cap
+        self_key = torch.arange(num_cached, num_cached + end - begin, device=q.device)[:, None]
+        key = torch.arange(num_cached + end - begin, device=q.device)[None]
+        hidden = key > self_key
+        if window:
+            hidden |= key + window <= self_key
+        scores = scores.masked_fill(hidden, float("-inf"))
+        out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    return out
