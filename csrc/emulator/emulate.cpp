@@ -37,14 +37,20 @@ bool choose_mma(int rows, const Params& params, const Options& options) {
   return true;
 }
 
+#ifdef STATEFUL_EMULATE_FEW  // builds in a third of the time
+constexpr bool kAll = false;
+#else
+constexpr bool kAll = true;
+#endif
+
 template <class T>
 bool choose_head_size(int head_size, int rows, const Params& params, const Options& options) {
-  switch (head_size) {
-    case 64: return choose_mma<T, 64>(rows, params, options);
-    case 128: return choose_mma<T, 128>(rows, params, options);
-    case 256: return choose_mma<T, 256>(rows, params, options);
-    default: return false;
+  if (head_size == 64) return choose_mma<T, 64>(rows, params, options);
+  if constexpr (kAll) {
+    if (head_size == 128) return choose_mma<T, 128>(rows, params, options);
+    if (head_size == 256) return choose_mma<T, 256>(rows, params, options);
   }
+  return false;
 }
 
 template <class T, int D>
@@ -59,12 +65,12 @@ bool run_wgmma(const Params& p, const stateful::TensorMaps& maps, const Options&
 template <class T>
 bool choose_wgmma(int head_size, const Params& p, const stateful::TensorMaps& maps,
                   const Options& options) {
-  switch (head_size) {
-    case 64: return run_wgmma<T, 64>(p, maps, options);
-    case 128: return run_wgmma<T, 128>(p, maps, options);
-    case 256: return run_wgmma<T, 256>(p, maps, options);
-    default: return false;
+  if (head_size == 64) return run_wgmma<T, 64>(p, maps, options);
+  if constexpr (kAll) {
+    if (head_size == 128) return run_wgmma<T, 128>(p, maps, options);
+    if (head_size == 256) return run_wgmma<T, 256>(p, maps, options);
   }
+  return false;
 }
 
 template <class Run>
@@ -89,8 +95,9 @@ stateful::TensorMap map_over(const void* base, int64_t columns, int64_t rows, in
 extern "C" int stateful_emulate_mma(int is_half, int head_size, int rows, const Params* params,
                                     const Options* options) {
   return guarded([&] {
-    return is_half ? choose_head_size<__half>(head_size, rows, *params, *options)
-                   : choose_head_size<__nv_bfloat16>(head_size, rows, *params, *options);
+    if constexpr (kAll)
+      if (is_half) return choose_head_size<__half>(head_size, rows, *params, *options);
+    return !is_half && choose_head_size<__nv_bfloat16>(head_size, rows, *params, *options);
   });
 }
 
@@ -105,8 +112,9 @@ extern "C" int stateful_emulate_wgmma(int is_half, int head_size, int rows, cons
       map_over(p.k_new, d, tokens, heads, 1, p.k_token, p.k_head, 0),
       map_over(p.v_new, d, tokens, heads, 1, p.v_token, p.v_head, 0)};
   return guarded([&] {
-    return is_half ? choose_wgmma<__half>(head_size, p, maps, *options)
-                   : choose_wgmma<__nv_bfloat16>(head_size, p, maps, *options);
+    if constexpr (kAll)
+      if (is_half) return choose_wgmma<__half>(head_size, p, maps, *options);
+    return !is_half && choose_wgmma<__nv_bfloat16>(head_size, p, maps, *options);
   });
 }
 

@@ -49,6 +49,7 @@ def random_case(
     rows: tuple[int, ...] = (16, 32, 64),
     block_keys: dict[int, int] = BLOCK_KEYS,
     head_sizes: tuple[int, ...] = (64, 64, 128, 128, 256),
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.bfloat16, torch.float16),
 ) -> Case:
     """The same one for the same seed."""
     random = Random(seed)
@@ -57,7 +58,7 @@ def random_case(
     group_size = random.choice((1, 4, 8, 3))
     num_kv_heads = random.choice((1, 2))
     page = random.choice((16, 32, 64, 48))
-    dtype = random.choice((torch.bfloat16, torch.bfloat16, torch.float16))
+    dtype = random.choice(dtypes)
     tile_rows = random.choice(rows)
     num_shared = random.choice((0, 0, 1)) and random.choice((2, 3, 5))
     prefix_keys = random.choice((16, 64, 112)) // page * page

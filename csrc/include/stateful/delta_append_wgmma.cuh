@@ -377,7 +377,9 @@ inline void delta_append_wgmma(const Params p, const TensorMaps& maps) {
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     delta_append_wgmma(const __grid_constant__ Params p, const __grid_constant__ TensorMaps maps) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the launcher refuses other devices
   delta_append_roles<S>(p, maps);
+#endif
 }
 #endif
 

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Delta append attention against what vLLM has, on one device, the append included on all sides.
+
+    python -m benchmarks.kernels.bench_kernels [--rounds 5] [--out out/kernels.json]
+
+Each side is captured into a CUDA graph that goes over several copies of the cache, more than the
+second level cache holds, and the graphs are replayed turn about. First every side is compared with
+float64. Needs a CUDA device, and vLLM for its kernels; without one it says so and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.demo import machine
+from benchmarks.kernels.steps import (
+    HEAD_SIZE,
+    HEADS,
+    KV_HEADS,
+    Regime,
+    Tensors,
+    make,
+    regimes,
+)
+from vllm_stateful.attention import ops, triton_attention
+from vllm_stateful.attention.oracle import attention_oracle
+from vllm_stateful.attention.plan import Shape, SharedPrefix, make_plan
+
+COLD_BYTES = 200 << 20  # four times the second level cache of an H200
+MOST_COPIES = 8
+MOST_ORACLE_PAIRS = 3e8
+SCALE = HEAD_SIZE**-0.5
+Call = Callable[[Tensors], None]
+
+
+def ours(regime: Regime, rows: int, is_grouped: bool = False) -> Call:
+    """Our kernel for tiles of so many rows."""
+    shape = Shape(
+        num_ctas=ops.num_ctas(torch.bfloat16, HEAD_SIZE, rows, 0),
+        tile_rows=rows,
+        block_keys=ops.block_keys(HEAD_SIZE, rows),
+        num_kv_heads=KV_HEADS,
+        group_size=HEADS // KV_HEADS,
+    )
+    together = SharedPrefix(tuple(range(len(regime.new))), regime.num_shared)
+    lengths = [a + b for a, b in zip(regime.new, regime.cached, strict=True)]
+    plan = make_plan(regime.new, lengths, shape, prefixes=[together] if is_grouped else [])
+    there = ops.DevicePlan.of(plan, rows, HEAD_SIZE, torch.device("cuda"))
+    return partial(_call, ops.delta_append_attention, there)
+
+
+def in_triton(regime: Regime) -> Call:
+    """Our Triton kernels."""
+    shape = Shape(264, 64, triton_attention.BLOCK_KEYS[HEAD_SIZE], KV_HEADS, HEADS // KV_HEADS)
+    lengths = [a + b for a, b in zip(regime.new, regime.cached, strict=True)]
+    plan = make_plan(regime.new, lengths, shape)
+    there = ops.DevicePlan.of(plan, 64, HEAD_SIZE, torch.device("cuda"))
+    return partial(_call, triton_attention.delta_append_attention, there)
+
+
+def _call(kernel: Callable[..., None], plan: ops.DevicePlan, t: Tensors) -> None:
+    kernel(
+        t.q,
+        t.k,
+        t.v,
+        t.cache,
+        t.out,
+        t.block_table,
+        t.query_start,
+        t.seq_lens,
+        t.slot_mapping,
+        plan,
+        SCALE,
+    )
+
+
+def _append(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
+
+    k_cache, v_cache = t.cache.transpose(1, 2).split(HEAD_SIZE, dim=-1)
+    one = torch.ones(1, device=t.q.device)
+    reshape_and_cache_flash(t.k, t.v, k_cache, v_cache, t.slot_mapping, "auto", one, one)
+    return k_cache, v_cache
+
+
+def flash_attention(regime: Regime) -> Call:
+    """FlashAttention as vLLM calls it: write, schedule once, attend."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    lengths = [a + b for a, b in zip(regime.new, regime.cached, strict=True)]
+    starts = torch.tensor([0, *regime.new], device="cuda").cumsum(0).int()
+    scheduled = get_scheduler_metadata(
+        batch_size=len(lengths),
+        max_seqlen_q=max(regime.new),
+        max_seqlen_k=max(lengths),
+        num_heads_q=HEADS,
+        num_heads_kv=KV_HEADS,
+        headdim=HEAD_SIZE,
+        cache_seqlens=torch.tensor(lengths, device="cuda").int(),
+        qkv_dtype=torch.bfloat16,
+        cu_seqlens_q=starts,
+        page_size=16,
+        causal=True,
+    )
+
+    def call(t: Tensors) -> None:
+        k_cache, v_cache = _append(t)
+        flash_attn_varlen_func(
+            q=t.q,
+            k=k_cache,
+            v=v_cache,
+            out=t.out,
+            cu_seqlens_q=t.query_start,
+            max_seqlen_q=max(regime.new),
+            seqused_k=t.seq_lens,
+            max_seqlen_k=max(lengths),
+            softmax_scale=SCALE,
+            causal=True,
+            block_table=t.block_table,
+            scheduler_metadata=scheduled,
+            fa_version=3,
+        )
+
+    return call
+
+
+def unified_triton(regime: Regime) -> Call:
+    """vLLM's Triton kernel."""
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    longest = max(a + b for a, b in zip(regime.new, regime.cached, strict=True))
+
+    def call(t: Tensors) -> None:
+        k_cache, v_cache = _append(t)
+        unified_attention(
+            q=t.q,
+            k=k_cache,
+            v=v_cache,
+            out=t.out,
+            cu_seqlens_q=t.query_start,
+            max_seqlen_q=max(regime.new),
+            seqused_k=t.seq_lens,
+            max_seqlen_k=longest,
+            softmax_scale=SCALE,
+            causal=True,
+            window_size=(-1, -1),
+            block_table=t.block_table,
+            softcap=0.0,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+        )
+
+    return call
+
+
+def sides(regime: Regime) -> dict[str, Callable[[], Call]]:
+    """Every kernel that may serve this step, by name."""
+    packed = max(regime.new) * HEADS // KV_HEADS
+    made: dict[str, Callable[[], Call]] = {
+        "FA3": partial(flash_attention, regime),
+        "vLLM Triton": partial(unified_triton, regime),
+    }
+    for rows in (16, 32, 64):
+        if packed <= rows or rows == 64:
+            made[f"mma {rows}"] = partial(ours, regime, rows)
+    if packed > 32:
+        made["wgmma"] = partial(ours, regime, ops.WGMMA_ROWS)
+    if regime.num_shared:
+        made["mma 64, grouped"] = partial(ours, regime, 64, True)
+        made["wgmma, grouped"] = partial(ours, regime, ops.WGMMA_ROWS, True)
+    made["our Triton"] = partial(in_triton, regime)
+    return made
+
+
+def error_of(regime: Regime, call: Call) -> float:
+    """Relative error against float64; NaN where that would take too long."""
+    pairs = sum(a * b for a, b in zip(regime.new, regime.cached, strict=True)) * HEADS
+    if pairs > MOST_ORACLE_PAIRS:
+        return float("nan")
+    t = make(regime, 1)
+    before = t.cache.clone()
+    call(t)
+    expected = attention_oracle(
+        t.q, t.k, t.v, before, t.block_table, t.query_start, t.seq_lens, SCALE
+    )
+    return float((t.out.double() - expected).norm() / expected.norm())
+
+
+def captured(call: Call, copies: list[Tensors], passes: int) -> torch.cuda.CUDAGraph:
+    """A graph of so many passes over all copies."""
+    for each in copies:
+        call(each)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(passes):
+            for each in copies:
+                call(each)
+    return graph
+
+
+def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:
+    """Of one call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1000 / calls
+
+
+def measure(regime: Regime, rounds: int) -> list[dict[str, object]]:
+    """One row for each side, or the reason why it has no time."""
+    one = make(regime, 0)
+    size = one.cache.numel() * 2
+    copies = [one] + [make(regime, i + 1) for i in range(min(MOST_COPIES - 1, COLD_BYTES // size))]
+    passes = max(1, 32 // len(copies))
+    graphs, rows = {}, {}
+    for name, make_call in sides(regime).items():
+        row: dict[str, object] = {"step": regime.name, "side": name}
+        try:
+            call = make_call()
+            row["error"] = error_of(regime, call)
+            graphs[name] = captured(call, copies, passes)
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            row["failed"] = f"{type(error).__name__}: {error}"[:300]
+        rows[name] = row
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds + 1):
+        for name, graph in graphs.items():
+            times[name].append(microseconds(graph, passes * len(copies)))
+    floor = regime.floor_s() * 1e6
+    for name, samples in times.items():
+        median = statistics.median(samples[1:])
+        rows[name] |= {"us": median, "of_floor": floor / median, "floor_us": floor}
+    return list(rows.values())
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Time, share of the floor, and how many times faster than FA3."""
+    fa3 = {row["step"]: row["us"] for row in rows if row["side"] == "FA3" and "us" in row}
+    lines = ["| step | side | us | of floor | FA3 / this | error |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        start = f"| {row['step']} | {row['side']} | "
+        if "us" not in row:
+            lines.append(f"{start}{row['failed']} | | | |")
+            continue
+        us = float(str(row["us"]))
+        ratio = f"{float(str(fa3[row['step']])) / us:.2f}" if row["step"] in fa3 else ""
+        share = float(str(row["of_floor"]))
+        lines.append(f"{start}{us:.1f} | {share:.0%} | {ratio} | {row['error']:.1e} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure all steps, print the table, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", default="out/kernels.json")
+    args = parser.parse_args()
+    if reason := ops.why_unavailable():
+        print(f"nothing is measured: {reason}", file=sys.stderr)
+        return 1
+    rows: list[dict[str, object]] = []
+    for regime in regimes():
+        rows += measure(regime, args.rounds)
+        torch.cuda.empty_cache()
+        print(table(rows[-len(sides(regime)) :]), flush=True)
+    about = machine.describe() | {"device": torch.cuda.get_device_name()}
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).write_text(json.dumps(about | {"rows": rows}, indent=1))
+    print(f"\n{table(rows)}\n\nwritten: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

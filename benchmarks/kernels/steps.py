@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps that are measured, and the least time that a device could take for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+import torch
+
+HEADS, KV_HEADS, HEAD_SIZE, PAGE = 32, 8, 128, 16
+H200_BYTES_S = 4.3e12
+H200_FLOP_S = 790e12
+
+
+@dataclass(frozen=True)
+class Regime:
+    """One row of the table.
+
+    Attributes:
+        new: Tokens of each sequence.
+        cached: Of each sequence.
+        num_shared: Leading keys that all sequences have in common.
+    """
+
+    name: str
+    new: tuple[int, ...]
+    cached: tuple[int, ...]
+    num_shared: int = 0
+
+    def floor_s(self) -> float:
+        """KV read once, q, out and new KV moved once, or the products at full rate."""
+        tokens = sum(self.new)
+        distinct = sum(self.cached) - self.num_shared * (len(self.cached) - 1)
+        moved = 2 * 2 * HEAD_SIZE * (KV_HEADS * (distinct + 2 * tokens) + HEADS * tokens)
+        pairs = sum(a * (b + (a + 1) / 2) for a, b in zip(self.new, self.cached, strict=True))
+        return max(moved / H200_BYTES_S, 4 * HEADS * HEAD_SIZE * pairs / H200_FLOP_S)
+
+
+def regimes() -> list[Regime]:
+    """Those of the goals: latency, memory, crossover, compute, ragged, shared."""
+    made = []
+    for batch, cached, new in (
+        (1, 4096, 1),
+        (1, 4096, 16),
+        (1, 4096, 64),
+        (1, 32768, 16),
+        (1, 131072, 16),
+        (8, 32768, 16),
+        (8, 32768, 32),
+        (8, 32768, 64),
+        (1, 32768, 256),
+        (8, 32768, 256),
+        (8, 32768, 512),
+    ):
+        name = f"{batch} x {new} new, {cached // 1024}k cached"
+        made.append(Regime(name, (new,) * batch, (cached,) * batch))
+    random = Random(0)
+    ragged = tuple(random.choice((1024, 4096, 16384, 65536, 131072)) for _ in range(31))
+    few = tuple(random.randint(1, 16) for _ in range(31))
+    made.append(Regime("ragged: 1 x 512 and 31 x 1 to 16", (512, *few), (16384, *ragged)))
+    for new in (1, 16):
+        made.append(Regime(f"8 agents x {new}, 32k shared", (new,) * 8, (33792,) * 8, 32768))
+    return made
+
+
+@dataclass
+class Tensors:
+    """One layer's tensors, as vLLM lays them."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cache: torch.Tensor
+    out: torch.Tensor
+    block_table: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+def make(regime: Regime, seed: int, device: str = "cuda") -> Tensors:
+    """Random tensors over scattered pages; what is shared is the same pages."""
+    random = torch.Generator(device=device).manual_seed(seed)
+    normal = partial(torch.randn, generator=random, device=device, dtype=torch.bfloat16)
+    tokens, width = sum(regime.new), (HEADS + 2 * KV_HEADS) * HEAD_SIZE
+    widths = [HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE]
+    joint = normal(tokens, width).split(widths, dim=1)
+    q, k, v = (each.unflatten(1, (-1, HEAD_SIZE)) for each in joint)
+    pages = [-(-(a + b) // PAGE) for a, b in zip(regime.new, regime.cached, strict=True)]
+    shared = regime.num_shared // PAGE
+    num_blocks = shared + sum(count - shared for count in pages)
+    order = torch.randperm(num_blocks, generator=random, device=device).int()
+    table = torch.zeros(len(pages), max(pages), dtype=torch.int32, device=device)
+    slots, at = [], shared
+    for row, (new, cached, count) in enumerate(
+        zip(regime.new, regime.cached, pages, strict=True)
+    ):
+        table[row, :shared] = order[:shared]
+        table[row, shared:count] = order[at : at + count - shared]
+        at += count - shared
+        keys = torch.arange(cached, cached + new, device=device)
+        slots.append(table[row][keys // PAGE].long() * PAGE + keys % PAGE)
+    starts = torch.tensor([0, *regime.new], device=device).cumsum(0).int()
+    lengths = torch.tensor(regime.new, device=device) + torch.tensor(regime.cached, device=device)
+    return Tensors(
+        q=q,
+        k=k,
+        v=v,
+        cache=normal(num_blocks, KV_HEADS, PAGE, 2 * HEAD_SIZE),
+        out=torch.empty(tokens, HEADS, HEAD_SIZE, dtype=torch.bfloat16, device=device),
+        block_table=table,
+        query_start=starts,
+        seq_lens=lengths.int(),
+        slot_mapping=torch.cat(slots),
+    )

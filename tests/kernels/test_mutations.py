@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes put into the kernels on purpose: the emulator has to notice each.
+
+A few are tried each time; all of them:
+
+    STATEFUL_MUTATIONS=all pytest tests/kernels/test_mutations.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from emulator import CSRC, ROOT, cuda_headers
+from mutated import WRONG
+
+pytestmark = pytest.mark.skipif(cuda_headers() is None, reason="the CUDA headers are not here")
+CASES = 120
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One place of one file, and what is written there instead."""
+
+    name: str
+    kernel: str
+    file: str
+    before: str
+    after: str
+    often: bool = False  # tried each time
+
+
+MMA, WGMMA = "delta_append_mma.cuh", "delta_append_wgmma.cuh"
+MUTATIONS = [
+    Mutation("a row does not see itself", "mma", "softmax.cuh", "key <= self;", "key < self;"),
+    Mutation(
+        "keys behind the end are seen",
+        "mma",
+        "softmax.cuh",
+        "bool seen = column < b.num_valid && key <= self;",
+        "bool seen = key <= self;",
+    ),
+    Mutation(
+        "the window is one key too long",
+        "mma",
+        "softmax.cuh",
+        "key + p.window > self",
+        "key + p.window >= self",
+    ),
+    Mutation(
+        "what was added up keeps its scale",
+        "mma",
+        "softmax.cuh",
+        "kept[h] = exp2_fast(most[h] - base);",
+        "kept[h] = 1.f;",
+    ),
+    Mutation("no wait for a copy", "mma", MMA, "copy_wait<S::kStages - 2>();", "", often=True),
+    Mutation(
+        "no barrier in front of a block",
+        "mma",
+        MMA,
+        "__syncthreads();  // the block is there, and all are done with the one before",
+        "",
+    ),
+    Mutation(
+        "sums laid over blocks in use",
+        "mma",
+        MMA,
+        "  copy_wait<0>();\n  __syncthreads();\n}",
+        "  copy_wait<0>();\n}",
+    ),
+    Mutation(
+        "the next segment does not wait",
+        "mma",
+        MMA,
+        "    __syncthreads();  // the next segment reuses the rows and the stages\n",
+        "",
+    ),
+    Mutation(
+        "the wrong chunk of a row",
+        "mma",
+        MMA,
+        "row, n + (lane >> 4))",
+        "row, n + (lane >> 4 ^ 1))",
+    ),
+    Mutation(
+        "a part lies on another", "mma", "tile.cuh", "unit.slot) + tile.segment.part)", "unit.slot))"
+    ),
+    Mutation(
+        "counters stay counted", "mma", "tile.cuh", "if (last) p.arrivals[index] = 0;", ";"
+    ),
+    Mutation(
+        "a part is counted before it is written",
+        "mma",
+        "tile.cuh",
+        "  __threadfence();\n  sync();\n  for (int i = thread; i < tile.num_members",
+        "  __threadfence();\n  for (int i = thread; i < tile.num_members",
+    ),
+    Mutation(
+        "the last new token is not appended",
+        "mma",
+        "tile.cuh",
+        "const int end = (end_row + group - 1) / group;",
+        "const int end = end_row / group - (group == 1);",
+    ),
+    Mutation(
+        "appended by the first part",
+        "mma",
+        "tile.cuh",
+        "if (!tile.segment.last) return;",
+        "if (tile.segment.part) return;",
+    ),
+    Mutation(
+        "no wait for values",
+        "wgmma",
+        WGMMA,
+        "    barrier_wait(&shared.values_full[ring.stage], ring.phase);\n    clear_tail",
+        "    clear_tail",
+        often=True,
+    ),
+    Mutation(
+        "keys are freed before they are read",
+        "wgmma",
+        WGMMA,
+        "    wgmma_wait<1>();\n    hold(state.scores);\n    if (lane == 0) "
+        "barrier_arrive(&shared.keys_free[next.stage]);",
+        "    if (lane == 0) barrier_arrive(&shared.keys_free[next.stage]);\n"
+        "    wgmma_wait<1>();\n    hold(state.scores);",
+    ),
+    Mutation(
+        "scores are read too early",
+        "wgmma",
+        WGMMA,
+        "    wgmma_wait<1>();\n    hold(state.scores);",
+        "    hold(state.scores);",
+    ),
+    Mutation(
+        "a key block in use is overwritten",
+        "wgmma",
+        WGMMA,
+        "      barrier_wait(&shared.keys_free[ring.stage], ring.phase ^ 1);\n",
+        "",
+    ),
+    Mutation(
+        "what stands behind the end is multiplied",
+        "wgmma",
+        WGMMA,
+        "if (b.num_valid >= S::kKeys ||",
+        "if (b.num_valid >= 0 ||",
+    ),
+    Mutation(
+        "queries are read before all are there",
+        "wgmma",
+        WGMMA,
+        "    *reinterpret_cast<uint4*>(line + (((chunk & 7) ^ (row & 7)) << 4)) = value;\n  }\n"
+        "  fence_shared_async();\n  named_barrier(kOneConsumer + consumer, kWarpgroup);",
+        "    *reinterpret_cast<uint4*>(line + (((chunk & 7) ^ (row & 7)) << 4)) = value;\n  }\n"
+        "  fence_shared_async();",
+    ),
+    Mutation(
+        "queries are not swizzled",
+        "wgmma",
+        WGMMA,
+        "(((chunk & 7) ^ (row & 7)) << 4)",
+        "((chunk & 7) << 4)",
+    ),
+    Mutation(
+        "the strides of a descriptor change places",
+        "wgmma",
+        "hopper.cuh",
+        "static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32",
+        "static_cast<uint64_t>(stride >> 4) << 16 | static_cast<uint64_t>(leading >> 4) << 32",
+        often=True,
+    ),
+]
+ALL = os.environ.get("STATEFUL_MUTATIONS") == "all"
+TRIED = [mutation for mutation in MUTATIONS if ALL or mutation.often]
+
+
+@pytest.mark.parametrize("mutation", TRIED, ids=lambda mutation: mutation.name)
+def test_the_emulator_notices(mutation: Mutation, tmp_path: Path) -> None:
+    sources = tmp_path / "csrc"
+    shutil.copytree(CSRC, sources)
+    file = sources / "include" / "stateful" / mutation.file
+    text = file.read_text()
+    assert text.count(mutation.before) == 1
+    file.write_text(text.replace(mutation.before, mutation.after))
+    script = Path(__file__).parent / "mutated.py"
+    command = [sys.executable, script, sources, tmp_path, mutation.kernel, CASES]
+    done = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+        timeout=300,
+    )
+    crashed = done.returncode < 0  # outside of all memory, or an operand is
+    assert done.returncode == WRONG or crashed, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_the_place_is_there_once(mutation: Mutation) -> None:
+    text = (CSRC / "include" / "stateful" / mutation.file).read_text()
+    assert text.count(mutation.before) == 1

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.ops.vllm_stateful: loading the compiled kernels, and calling them over a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from vllm_stateful.attention.plan import Plan
+
+LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+BLOCK_KEYS = {"mma": {64: 64, 128: 64, 256: 32}, "wgmma": {64: 128, 128: 128, 256: 64}}
+WGMMA_ROWS = 128
+
+
+@cache
+def why_unavailable() -> str:
+    """Why the compiled kernels cannot be called here; empty: they can."""
+    if not LIBRARY.exists():
+        return "vllm_stateful was built without CUDA kernels (no nvcc was found then)"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error}"
+    _register_fake()
+    if not torch.ops.vllm_stateful.num_devices():
+        return "no CUDA device is here"
+    return ""
+
+
+def _register_fake() -> None:
+    @torch.library.register_fake("vllm_stateful::delta_append_attention")  # type: ignore[untyped-decorator]
+    def _(*_: object) -> None:
+        """Writes into its arguments only."""
+
+
+def block_keys(head_size: int, rows: int) -> int:
+    """Keys of a block in the kernel for tiles of `rows`.
+
+    Raises:
+        ValueError: there is no kernel for this head size.
+    """
+    keys = BLOCK_KEYS["wgmma" if rows == WGMMA_ROWS else "mma"].get(head_size)
+    if keys is None:
+        raise ValueError(f"no kernel for head size {head_size}")
+    return keys
+
+
+def num_ctas(dtype: torch.dtype, head_size: int, rows: int, device: int) -> int:
+    """Thread blocks that are resident at once on a device: the grid of a plan.
+
+    Raises:
+        RuntimeError: the kernels are not available, or not this one on this device.
+    """
+    if reason := why_unavailable():
+        raise RuntimeError(reason)
+    half = dtype == torch.float16
+    return int(torch.ops.vllm_stateful.num_ctas(half, head_size, rows, device))
+
+
+@dataclass
+class DevicePlan:
+    """A plan in device memory, and the memory that its kernels add up in.
+
+    Attributes:
+        partial_out: ``[slots, rows, D]`` float32.
+        partial_lse: ``[slots, rows]`` float32, base 2.
+        arrivals: ``[units]`` int32: zero, and left zero by each launch.
+    """
+
+    rows: int
+    cta_segments: torch.Tensor
+    segments: torch.Tensor
+    units: torch.Tensor
+    groups: torch.Tensor
+    members: torch.Tensor
+    partial_out: torch.Tensor
+    partial_lse: torch.Tensor
+    arrivals: torch.Tensor
+
+    @classmethod
+    def of(cls, plan: Plan, rows: int, head_size: int, device: torch.device) -> DevicePlan:
+        """Copy a plan, and allocate what it needs."""
+        slots, units = max(1, plan.num_slots), max(1, len(plan.units))
+        arrays = (plan.cta_segments, plan.segments, plan.units, plan.groups, plan.members)
+        return cls(
+            rows,
+            *(torch.from_numpy(array).to(device) for array in arrays),
+            torch.empty(slots, rows, head_size, device=device),
+            torch.empty(slots, rows, device=device),
+            torch.zeros(units, dtype=torch.int32, device=device),
+        )
+
+
+def delta_append_attention(
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    plan: DevicePlan,
+    scale: float,
+    *,
+    soft_cap: float = 0.0,
+    window: int = 0,
+) -> None:
+    """Attend from new tokens to a paged cache and to themselves; append their K and V, in a launch.
+
+    Args:
+        q: ``[tokens, heads, D]``, bfloat16 or float16, D of 64, 128 or 256.
+        k_new: ``[tokens, KV heads, D]``; `v_new` too.
+        kv_cache: ``[blocks, KV heads, page, 2 D]``, K then V, any strides; written.
+        out: ``[tokens, heads, D]``; written.
+        block_table: ``[sequences, pages]`` int32.
+        query_start: ``[sequences + 1]`` int32.
+        seq_lens: ``[sequences]`` int32, cached and new.
+        slot_mapping: ``[tokens]`` int64; -1: not appended.
+        plan: Of these lengths, for this head size and device.
+        scale: Of the scores.
+        soft_cap: Scores are ``cap * tanh(score / cap)``; 0: no cap.
+        window: Keys that a token sees, its own included; 0: all.
+
+    Raises:
+        RuntimeError: the kernels are not available here, or the tensors do not fit.
+    """
+    if reason := why_unavailable():
+        raise RuntimeError(reason)
+    torch.ops.vllm_stateful.delta_append_attention(
+        q,
+        k_new,
+        v_new,
+        kv_cache,
+        out,
+        block_table,
+        query_start,
+        seq_lens,
+        slot_mapping,
+        plan.cta_segments,
+        plan.segments,
+        plan.units,
+        plan.groups,
+        plan.members,
+        plan.partial_out,
+        plan.partial_lse,
+        plan.arrivals,
+        plan.rows,
+        scale,
+        soft_cap,
+        window,
+    )

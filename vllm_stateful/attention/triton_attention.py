@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Delta append attention in Triton: for devices without the compiled kernels, and a second oracle.
+
+The same plan as csrc/, a program for each of its segments; then the parts of each unit are summed,
+and the new rows appended, in launches of their own. Shared prefixes are not grouped here.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_stateful.attention.ops import DevicePlan
+
+MASKED = tl.constexpr(-1.0e30)
+LOG2E = 1.4426950408889634
+BLOCK_KEYS = {64: 64, 128: 64, 256: 32}
+
+
+@triton.jit
+def _read_keys(
+    cache, new, head, page_ids, keys, ok, is_new, query0, columns, strides, new_strides, shift, PAGE
+):
+    """Rows of K (or V, `shift` elements behind) of a block: all cached, or all new; else zeros."""
+    block, token, of_head = strides
+    new_token, new_head = new_strides
+    cached = page_ids.to(tl.int64) * block + (keys % PAGE) * token + head * of_head + shift
+    added = (query0 + keys).to(tl.int64) * new_token + head * new_head
+    old = tl.load(cache + cached[:, None] + columns[None], mask=(ok & ~is_new)[:, None], other=0.0)
+    fresh = tl.load(new + added[:, None] + columns[None], mask=(ok & is_new)[:, None], other=0.0)
+    return tl.where(is_new, fresh, old)
+
+
+@triton.jit
+def _attend_segment(
+    q,
+    k_new,
+    v_new,
+    cache,
+    out,
+    partial_out,
+    partial_lse,
+    segments,
+    units,
+    block_table,
+    query_start,
+    seq_lens,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    out_token,
+    out_head,
+    cache_block,
+    cache_token,
+    cache_head,
+    table_stride,
+    scale,
+    soft_cap,
+    window,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    segment = segments + tl.program_id(0) * 8
+    unit = units + tl.load(segment) * 8
+    sequence, head = tl.load(unit), tl.load(unit + 1)
+    first_key, num_cached_blocks = tl.load(unit + 3), tl.load(unit + 4)
+    query0 = tl.load(query_start + sequence)
+    num_new = tl.load(query_start + sequence + 1) - query0
+    num_cached = tl.load(seq_lens + sequence) - num_new
+
+    columns = tl.arange(0, D)
+    rows = tl.load(unit + 2) + tl.arange(0, ROWS)
+    step = rows // GROUP
+    real = step < num_new
+    token, query_head = (query0 + step).to(tl.int64), head * GROUP + rows % GROUP
+    at = token * q_token + query_head * q_head
+    queries = tl.load(q + at[:, None] + columns[None], mask=real[:, None], other=0.0)
+    most = tl.full((ROWS,), MASKED, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    summed = tl.zeros((ROWS, D), tl.float32)
+    for block in range(tl.load(segment + 2), tl.load(segment + 3)):
+        is_new = block >= num_cached_blocks
+        first = tl.where(is_new, (block - num_cached_blocks) * KEYS, first_key + block * KEYS)
+        keys = first + tl.arange(0, KEYS)
+        ok = keys < tl.where(is_new, num_new, num_cached)
+        pages = tl.load(
+            block_table + sequence.to(tl.int64) * table_stride + keys // PAGE,
+            mask=ok & (block < num_cached_blocks),
+            other=0,
+        )
+        k = _read_keys(
+            cache,
+            k_new,
+            head,
+            pages,
+            keys,
+            ok,
+            is_new,
+            query0,
+            columns,
+            (cache_block, cache_token, cache_head),
+            (k_token, k_head),
+            0,
+            PAGE,
+        )
+        scores = tl.dot(queries, tl.trans(k)) * scale
+        if soft_cap > 0:
+            halves = tl.exp2(-2.0 * 1.4426950408889634 * tl.abs(scores / soft_cap))
+            bent = (1.0 - halves) / (1.0 + halves) * soft_cap
+            scores = tl.where(scores < 0, -bent, bent)
+        itself = tl.where(is_new, step, num_cached + step)[:, None]
+        seen = ok[None] & (keys[None] <= itself)
+        if window > 0:
+            seen = seen & (keys[None] + window > itself)
+        scores = tl.where(seen, scores * 1.4426950408889634, MASKED)
+        higher = tl.maximum(most, tl.max(scores, 1))
+        kept = tl.exp2(most - higher)
+        weights = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
+        v = _read_keys(
+            cache,
+            v_new,
+            head,
+            pages,
+            keys,
+            ok,
+            is_new,
+            query0,
+            columns,
+            (cache_block, cache_token, cache_head),
+            (v_token, v_head),
+            D,
+            PAGE,
+        )
+        summed = summed * kept[:, None] + tl.dot(weights.to(v.dtype), v)
+        total = total * kept + tl.sum(weights, 1)
+        most = higher
+    result = summed / tl.where(total > 0, total, 1.0)[:, None]
+    if tl.load(unit + 5) == 1:
+        to = token * out_token + query_head * out_head
+        value = result.to(out.dtype.element_ty)
+        tl.store(out + to[:, None] + columns[None], value, mask=real[:, None])
+    else:
+        slot = (tl.load(unit + 6) + tl.load(segment + 4)).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        tl.store(partial_out + slot[:, None] * D + columns[None], result, mask=real[:, None])
+        lse = tl.where(total > 0, most + tl.log2(tl.where(total > 0, total, 1.0)), MASKED)
+        tl.store(partial_lse + slot, lse, mask=real)
+
+
+@triton.jit
+def _sum_parts(
+    out,
+    partial_out,
+    partial_lse,
+    units,
+    query_start,
+    out_token,
+    out_head,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    unit = units + tl.program_id(0) * 8
+    num_parts = tl.load(unit + 5)
+    if num_parts > 1:
+        sequence = tl.load(unit)
+        query0 = tl.load(query_start + sequence)
+        num_new = tl.load(query_start + sequence + 1) - query0
+        columns = tl.arange(0, D)
+        rows = tl.load(unit + 2) + tl.arange(0, ROWS)
+        real = rows // GROUP < num_new
+        slot = tl.load(unit + 6).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        most = tl.full((ROWS,), MASKED, tl.float32)
+        for part in range(num_parts):
+            lse = tl.load(partial_lse + slot + part * ROWS, mask=real, other=MASKED)
+            most = tl.maximum(most, lse)
+        total = tl.zeros((ROWS,), tl.float32)
+        summed = tl.zeros((ROWS, D), tl.float32)
+        for part in range(num_parts):
+            place = slot + part * ROWS
+            lse = tl.load(partial_lse + place, mask=real, other=MASKED)
+            weight = tl.where(lse > MASKED, tl.exp2(lse - most), 0.0)
+            value = tl.load(
+                partial_out + place[:, None] * D + columns[None], mask=real[:, None], other=0.0
+            )
+            summed += weight[:, None] * value
+            total += weight
+        head = tl.load(unit + 1) * GROUP + rows % GROUP
+        to = (query0 + rows // GROUP).to(tl.int64) * out_token + head * out_head
+        result = summed / tl.where(total > 0, total, 1.0)[:, None]
+        value = result.to(out.dtype.element_ty)
+        tl.store(out + to[:, None] + columns[None], value, mask=real[:, None])
+
+
+@triton.jit
+def _append(
+    k_new,
+    v_new,
+    cache,
+    slot_mapping,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    cache_block,
+    cache_token,
+    cache_head,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slot_mapping + token)
+    if slot >= 0:
+        columns = tl.arange(0, D)
+        to = cache + slot // PAGE * cache_block + slot % PAGE * cache_token + head * cache_head
+        tl.store(to + columns, tl.load(k_new + token * k_token + head * k_head + columns))
+        tl.store(to + D + columns, tl.load(v_new + token * v_token + head * v_head + columns))
+
+
+def delta_append_attention(
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    plan: DevicePlan,
+    scale: float,
+    *,
+    soft_cap: float = 0.0,
+    window: int = 0,
+) -> None:
+    """As `ops.delta_append_attention`, in three launches. The plan is for `BLOCK_KEYS`.
+
+    Raises:
+        ValueError: the plan has shared prefixes.
+    """
+    if len(plan.groups):
+        raise ValueError("shared prefixes are not grouped in Triton")
+    head_size, num_kv_heads = q.shape[2], k_new.shape[1]
+    group, page = q.shape[1] // num_kv_heads, kv_cache.shape[2]
+    block, of_head, token, _ = kv_cache.stride()
+    _attend_segment[(len(plan.segments),)](
+        q,
+        k_new,
+        v_new,
+        kv_cache,
+        out,
+        plan.partial_out,
+        plan.partial_lse,
+        plan.segments,
+        plan.units,
+        block_table,
+        query_start,
+        seq_lens,
+        *(stride for each in (q, k_new, v_new, out) for stride in each.stride()[:2]),
+        block,
+        token,
+        of_head,
+        block_table.stride(0),
+        scale,
+        soft_cap,
+        window,
+        GROUP=group,
+        PAGE=page,
+        D=head_size,
+        ROWS=plan.rows,
+        KEYS=BLOCK_KEYS[head_size],
+    )
+    _sum_parts[(len(plan.units),)](
+        out,
+        plan.partial_out,
+        plan.partial_lse,
+        plan.units,
+        query_start,
+        *out.stride()[:2],
+        GROUP=group,
+        D=head_size,
+        ROWS=plan.rows,
+    )
+    _append[(k_new.shape[0], num_kv_heads)](
+        k_new,
+        v_new,
+        kv_cache,
+        slot_mapping,
+        *k_new.stride()[:2],
+        *v_new.stride()[:2],
+        block,
+        token,
+        of_head,
+        PAGE=page,
+        D=head_size,
+    )
