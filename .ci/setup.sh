@@ -13,6 +13,7 @@ VLLM_VERSION=0.32.0
 DEV_TOOLS=(
     pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1
     matplotlib==3.11.2 rich==15.0.0 gguf==0.19.0 accelerate==1.15.0
+    scikit-build-core==1.1.2
 )
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 VENV=${VENV:-.venv}
@@ -173,8 +174,10 @@ if [[ ! -f pyproject.toml ]]; then
 elif is_done package "$(cksum <pyproject.toml)"; then
     say "this package: done"
 else
-    say "this package, editable"
-    pip_install --no-deps --no-build-isolation --editable .
+    say "this package, editable, without its CUDA kernels"
+    command -v cmake >/dev/null || pip_install cmake
+    command -v ninja >/dev/null || pip_install ninja
+    pip_install --no-deps --no-build-isolation --config-settings=cmake.define.STATEFUL_CUDA=off --editable .
     mark_done package "$(cksum <pyproject.toml)"
 fi
 note "ready: $VENV/bin/python"

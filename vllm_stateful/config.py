@@ -32,6 +32,7 @@ class StatefulConfig:
     render_bytes: int = 1 << 30
     base_bytes: int = 1 << 29
     response_cache_bytes: int = 0
+    attention: str = "off"
     disable: frozenset[str] = frozenset()
     strict: bool = False
     check_invariants: bool = False
@@ -185,6 +186,14 @@ OPTIONS: tuple[Option, ...] = (
         "Memory for whole answers in each API server: a request that equals an earlier one, or "
         "one in flight, is answered without the model, if it is greedy or has a seed. "
         "Default: 0, nothing is remembered.",
+    ),
+    Option(
+        "attention",
+        _one_of("off", "auto", "on"),
+        "'off', 'auto' or 'on'",
+        "Who attends from chunks of 2 to 512 new tokens to a long cache: off leaves all to vLLM; "
+        "auto takes the kernels of this package where they were built and fit, and on says so "
+        "where they were not. They have not run on a GPU yet. Default: off.",
     ),
     Option(
         "disable",

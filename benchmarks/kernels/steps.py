@@ -94,9 +94,7 @@ def make(regime: Regime, seed: int, device: str = "cuda") -> Tensors:
     order = torch.randperm(num_blocks, generator=random, device=device).int()
     table = torch.zeros(len(pages), max(pages), dtype=torch.int32, device=device)
     slots, at = [], shared
-    for row, (new, cached, count) in enumerate(
-        zip(regime.new, regime.cached, pages, strict=True)
-    ):
+    for row, (new, cached, count) in enumerate(zip(regime.new, regime.cached, pages, strict=True)):
         table[row, :shared] = order[:shared]
         table[row, shared:count] = order[at : at + count - shared]
         at += count - shared

@@ -213,8 +213,10 @@ inline std::unique_ptr<Cta> make_cta(unsigned index, int num_threads, size_t sha
   return cta;
 }
 
+inline uint32_t copy_odds = 8;  // of 16, drawn for each launch: how eager TMA is
+
 inline void run_some(Cta& cta) {
-  while (!cta.boxes.empty() && random_bits() % 4) {  // in any order
+  while (!cta.boxes.empty() && random_bits() % 16 < copy_odds) {  // in any order
     const size_t chosen = random_bits() % cta.boxes.size();
     cta.boxes[chosen]();
     cta.boxes.erase(cta.boxes.begin() + static_cast<long>(chosen));
@@ -230,6 +232,8 @@ inline void run_some(Cta& cta) {
 inline void launch(unsigned grid, int num_threads, size_t shared_bytes, int most_alive,
                    std::function<void()> body) {
   kernel = std::move(body);
+  const uint32_t odds[] = {1, 8, 15};
+  copy_odds = odds[random_bits() % 3];
   std::vector<std::unique_ptr<Cta>> alive;
   std::vector<unsigned> waiting;
   for (unsigned i = 0; i < grid; ++i) waiting.insert(waiting.begin() + random_bits() % (i + 1), i);

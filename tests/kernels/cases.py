@@ -64,10 +64,12 @@ def random_case(
     prefix_keys = random.choice((16, 64, 112)) // page * page
     window = 0 if num_shared and prefix_keys else random.choice((0, 0, 0, 7, 40))
     soft_cap = random.choice((0.0, 0.0, 0.0, 5.0))
-    num_sequences = max(num_shared, random.choice((1, 2, 4)))
+    is_wide = max(rows) == 128  # its blocks are large: fewer sequences, longer ones
+    num_sequences = max(num_shared, random.choice((1, 1, 2) if is_wide else (1, 2, 4)))
     most_new = max(1, random.choice((1, 4, 24, 70)) // (1 + (group_size > 4)))
     new = [random.randint(1, most_new) for _ in range(num_sequences)]
-    cached = [random.choice((0, random.randint(0, 150), 64, 16)) for _ in new]
+    long = 400 if is_wide else 150
+    cached = [random.choice((0, random.randint(0, long), 64, 16)) for _ in new]
     prefixes = []
     if num_shared and prefix_keys:
         for sequence in range(num_shared):
@@ -78,13 +80,13 @@ def random_case(
     )
     step.window, step.soft_cap = window, soft_cap
     shape = Shape(
-        num_ctas=random.choice((1, 2, 5, 9)),
+        num_ctas=random.choice((1, 2, 4) if is_wide else (1, 2, 5, 9)),
         tile_rows=tile_rows,
         block_keys=block_keys[head_size],
         num_kv_heads=num_kv_heads,
         group_size=group_size,
     )
-    bound = random.choice((0, 0, 30))  # how much too long the lengths were planned
+    bound = random.choice((0, 0, 30, 200))  # how much too long the lengths were planned
     plan = make_plan(
         new,
         [a + b + bound for a, b in zip(new, cached, strict=True)],

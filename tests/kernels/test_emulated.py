@@ -17,7 +17,7 @@ from emulator import Emulator, Params, cuda_headers
 
 pytestmark = pytest.mark.skipif(cuda_headers() is None, reason="the CUDA headers are not here")
 BATCHES = 8
-CASES = int(os.environ.get("STATEFUL_EMULATED_CASES", "64"))
+CASES = int(os.environ.get("STATEFUL_EMULATED_CASES", "40"))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from typing import Any
 
 from vllm import envs
@@ -102,6 +103,7 @@ def activate() -> None:
     _problems.extend(text for text in _missing(wanted, applied) if text not in _problems)
     if not multiprocessing.current_process().name.startswith(("VllmWorker", "EngineCore")):
         _register_renderer()
+    _choose_attention()
 
 
 def _patches_of(process_name: str) -> list[Patch]:
@@ -121,6 +123,16 @@ def _patches_of(process_name: str) -> list[Patch]:
     off |= {"tool-call-check"} if config.tool_call_check == "off" else set()
     usable = [p for p in PATCHES if p is not cli_flags.PATCH and p.feature not in off]
     return [patch for patch in usable if patch.process in runs_here]
+
+
+def _choose_attention() -> None:
+    """Where it is asked for, or was before."""
+    choice = load_config().attention
+    if choice == "off" and "vllm_stateful.adapters.attention_choice" not in sys.modules:
+        return
+    from vllm_stateful.adapters.attention_choice import choose_attention
+
+    choose_attention(choice, report_problem)
 
 
 def _register_renderer() -> None:

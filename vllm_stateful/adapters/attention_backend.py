@@ -36,7 +36,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass
-class StatefulMetadata(FlashAttentionMetadata):
+class StatefulMetadata(FlashAttentionMetadata):  # type: ignore[misc]
     """The parent's, and the plan where our kernels serve the step.
 
     Attributes:
@@ -46,10 +46,12 @@ class StatefulMetadata(FlashAttentionMetadata):
     plan: ops.DevicePlan | None = None
 
 
-class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):
+class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[misc]
     """Builds the parent's metadata, and a plan beside it."""
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any) -> None:
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, config, device)
         self._layers = Layers(
             head_size=self.headdim,
@@ -121,7 +123,7 @@ def _batch(stock: FlashAttentionMetadata, common: CommonAttentionMetadata) -> Ba
     return Batch(stock.max_query_len, unusual)
 
 
-class StatefulImpl(FlashAttentionImpl):
+class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
     """One layer. Appends to the cache by itself, in either path."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -185,7 +187,7 @@ class StatefulImpl(FlashAttentionImpl):
         return output
 
 
-class StatefulAttentionBackend(FlashAttentionBackend):
+class StatefulAttentionBackend(FlashAttentionBackend):  # type: ignore[misc]
     """Stands in the place of FLASH_ATTN, under its name."""
 
     forward_includes_kv_cache_update: ClassVar[bool] = True

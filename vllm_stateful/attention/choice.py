@@ -19,7 +19,7 @@ class Layers:
 
     Attributes:
         capability: Major and minor compute capability of the device.
-        unusual: What a layer asks for that the kernels do not know (sinks, alibi, ...); empty: nothing.
+        unusual: What a layer asks for that the kernels do not know (sinks, ...).
     """
 
     head_size: int

@@ -85,13 +85,16 @@ class DevicePlan:
     def of(cls, plan: Plan, rows: int, head_size: int, device: torch.device) -> DevicePlan:
         """Copy a plan, and allocate what it needs."""
         slots, units = max(1, plan.num_slots), max(1, len(plan.units))
-        arrays = (plan.cta_segments, plan.segments, plan.units, plan.groups, plan.members)
         return cls(
-            rows,
-            *(torch.from_numpy(array).to(device) for array in arrays),
-            torch.empty(slots, rows, head_size, device=device),
-            torch.empty(slots, rows, device=device),
-            torch.zeros(units, dtype=torch.int32, device=device),
+            rows=rows,
+            cta_segments=torch.from_numpy(plan.cta_segments).to(device),
+            segments=torch.from_numpy(plan.segments).to(device),
+            units=torch.from_numpy(plan.units).to(device),
+            groups=torch.from_numpy(plan.groups).to(device),
+            members=torch.from_numpy(plan.members).to(device),
+            partial_out=torch.empty(slots, rows, head_size, device=device),
+            partial_lse=torch.empty(slots, rows, device=device),
+            arrivals=torch.zeros(units, dtype=torch.int32, device=device),
         )
 
 

@@ -14,136 +14,135 @@ import triton.language as tl
 from vllm_stateful.attention.ops import DevicePlan
 
 MASKED = tl.constexpr(-1.0e30)
-LOG2E = 1.4426950408889634
 BLOCK_KEYS = {64: 64, 128: 64, 256: 32}
 
 
 @triton.jit
-def _read_keys(
-    cache, new, head, page_ids, keys, ok, is_new, query0, columns, strides, new_strides, shift, PAGE
-):
-    """Rows of K (or V, `shift` elements behind) of a block: all cached, or all new; else zeros."""
-    block, token, of_head = strides
-    new_token, new_head = new_strides
-    cached = page_ids.to(tl.int64) * block + (keys % PAGE) * token + head * of_head + shift
+def _read_keys(cache, new, where, columns, strides, shift, PAGE):
+    """Rows of K (or V, `shift` elements behind) where `old` or `fresh` says so; else zeros.
+
+    strides: of the cache's blocks, tokens and heads, of the new keys' tokens and heads.
+    """
+    head, query0, pages, keys, old, fresh = where
+    block, token, of_head, new_token, new_head = strides
+    cached = pages.to(tl.int64) * block + (keys % PAGE) * token + head * of_head + shift
     added = (query0 + keys).to(tl.int64) * new_token + head * new_head
-    old = tl.load(cache + cached[:, None] + columns[None], mask=(ok & ~is_new)[:, None], other=0.0)
-    fresh = tl.load(new + added[:, None] + columns[None], mask=(ok & is_new)[:, None], other=0.0)
-    return tl.where(is_new, fresh, old)
+    from_cache = tl.load(cache + cached[:, None] + columns[None], mask=old[:, None], other=0.0)
+    from_new = tl.load(new + added[:, None] + columns[None], mask=fresh[:, None], other=0.0)
+    return tl.where(fresh[:, None], from_new, from_cache)
+
+
+@triton.jit
+def _score(queries, k, keys, itself, ok, settings):
+    """Scores to base 2, and which of them count."""
+    scale, soft_cap, window = settings
+    scores = tl.dot(queries, tl.trans(k)) * scale
+    if soft_cap > 0:
+        halves = tl.exp2(-2.0 * 1.4426950408889634 * tl.abs(scores / soft_cap))
+        bent = (1.0 - halves) / (1.0 + halves) * soft_cap
+        scores = tl.where(scores < 0, -bent, bent)
+    seen = ok[None] & (keys[None] <= itself[:, None])
+    if window > 0:
+        seen = seen & (keys[None] + window > itself[:, None])
+    return tl.where(seen, scores * 1.4426950408889634, MASKED), seen
+
+
+@triton.jit
+def _attend_blocks(
+    queries,
+    step,
+    tensors,
+    lengths,
+    place,
+    strides,
+    settings,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """What a segment's blocks add up to: the sum over weights, their total, the maximum."""
+    cache, k_new, v_new, table = tensors
+    head, first_key, num_cached_blocks, block0, block1 = place
+    query0, num_new, num_cached = lengths
+    cache_strides, k_strides, v_strides = strides
+    columns = tl.arange(0, D)
+    most = tl.full((ROWS,), MASKED, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    summed = tl.zeros((ROWS, D), tl.float32)
+    for block in range(block0, block1):
+        behind = (block - num_cached_blocks) * KEYS
+        first = tl.where(behind >= 0, behind, first_key + block * KEYS)
+        keys = first + tl.arange(0, KEYS)
+        ok = keys < tl.where(behind >= 0, num_new, num_cached)
+        old, fresh = ok & (keys * 0 + behind < 0), ok & (keys * 0 + behind >= 0)
+        pages = tl.load(table + keys // PAGE, mask=old, other=0)
+        where = (head, query0, pages, keys, old, fresh)
+        k = _read_keys(cache, k_new, where, columns, cache_strides + k_strides, 0, PAGE)
+        itself = tl.where(behind >= 0, step, num_cached + step)
+        scores, seen = _score(queries, k, keys, itself, ok, settings)
+        higher = tl.maximum(most, tl.max(scores, 1))
+        kept = tl.exp2(most - higher)
+        weights = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
+        v = _read_keys(cache, v_new, where, columns, cache_strides + v_strides, D, PAGE)
+        summed = summed * kept[:, None] + tl.dot(weights.to(v.dtype), v)
+        total = total * kept + tl.sum(weights, 1)
+        most = higher
+    return summed, total, most
 
 
 @triton.jit
 def _attend_segment(
     q,
-    k_new,
-    v_new,
-    cache,
-    out,
-    partial_out,
-    partial_lse,
+    tensors,
+    results,
     segments,
     units,
-    block_table,
+    table_stride,
     query_start,
     seq_lens,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
-    out_token,
-    out_head,
-    cache_block,
-    cache_token,
-    cache_head,
-    table_stride,
-    scale,
-    soft_cap,
-    window,
+    q_strides,
+    out_strides,
+    strides,
+    settings,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
+    cache, k_new, v_new, block_table = tensors
+    out, partial_out, partial_lse = results
     segment = segments + tl.program_id(0) * 8
     unit = units + tl.load(segment) * 8
     sequence, head = tl.load(unit), tl.load(unit + 1)
-    first_key, num_cached_blocks = tl.load(unit + 3), tl.load(unit + 4)
     query0 = tl.load(query_start + sequence)
     num_new = tl.load(query_start + sequence + 1) - query0
     num_cached = tl.load(seq_lens + sequence) - num_new
-
-    columns = tl.arange(0, D)
-    rows = tl.load(unit + 2) + tl.arange(0, ROWS)
+    columns, rows = tl.arange(0, D), tl.load(unit + 2) + tl.arange(0, ROWS)
     step = rows // GROUP
     real = step < num_new
     token, query_head = (query0 + step).to(tl.int64), head * GROUP + rows % GROUP
-    at = token * q_token + query_head * q_head
+    at = token * q_strides[0] + query_head * q_strides[1]
     queries = tl.load(q + at[:, None] + columns[None], mask=real[:, None], other=0.0)
-    most = tl.full((ROWS,), MASKED, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    summed = tl.zeros((ROWS, D), tl.float32)
-    for block in range(tl.load(segment + 2), tl.load(segment + 3)):
-        is_new = block >= num_cached_blocks
-        first = tl.where(is_new, (block - num_cached_blocks) * KEYS, first_key + block * KEYS)
-        keys = first + tl.arange(0, KEYS)
-        ok = keys < tl.where(is_new, num_new, num_cached)
-        pages = tl.load(
-            block_table + sequence.to(tl.int64) * table_stride + keys // PAGE,
-            mask=ok & (block < num_cached_blocks),
-            other=0,
-        )
-        k = _read_keys(
-            cache,
-            k_new,
-            head,
-            pages,
-            keys,
-            ok,
-            is_new,
-            query0,
-            columns,
-            (cache_block, cache_token, cache_head),
-            (k_token, k_head),
-            0,
-            PAGE,
-        )
-        scores = tl.dot(queries, tl.trans(k)) * scale
-        if soft_cap > 0:
-            halves = tl.exp2(-2.0 * 1.4426950408889634 * tl.abs(scores / soft_cap))
-            bent = (1.0 - halves) / (1.0 + halves) * soft_cap
-            scores = tl.where(scores < 0, -bent, bent)
-        itself = tl.where(is_new, step, num_cached + step)[:, None]
-        seen = ok[None] & (keys[None] <= itself)
-        if window > 0:
-            seen = seen & (keys[None] + window > itself)
-        scores = tl.where(seen, scores * 1.4426950408889634, MASKED)
-        higher = tl.maximum(most, tl.max(scores, 1))
-        kept = tl.exp2(most - higher)
-        weights = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
-        v = _read_keys(
-            cache,
-            v_new,
-            head,
-            pages,
-            keys,
-            ok,
-            is_new,
-            query0,
-            columns,
-            (cache_block, cache_token, cache_head),
-            (v_token, v_head),
-            D,
-            PAGE,
-        )
-        summed = summed * kept[:, None] + tl.dot(weights.to(v.dtype), v)
-        total = total * kept + tl.sum(weights, 1)
-        most = higher
+    table = block_table + sequence.to(tl.int64) * table_stride
+    first_key, num_cached_blocks = tl.load(unit + 3), tl.load(unit + 4)
+    summed, total, most = _attend_blocks(
+        queries,
+        step,
+        (cache, k_new, v_new, table),
+        (query0, num_new, num_cached),
+        (head, first_key, num_cached_blocks, tl.load(segment + 2), tl.load(segment + 3)),
+        strides,
+        settings,
+        D,
+        PAGE,
+        ROWS,
+        KEYS,
+    )
     result = summed / tl.where(total > 0, total, 1.0)[:, None]
     if tl.load(unit + 5) == 1:
-        to = token * out_token + query_head * out_head
+        to = token * out_strides[0] + query_head * out_strides[1]
         value = result.to(out.dtype.element_ty)
         tl.store(out + to[:, None] + columns[None], value, mask=real[:, None])
     else:
@@ -251,25 +250,17 @@ def delta_append_attention(
     block, of_head, token, _ = kv_cache.stride()
     _attend_segment[(len(plan.segments),)](
         q,
-        k_new,
-        v_new,
-        kv_cache,
-        out,
-        plan.partial_out,
-        plan.partial_lse,
+        (kv_cache, k_new, v_new, block_table),
+        (out, plan.partial_out, plan.partial_lse),
         plan.segments,
         plan.units,
-        block_table,
+        block_table.stride(0),
         query_start,
         seq_lens,
-        *(stride for each in (q, k_new, v_new, out) for stride in each.stride()[:2]),
-        block,
-        token,
-        of_head,
-        block_table.stride(0),
-        scale,
-        soft_cap,
-        window,
+        q.stride()[:2],
+        out.stride()[:2],
+        ((block, token, of_head), k_new.stride()[:2], v_new.stride()[:2]),
+        (scale, soft_cap, window),
         GROUP=group,
         PAGE=page,
         D=head_size,
@@ -287,7 +278,15 @@ def delta_append_attention(
         D=head_size,
         ROWS=plan.rows,
     )
-    _append[(k_new.shape[0], num_kv_heads)](
+    _append_all(k_new, v_new, kv_cache, slot_mapping)
+
+
+def _append_all(
+    k_new: torch.Tensor, v_new: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    num_tokens, num_kv_heads, head_size = k_new.shape
+    block, of_head, token, _ = kv_cache.stride()
+    _append[(num_tokens, num_kv_heads)](
         k_new,
         v_new,
         kv_cache,
@@ -297,6 +296,6 @@ def delta_append_attention(
         block,
         token,
         of_head,
-        PAGE=page,
+        PAGE=kv_cache.shape[2],
         D=head_size,
     )

@@ -28,25 +28,28 @@ class Workspace:
         arrays = (plan.cta_segments, plan.segments, plan.units, plan.groups, plan.members)
         # The kernels read rows of 32 bytes: each array begins at a multiple of that.
         sizes = [-(-array.size // 8) * 8 for array in arrays]
-        packed = torch.empty(
-            sum(sizes), dtype=torch.int32, pin_memory=self._device.type == "cuda"
-        )
+        packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         starts = np.cumsum([0, *sizes])
         for array, start in zip(arrays, starts, strict=False):
             packed.numpy()[start : start + array.size] = array.ravel()
         there = packed.to(self._device, non_blocking=True)
-        parts = [
+        cta_segments, segments, units, groups, members = (
             there[start : start + array.size].view(array.shape)
             for array, start in zip(arrays, starts, strict=False)
-        ]
+        )
         slots = max(1, plan.num_slots)
         self._reserve(slots * rows, len(plan.units))
+        size = self._head_size
         return DevicePlan(
-            rows,
-            *parts,
-            self._partials[: slots * rows * self._head_size].view(slots, rows, self._head_size),
-            self._lse[: slots * rows].view(slots, rows),
-            self._arrivals,
+            rows=rows,
+            cta_segments=cta_segments,
+            segments=segments,
+            units=units,
+            groups=groups,
+            members=members,
+            partial_out=self._partials[: slots * rows * size].view(slots, rows, size),
+            partial_lse=self._lse[: slots * rows].view(slots, rows),
+            arrivals=self._arrivals,
         )
 
     def _reserve(self, num_rows: int, num_units: int) -> None:

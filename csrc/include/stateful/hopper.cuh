@@ -81,10 +81,6 @@ STATEFUL_DEVICE void copy_box(void* to, const TensorMap* map, int column, int ro
       : "memory");
 }
 
-STATEFUL_DEVICE void prefetch_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
-}
-
 // Stores of this thread to shared memory come before later reads by TMA and wgmma.
 STATEFUL_DEVICE void fence_shared_async() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");

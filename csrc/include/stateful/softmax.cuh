@@ -10,7 +10,7 @@ namespace stateful {
 struct KeyBlock {
   bool is_new;
   int32_t first;      // key of the sequence, or new token
-  int32_t num_valid;  // of the block; at most 0: all of them lie behind the end
+  int32_t num_valid;  // of the block; 0: all of them lie behind the end
 };
 
 template <int kKeys>
@@ -25,6 +25,7 @@ STATEFUL_DEVICE KeyBlock key_block(const Tile& tile, int block) {
     b.num_valid = tile.end_key - b.first;
   }
   if (b.num_valid > kKeys) b.num_valid = kKeys;
+  if (b.num_valid < 0) b.num_valid = 0;  // planned too long
   return b;
 }
 

@@ -7,9 +7,7 @@ import pytest
 
 from vllm_stateful.attention.choice import Batch, Layers, tile_rows, why_never, why_not
 
-LLAMA = Layers(
-    head_size=128, group_size=4, page_size=16, is_half_precision=True, capability=(9, 0)
-)
+LLAMA = Layers(head_size=128, group_size=4, page_size=16, is_half_precision=True, capability=(9, 0))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# On a machine with a GPU, in a checkout with _C.abi3.so built: are the kernels right, how fast are
+# they, and does vLLM serve with the plugin? The tables come last; files go to OUT.
+#
+#   OUT=out benchmarks/gpu/run.sh [check] [kernels] [vllm]      (all three)
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+OUT=${OUT:-out}
+PY=${PYTHON:-python3}
+mkdir -p "$OUT"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+status=0
+for what in "${@:-check kernels vllm}"; do
+    for one in $what; do
+        case $one in
+        check) "$PY" -m benchmarks.gpu.check_kernels >"$OUT/check.txt" 2>&1 || status=1 ;;
+        kernels) "$PY" -m benchmarks.kernels.bench_kernels --out "$OUT/kernels.json" >"$OUT/kernels.txt" 2>&1 || status=1 ;;
+        vllm) "$PY" -m benchmarks.gpu.smoke_vllm >"$OUT/vllm.txt" 2>&1 || status=1 ;;
+        *) echo "unknown: $one" >&2; exit 2 ;;
+        esac
+    done
+done
+for file in check kernels vllm; do
+    [[ -f $OUT/$file.txt ]] && { echo "== $file"; tail -n 45 "$OUT/$file.txt"; }
+done
+exit $status

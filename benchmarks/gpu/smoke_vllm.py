@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three sessions of six turns through vLLM with dummy weights, stock against plugin.
+
+    python -m benchmarks.gpu.smoke_vllm [--shape llama-8b|tiny] [--only NAME,...]
+
+Each configuration is a process of its own: the engine starts, plays, and checks the invariants of
+the plugin after every step. No tokenizer is needed. Works on a CPU too (--shape tiny).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+    },
+}
+SESSIONS, TURNS, FIRST_TOKENS, ADDED_TOKENS, ANSWER_TOKENS = 3, 6, 2000, 300, 32
+PLUGIN = {"VLLM_STATEFUL": "1", "VLLM_STATEFUL_STRICT": "1", "VLLM_STATEFUL_CHECK_INVARIANTS": "1"}
+V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+EAGER = {"SMOKE_EAGER": "1"}
+CONFIGURATIONS: dict[str, dict[str, str]] = {
+    "stock": {},
+    "plugin": PLUGIN,
+    "plugin+attention": {**PLUGIN, "VLLM_STATEFUL_ATTENTION": "on"},
+    "stock-v1": V1,
+    "plugin-v1": {**V1, **PLUGIN},
+    "plugin-v2": {**V2, **PLUGIN},
+    "plugin-eager": {**PLUGIN, **EAGER},
+}
+
+
+def write_model(folder: Path, shape: str) -> None:
+    """A Llama of this shape: only its config."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **SHAPES[shape],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def play(folder: Path, num_tokens: int) -> dict[str, Any]:
+    """All turns, session after session in each; random text, greedy answers."""
+    from vllm import LLM, SamplingParams
+
+    began = time.perf_counter()
+    llm = LLM(
+        str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager="SMOKE_EAGER" in os.environ,
+        max_model_len=8192,
+        gpu_memory_utilization=0.6,
+        seed=0,
+    )
+    started = time.perf_counter() - began
+    random, turns = Random(0), []
+    histories: list[list[int]] = [[] for _ in range(SESSIONS)]
+    for turn in range(TURNS):
+        for session, history in enumerate(histories):
+            added = FIRST_TOKENS if turn == 0 else ADDED_TOKENS
+            history += [random.randrange(3, num_tokens) for _ in range(added)]
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=ANSWER_TOKENS,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args={"session_id": f"smoke-session-{session}"},
+            )
+            begin = time.perf_counter()
+            (answer,) = llm.generate({"prompt_token_ids": list(history)}, params, use_tqdm=False)
+            turns.append(
+                {
+                    "seconds": time.perf_counter() - begin,
+                    "prompt": len(history),
+                    "cached": answer.num_cached_tokens or 0,
+                    "answer": list(answer.outputs[0].token_ids),
+                }
+            )
+            history += turns[-1]["answer"]
+    return {"start_s": started, "turns": turns}
+
+
+def run(name: str, shape: str, folder: Path) -> dict[str, Any] | str:
+    """One configuration in its own process: what it played, or the end of what it said."""
+    out = folder / "played.json"
+    out.unlink(missing_ok=True)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **CONFIGURATIONS[name]}
+    command = [sys.executable, "-m", "benchmarks.gpu.smoke_vllm", "--shape", shape]
+    done = subprocess.run(
+        [*command, "--play", str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode or not out.exists():
+        return (done.stdout + done.stderr)[-3000:]
+    return dict(json.loads(out.read_text()))
+
+
+def row(name: str, played: dict[str, Any], stock: dict[str, Any] | None) -> str:
+    """Tokens computed and the median of the later turns, and how many answers equal stock's."""
+    turns = played["turns"]
+    later = sorted(turn["seconds"] for turn in turns[SESSIONS:])
+    computed = sum(turn["prompt"] - turn["cached"] for turn in turns)
+    equal = ""
+    if stock is not None:
+        pairs = zip(turns, stock["turns"], strict=True)
+        equal = f"{sum(a['answer'] == b['answer'] for a, b in pairs)} of {len(turns)}"
+    median = later[len(later) // 2] * 1000
+    return f"| {name} | {played['start_s']:.0f} | {computed} | {median:.1f} | {equal} |"
+
+
+def main() -> int:
+    """Run the configurations and print a table; 1 when one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--only", default=",".join(CONFIGURATIONS))
+    parser.add_argument("--play", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.play:
+        played = play(args.play, SHAPES[args.shape]["vocab_size"])
+        (args.play / "played.json").write_text(json.dumps(played))
+        return 0
+    lines = ["| configuration | start (s) | tokens computed | later turns, median (ms) | equal |"]
+    lines.append("|---|---|---|---|---|")
+    failed, stock = 0, None
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_model(folder, args.shape)
+        for name in args.only.split(","):
+            played = run(name, args.shape, folder)
+            if isinstance(played, str):
+                failed += 1
+                lines.append(f"| {name} | failed | | | |")
+                print(f"--- {name}\n{played}\n---", flush=True)
+                continue
+            stock = played if name == "stock" else stock
+            lines.append(row(name, played, stock))
+            print(lines[-1], flush=True)
+    print("\n".join(["", *lines]))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
