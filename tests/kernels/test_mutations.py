@@ -75,13 +75,6 @@ MUTATIONS = [
         "  copy_wait<0>();\n}",
     ),
     Mutation(
-        "the next segment does not wait",
-        "mma",
-        MMA,
-        "    __syncthreads();  // the next segment reuses the rows and the stages\n",
-        "",
-    ),
-    Mutation(
         "the wrong chunk of a row",
         "mma",
         MMA,
@@ -124,15 +117,6 @@ MUTATIONS = [
         "    barrier_wait(&shared.values_full[ring.stage], ring.phase);\n    clear_tail",
         "    clear_tail",
         often=True,
-    ),
-    Mutation(
-        "keys are freed before they are read",
-        "wgmma",
-        WGMMA,
-        "    wgmma_wait<1>();\n    hold(state.scores);\n    if (lane == 0) "
-        "barrier_arrive(&shared.keys_free[next.stage]);",
-        "    if (lane == 0) barrier_arrive(&shared.keys_free[next.stage]);\n"
-        "    wgmma_wait<1>();\n    hold(state.scores);",
     ),
     Mutation(
         "scores are read too early",
