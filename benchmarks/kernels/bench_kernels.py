@@ -5,7 +5,7 @@
 
 Each side is captured into a CUDA graph that goes over several copies of the cache, more than the
 second level cache holds, and the graphs are replayed turn about. First every side is compared with
-float64. Needs a CUDA device, and vLLM for its kernels; without one it says so and ends.
+float64. Needs a CUDA device; a side whose library is not there is named with the reason.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.demo import machine
+from benchmarks.kernels import peers
 from benchmarks.kernels.steps import (
     HEAD_SIZE,
     HEADS,
     KV_HEADS,
+    SCALE,
     Regime,
     Tensors,
     make,
@@ -37,11 +39,9 @@ from vllm_stateful.attention.plan import Shape, SharedPrefix, make_plan
 COLD_BYTES = 200 << 20  # four times the second level cache of an H200
 MOST_COPIES = 8
 MOST_ORACLE_PAIRS = 3e8
-SCALE = HEAD_SIZE**-0.5
-Call = Callable[[Tensors], None]
 
 
-def ours(regime: Regime, rows: int, is_grouped: bool = False) -> Call:
+def ours(regime: Regime, rows: int, is_grouped: bool = False) -> peers.Call:
     """Our kernel for tiles of so many rows."""
     shape = Shape(
         num_ctas=ops.num_ctas(torch.bfloat16, HEAD_SIZE, rows, 0),
@@ -57,7 +57,7 @@ def ours(regime: Regime, rows: int, is_grouped: bool = False) -> Call:
     return partial(_call, ops.delta_append_attention, there)
 
 
-def in_triton(regime: Regime) -> Call:
+def in_triton(regime: Regime) -> peers.Call:
     """Our Triton kernels."""
     shape = Shape(264, 64, triton_attention.BLOCK_KEYS[HEAD_SIZE], KV_HEADS, HEADS // KV_HEADS)
     lengths = [a + b for a, b in zip(regime.new, regime.cached, strict=True)]
@@ -82,93 +82,18 @@ def _call(kernel: Callable[..., None], plan: ops.DevicePlan, t: Tensors) -> None
     )
 
 
-def _append(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
-
-    k_cache, v_cache = t.cache.transpose(1, 2).split(HEAD_SIZE, dim=-1)
-    one = torch.ones(1, device=t.q.device)
-    reshape_and_cache_flash(t.k, t.v, k_cache, v_cache, t.slot_mapping, "auto", one, one)
-    return k_cache, v_cache
-
-
-def flash_attention(regime: Regime) -> Call:
-    """FlashAttention as vLLM calls it: write, schedule once, attend."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
-
-    lengths = [a + b for a, b in zip(regime.new, regime.cached, strict=True)]
-    starts = torch.tensor([0, *regime.new], device="cuda").cumsum(0).int()
-    scheduled = get_scheduler_metadata(
-        batch_size=len(lengths),
-        max_seqlen_q=max(regime.new),
-        max_seqlen_k=max(lengths),
-        num_heads_q=HEADS,
-        num_heads_kv=KV_HEADS,
-        headdim=HEAD_SIZE,
-        cache_seqlens=torch.tensor(lengths, device="cuda").int(),
-        qkv_dtype=torch.bfloat16,
-        cu_seqlens_q=starts,
-        page_size=16,
-        causal=True,
-    )
-
-    def call(t: Tensors) -> None:
-        k_cache, v_cache = _append(t)
-        flash_attn_varlen_func(
-            q=t.q,
-            k=k_cache,
-            v=v_cache,
-            out=t.out,
-            cu_seqlens_q=t.query_start,
-            max_seqlen_q=max(regime.new),
-            seqused_k=t.seq_lens,
-            max_seqlen_k=max(lengths),
-            softmax_scale=SCALE,
-            causal=True,
-            block_table=t.block_table,
-            scheduler_metadata=scheduled,
-            fa_version=3,
-        )
-
-    return call
-
-
-def unified_triton(regime: Regime) -> Call:
-    """vLLM's Triton kernel."""
-    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
-
-    longest = max(a + b for a, b in zip(regime.new, regime.cached, strict=True))
-
-    def call(t: Tensors) -> None:
-        k_cache, v_cache = _append(t)
-        unified_attention(
-            q=t.q,
-            k=k_cache,
-            v=v_cache,
-            out=t.out,
-            cu_seqlens_q=t.query_start,
-            max_seqlen_q=max(regime.new),
-            seqused_k=t.seq_lens,
-            max_seqlen_k=longest,
-            softmax_scale=SCALE,
-            causal=True,
-            window_size=(-1, -1),
-            block_table=t.block_table,
-            softcap=0.0,
-            q_descale=None,
-            k_descale=None,
-            v_descale=None,
-        )
-
-    return call
-
-
-def sides(regime: Regime) -> dict[str, Callable[[], Call]]:
+def sides(regime: Regime) -> dict[str, Callable[[], peers.Call]]:
     """Every kernel that may serve this step, by name."""
     packed = max(regime.new) * HEADS // KV_HEADS
-    made: dict[str, Callable[[], Call]] = {
-        "FA3": partial(flash_attention, regime),
-        "vLLM Triton": partial(unified_triton, regime),
+    made: dict[str, Callable[[], peers.Call]] = {
+        "FA3": partial(peers.flash_attention, regime),
+        "vLLM Triton": partial(peers.unified_triton, regime),
+        "FlashInfer fa2": partial(peers.flashinfer, regime, "fa2"),
+        "FlashInfer fa3": partial(peers.flashinfer, regime, "fa3"),
+        "FlashInfer holistic": partial(peers.flashinfer_holistic, regime),
     }
+    if len(regime.new) == 1:
+        made["SDPA, KV gathered before"] = partial(peers.sdpa, regime)
     for rows in (16, 32, 64):
         if packed <= rows or rows == 64:
             made[f"mma {rows}"] = partial(ours, regime, rows)
@@ -181,7 +106,7 @@ def sides(regime: Regime) -> dict[str, Callable[[], Call]]:
     return made
 
 
-def error_of(regime: Regime, call: Call) -> float:
+def error_of(regime: Regime, call: peers.Call) -> float:
     """Relative error against float64; NaN where that would take too long."""
     pairs = sum(a * b for a, b in zip(regime.new, regime.cached, strict=True)) * HEADS
     if pairs > MOST_ORACLE_PAIRS:
@@ -195,7 +120,7 @@ def error_of(regime: Regime, call: Call) -> float:
     return float((t.out.double() - expected).norm() / expected.norm())
 
 
-def captured(call: Call, copies: list[Tensors], passes: int) -> torch.cuda.CUDAGraph:
+def captured(call: peers.Call, copies: list[Tensors], passes: int) -> torch.cuda.CUDAGraph:
     """A graph of so many passes over all copies."""
     for each in copies:
         call(each)

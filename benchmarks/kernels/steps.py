@@ -10,6 +10,7 @@ from random import Random
 import torch
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE = 32, 8, 128, 16
+SCALE = HEAD_SIZE**-0.5
 H200_BYTES_S = 4.3e12
 H200_FLOP_S = 790e12
 

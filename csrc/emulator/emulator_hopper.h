@@ -7,6 +7,8 @@
 
 namespace stateful {
 
+constexpr int kDawdleRounds = 1000;
+
 struct TensorMap {
   const unsigned char* base;
   int64_t sizes[4];    // columns, rows, heads, blocks
@@ -92,8 +94,14 @@ inline void hold(float (&)[kTiles][4]) {}
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulator::current->products.emplace_back(); }
+// A lane now and then comes late, so that what must not happen before this has time to happen.
+inline void dawdle() {
+  if (emulator::random_bits() % 256) return;
+  for (int i = 0; i < kDawdleRounds; ++i) emulator::yield();
+}
 template <int kPending>
 inline void wgmma_wait() {
+  dawdle();
   auto& groups = emulator::current->products;
   while (static_cast<int>(groups.size()) - 1 > kPending) {
     for (const auto& product : groups.front()) product();

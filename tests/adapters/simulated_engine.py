@@ -32,7 +32,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_stateful.adapters.scheduler import StatefulAsyncScheduler, StatefulScheduler
-from vllm_stateful.adapters.speculation import SchedulerDrafts
+from vllm_stateful.adapters.scheduler_drafts import SchedulerDrafts
 
 VOCAB = 100
 MODEL_CONFIG = {

@@ -70,6 +70,8 @@ def random_case(
     new = [random.randint(1, most_new) for _ in range(num_sequences)]
     long = 400 if is_wide else 150
     cached = [random.choice((0, random.randint(0, long), 64, 16)) for _ in new]
+    if is_wide and random.random() < 0.25:  # a ring of blocks goes round
+        cached[0] = random.randint(500, 900)
     prefixes = []
     if num_shared and prefix_keys:
         for sequence in range(num_shared):

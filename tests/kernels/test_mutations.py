@@ -119,6 +119,24 @@ MUTATIONS = [
         often=True,
     ),
     Mutation(
+        "keys are freed before they are read",
+        "wgmma",
+        WGMMA,
+        "  wgmma_wait<0>();\n  hold(state.scores);\n  if (lane == 0) "
+        "barrier_arrive(&shared.keys_free[ring.stage]);",
+        "  if (lane == 0) barrier_arrive(&shared.keys_free[ring.stage]);\n"
+        "  wgmma_wait<0>();\n  hold(state.scores);",
+    ),
+    Mutation(
+        "values are freed before they are read",
+        "wgmma",
+        WGMMA,
+        "    wgmma_wait<0>();\n    hold(state.out);\n    if (lane == 0) "
+        "barrier_arrive(&shared.values_free[ring.stage]);",
+        "    if (lane == 0) barrier_arrive(&shared.values_free[ring.stage]);\n"
+        "    wgmma_wait<0>();\n    hold(state.out);",
+    ),
+    Mutation(
         "scores are read too early",
         "wgmma",
         WGMMA,

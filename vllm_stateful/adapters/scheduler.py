@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -28,12 +28,15 @@ from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.message_boundaries import boundary_rules
 from vllm_stateful.adapters.offload_tier import OffloadTier, is_offloading, tier_of
 from vllm_stateful.adapters.prefill_groups import SchedulerPrefills
-from vllm_stateful.adapters.speculation import SchedulerDrafts, is_asked_for
+from vllm_stateful.adapters.speculation import is_asked_for
 from vllm_stateful.adapters.turn import session_of
 from vllm_stateful.adapters.waiting_queue import ProgramQueue
 from vllm_stateful.config import StatefulConfig, load_config
 from vllm_stateful.errors import UnsupportedError
 from vllm_stateful.types import SessionKey
+
+if TYPE_CHECKING:
+    from vllm_stateful.adapters.scheduler_drafts import SchedulerDrafts
 
 logger = init_logger("vllm.stateful")
 
@@ -142,6 +145,8 @@ class _StatefulMixin:
         manager.store.tier = self.tier
         self.prefills = SchedulerPrefills(self)
         if is_asked_for(self.vllm_config):
+            from vllm_stateful.adapters.scheduler_drafts import SchedulerDrafts  # numba: a second
+
             self.speculation = SchedulerDrafts(manager, rules, self.num_spec_tokens)
         if self.config.order == "least-served":
             self._order_by_service()

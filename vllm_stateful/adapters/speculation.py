@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts for vLLM's speculative decoding, made where the sessions are: in the engine core.
+"""How vLLM is told to take drafts from sessions, and what a request may say about them.
 
 vLLM asks its worker for drafts after each step and hands them to the scheduler, which has the next
 step verify them. Asked for by vLLM's own option, nothing is patched::
@@ -7,42 +7,18 @@ step verify them. Asked for by vLLM's own option, nothing is patched::
     --speculative-config '{"method": "custom_class", "num_speculative_tokens": 16,
       "model": "vllm_stateful.adapters.speculation.SessionDrafter"}'
 
-the worker proposes nothing, and the scheduler puts the session's drafts in its place. Everything
-behind that is vLLM's: grammars cut drafts, the rejection sampler keeps the distribution.
+the worker proposes nothing, and the scheduler puts the session's drafts in its place
+(`scheduler_drafts`, imported only then: its index is compiled). Everything behind that is vLLM's:
+grammars cut drafts, the rejection sampler keeps the distribution.
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Hashable
 from typing import Any
 
-from vllm.platforms import current_platform
-from vllm.sampling_params import SamplingType
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
-from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
-from vllm_stateful.adapters.turn import Turn, token_array
 from vllm_stateful.config import parse_bool
-from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
-from vllm_stateful.speculate.session_drafts import SessionDrafts
-from vllm_stateful.speculate.step_costs import LEAST_CHANCE, StepCosts
-
-MAX_BYTES = 512 << 20
-"""For the indexes of waiting sessions, and as much for the answers of agents."""
-
-LOOK_FOR_USER = 32_768
-"""Tokens in which the first user message is looked for: before it is what makes the agent."""
-
-OPENING = 32
-"""Tokens that make the agent where no message is known to begin."""
-
-RATE_DECAY = 0.98
-"""How much less each earlier step counts in what a step accepts."""
-
 
 XARG = "stateful_drafts"
 """``vllm_xargs`` of a request: 0 for no drafts; 1 for drafts that are worth it for this request
@@ -81,139 +57,3 @@ def wish_of(request: Request) -> bool | None:
         return parse_bool(str(value))
     except ValueError:
         return False
-
-
-class SchedulerDrafts:
-    """The drafts of one scheduler's turns.
-
-    Args:
-        manager: whose turns they are.
-        rules: where messages begin in token ids; None when that is not known.
-        max_tokens: of one draft (``num_speculative_tokens``).
-    """
-
-    def __init__(
-        self, manager: StatefulKVCacheManager, rules: BoundaryRules | None, max_tokens: int
-    ) -> None:
-        self.costs = StepCosts()
-        self.drafts = SessionDrafts(MAX_BYTES)
-        self.greedy_only: bool = current_platform.is_cpu()
-        """vLLM 0.32 on a CPU samples from garbage, or ends the engine, when a step verifies drafts
-        and any of its turns is not greedy: ``rejection_sampler.expand_batch_to_tokens`` leaves
-        temperatures, top_k and top_p unset there (vllm-project/vllm#42638), with any drafts."""
-        self._manager = manager
-        self._rules = rules
-        self._max_tokens = max_tokens
-        self._drafted_a_step = self._accepted_a_step = 0.0
-        self._started: tuple[float, int, int] | None = None
-
-    def withdraw(self, requests: dict[str, Request]) -> None:
-        """A step is about to be scheduled, and a turn may have come that drafts would hurt."""
-        if self._is_verifying_unsafe(requests):
-            for name, request in requests.items():
-                if request.spec_token_ids:
-                    request.spec_token_ids = []
-                    self.drafts.withdraw(name)
-
-    def _is_verifying_unsafe(self, requests: dict[str, Request]) -> bool:
-        return self.greedy_only and any(
-            request.sampling_params is not None
-            and request.sampling_params.sampling_type != SamplingType.GREEDY
-            for request in requests.values()
-        )
-
-    def step_begins(self, output: SchedulerOutput) -> None:
-        """A step was scheduled: one that only decodes is timed."""
-        drafted = output.scheduled_spec_decode_tokens
-        decodes = all(
-            num == 1 + len(drafted.get(name, ()))
-            for name, num in output.num_scheduled_tokens.items()
-        )
-        is_timed = decodes and not output.scheduled_new_reqs and output.num_scheduled_tokens
-        if not is_timed:
-            self._started = None
-            return
-        computed = output.scheduled_cached_reqs
-        attended = sum(
-            num * output.num_scheduled_tokens[name]
-            for name, num in zip(computed.req_ids, computed.num_computed_tokens, strict=True)
-        )
-        rows = output.total_num_scheduled_tokens
-        self._started = (time.perf_counter(), rows, attended)
-
-    def step_ends(self) -> None:
-        """Its output is here."""
-        if self._started is not None:
-            began, rows, attended = self._started
-            self.costs.saw(rows, attended, time.perf_counter() - began)
-            self._started = None
-
-    def fill(self, proposed: DraftTokenIds, requests: dict[str, Request]) -> DraftTokenIds:
-        """The drafts of the requests that a step has run, in the place of the worker's."""
-        drafted, accepted = self.drafts.num_drafted, self.drafts.num_accepted
-        running = [name for name in proposed.req_ids if self._is_decoding(requests.get(name))]
-        for name in running:
-            self._catch_up(requests[name])
-        drafted, accepted = self.drafts.num_drafted - drafted, self.drafts.num_accepted - accepted
-        self._drafted_a_step += (1 - RATE_DECAY) * (drafted - self._drafted_a_step)
-        self._accepted_a_step += (1 - RATE_DECAY) * (accepted - self._accepted_a_step)
-        is_unsafe = self._is_verifying_unsafe(requests)
-        made = {} if is_unsafe else self._drafts([requests[name] for name in running])
-        return DraftTokenIds(proposed.req_ids, [made.get(name, []) for name in proposed.req_ids])
-
-    def _drafts(self, running: list[Request]) -> dict[str, list[int]]:
-        """For all that decode; each row is weighed against a step as they have been of late."""
-        contexts = [request.num_tokens for request in running]
-        rows = len(running) + self._drafted_a_step
-        attended = sum(contexts) / max(1, len(running)) * rows
-        made = len(running) + self._accepted_a_step
-        return {
-            request.request_id: self._draft(
-                request, self.costs.least_chance(rows, attended, made, context)
-            )
-            for request, context in zip(running, contexts, strict=True)
-        }
-
-    def ended(self, request: Request) -> None:
-        """A request is over: its session keeps its index, its agent its answer."""
-        if request.request_id in self.drafts:
-            self._catch_up(request)
-            self.drafts.ends(request.request_id)
-
-    def _is_decoding(self, request: Request | None) -> bool:
-        if request is None or request.is_finished() or request.is_prefill_chunk:
-            return False
-        return request.request_id in self._manager.turns
-
-    def _catch_up(self, request: Request) -> None:
-        """Learn what was generated since the last time."""
-        name = request.request_id
-        if name not in self.drafts:
-            turn = self._manager.turns[name]
-            self.drafts.begins(name, turn.session, self._agent_of(turn), turn.prompt)
-        known = self.drafts.num_tokens(name) - request.num_prompt_tokens
-        new = list(request.output_token_ids[known:])
-        if new:
-            self.drafts.came(name, token_array(new))
-
-    def _draft(self, request: Request, least_chance: float) -> list[int]:
-        wish = wish_of(request)
-        if wish is not None:
-            least_chance = LEAST_CHANCE if wish else 1.0
-        left = request.max_tokens - request.num_output_tokens - 1
-        most = min(self._max_tokens, left)
-        if most <= 0 or least_chance >= 1.0:
-            return []
-        tokens: list[int] = self.drafts.draft(request.request_id, least_chance, most).tolist()
-        return tokens
-
-    def _agent_of(self, turn: Turn) -> Hashable:
-        """Tenant, adapter, and all that stands before the first user message."""
-        opening = turn.prompt[:OPENING]
-        if self._rules is not None:
-            head = turn.prompt[:LOOK_FOR_USER]
-            cuts = self._rules.cuts(head, 0, Kind.OTHER)
-            users = cuts.starts[cuts.kinds == Kind.USER]
-            opening = head[: int(users[0])] if len(users) else opening
-        digest = hashlib.blake2b(opening.tobytes(), digest_size=16).digest()
-        return turn.session.identity, digest
