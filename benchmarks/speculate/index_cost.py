@@ -23,8 +23,8 @@ from benchmarks.speculate.__main__ import tokenizers, turns
 from vllm_stateful.speculate.session_drafts import SessionDrafts
 from vllm_stateful.types import TokenArray
 
-LEAST_CHANCES = (0.15, 0.4, 1.1)
-"""As for one turn, for several, and for many: then no draft is worth it."""
+LEAST_CHANCES = (0.15, 0.4, 0.9, 1.0)
+"""As for one turn, for several, and for many; at 1 no draft is worth it, and none is looked for."""
 
 
 def decode(

@@ -156,8 +156,6 @@ class SchedulerDrafts:
             least_chance = LEAST_CHANCE if wish else 1.0
         left = request.max_tokens - request.num_output_tokens - 1
         most = min(self._max_tokens, left)
-        if most <= 0 or least_chance >= 1.0:
-            return []
         tokens: list[int] = self.drafts.draft(request.request_id, least_chance, most).tolist()
         return tokens
 

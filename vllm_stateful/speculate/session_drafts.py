@@ -94,8 +94,13 @@ class SessionDrafts:
         return len(self._running[name].index)
 
     def draft(self, name: Hashable, least_chance: float, max_tokens: int = MAX_DRAFT) -> TokenArray:
-        """What probably comes next in a turn; see ``drafts.draft_of``."""
+        """What probably comes next in a turn; see ``drafts.draft_of``.
+
+        Nothing is looked for where no token can be worth its cost (``least_chance`` is 1 or more).
+        """
         turn = self._running[name]
+        if least_chance >= 1.0 or max_tokens <= 0:
+            return NO_DRAFT.tokens
         others = NOWHERE
         earlier = self._earlier.of(turn.agent)
         if earlier is not None:
