@@ -21,24 +21,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-    },
-}
+from benchmarks.models.dummy import SHAPES, write_config
+
 SESSIONS, TURNS, FIRST_TOKENS, ADDED_TOKENS, ANSWER_TOKENS = 3, 6, 2000, 300, 32
 PLUGIN = {"VLLM_STATEFUL": "1", "VLLM_STATEFUL_STRICT": "1"}
 V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
@@ -53,24 +37,6 @@ CONFIGURATIONS: dict[str, dict[str, str]] = {
     "plugin-v2": {**V2, **PLUGIN},
     "plugin-eager": {**PLUGIN, **EAGER},
 }
-
-
-def write_model(folder: Path, shape: str) -> None:
-    """A Llama of this shape: only its config."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": "bfloat16",
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **SHAPES[shape],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def play(folder: Path, num_tokens: int) -> dict[str, Any]:
@@ -162,7 +128,7 @@ def main() -> int:
     failed, stock = 0, None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_model(folder, args.shape)
+        write_config(folder, args.shape)
         for name in args.only.split(";"):
             played = run(name, args.shape, folder)
             if isinstance(played, str):

@@ -2,6 +2,8 @@
 """The paper's workloads: stock vLLM, stock with its own drafts, and the plugin, turn about.
 
     python -m benchmarks.serving.bench_agents [--workloads service,coding] [--quick]
+    python -m benchmarks.serving.bench_agents --model llama-8b --modes live     # on one GPU
+    python -m benchmarks.serving.bench_agents --model llama-8b --modes replay   # model runner V1
 
 Three servers run at once, and each turn is sent to one after the other, so that they meet the same
 machine. In replay the model is made to say what was recorded: all sides do the work for the same
@@ -24,7 +26,7 @@ from benchmarks.demo.servers import ServerFailedError
 from benchmarks.serving import agents_report as report
 from benchmarks.serving import recorded, replay
 from benchmarks.serving.agents_load import WORKLOADS, Workload
-from benchmarks.serving.agents_play import MODES, Drafts, Player, Sample, drafts_of, since
+from benchmarks.serving.agents_play import MODES, REPLAY, Drafts, Player, Sample, drafts_of, since
 from benchmarks.serving.agents_report import SIDES
 from benchmarks.serving.client import RequestFailedError
 from benchmarks.serving.pressure_play import warm_up
@@ -65,7 +67,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def settings(args: argparse.Namespace) -> replay.Settings:
     """Of the servers."""
     least, most = map(int, args.ngram_lookup.split(","))
+    is_on_gpu, is_pinned = args.model == replay.LLAMA_8B, REPLAY in args.modes
+    method = "ngram_gpu" if is_on_gpu and not is_pinned else "ngram"
     ngram = NGRAM_CONFIG | {
+        "method": method,
         "num_speculative_tokens": args.ngram_tokens,
         "prompt_lookup_min": least,
         "prompt_lookup_max": most,
@@ -74,13 +79,14 @@ def settings(args: argparse.Namespace) -> replay.Settings:
     arguments = {
         side: ("--speculative-config", json.dumps(config)) for side, config in configs.items()
     }
-    return replay.settings(
+    common = replay.settings(
         MAX_LEN,
         block_size=BLOCK_SIZE,
         cores=args.cores,
         side_arguments=arguments,
-        is_eager=not args.compiled,
+        is_eager=not (args.compiled or is_on_gpu),
     )
+    return replay.on_gpu(common, len(args.sides), is_pinned=is_pinned) if is_on_gpu else common
 
 
 def measure(args: argparse.Namespace) -> tuple[list[Sample], list[Drafts]]:

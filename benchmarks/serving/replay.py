@@ -2,6 +2,7 @@
 """What the benchmarks on recorded conversations share: models, pinned answers, server settings."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from benchmarks.models import CACHE, ROOT, TOOLS_TEMPLATE, smollm2
+from benchmarks.models.dummy import ensure_dummy
 from benchmarks.models.tiny import ensure_tiny
 from benchmarks.serving.recorded import SOURCES
 from benchmarks.serving.servers import Settings
 
-SMALL, SMOLLM2 = "small", "smollm2"
-MODELS = (SMALL, SMOLLM2)
+SMALL, SMOLLM2, LLAMA_8B = "small", "smollm2", "llama-8b"
+MODELS = (SMALL, SMOLLM2, LLAMA_8B)
 IDS, TEXT = "ids", "text"
 PINS = (IDS, TEXT)
 
@@ -31,9 +33,12 @@ def model_folder(name: str) -> Path:
 
     The small one is for loads: in four minutes one core computes 25,000 tokens with SmolLM2, which
     is no more than what a dozen live sessions hold.
+    That of the shape of Llama-3.1-8B, with weights that vLLM makes up, is for a GPU.
     """
     if name == SMOLLM2:
         return smollm2.ensure()
+    if name == LLAMA_8B:
+        return ensure_dummy(name)
     path = CACHE / "small-llama-8k"
     return ensure_tiny(path, hidden=256, layers=6, heads=8, kv_heads=4, max_len=MAX_TOKENS)
 
@@ -107,6 +112,24 @@ def settings(
         environment,
         side_arguments or {},
         is_eager,
+    )
+
+
+def on_gpu(common: Settings, num_sides: int, *, is_pinned: bool) -> Settings:
+    """The same for servers that share one GPU, in bfloat16 and with weights that vLLM makes up.
+
+    Args:
+        num_sides: servers at once; each gets its part of nine tenths of the memory.
+        is_pinned: answers are pinned, which only model runner V1 can.
+    """
+    share = f"{0.9 / num_sides:.2f}"
+    arguments = ("--load-format", "dummy", "--gpu-memory-utilization", share)
+    runner = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if is_pinned else {}
+    return dataclasses.replace(
+        common,
+        arguments=(*common.arguments, *arguments),
+        environment={**common.environment, **runner},
+        dtype="bfloat16",
     )
 
 

@@ -41,6 +41,7 @@ class Settings:
     Attributes:
         side_arguments: of `vllm serve`, for one side each.
         is_eager: without compiling the model.
+        dtype: of weights and KV; float32 gives all sides the same answers.
     """
 
     model_name: str = MODEL_NAME
@@ -50,6 +51,7 @@ class Settings:
     environment: Mapping[str, str] = field(default_factory=dict)
     side_arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     is_eager: bool = True
+    dtype: str = "float32"
 
 
 ONE_LAYER = Settings()
@@ -63,7 +65,7 @@ def serve_command(model: Path, port: int, side: str, settings: Settings = ONE_LA
         *("--served-model-name", settings.model_name),
         *("--host", HOST, "--port", str(port)),
         *("--max-model-len", str(settings.max_model_len)),
-        *("--dtype", "float32"),
+        *("--dtype", settings.dtype),
         "--enable-prefix-caching",
         "--enable-prompt-tokens-details",
         *(("--enforce-eager",) if settings.is_eager else ()),

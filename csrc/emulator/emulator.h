@@ -40,7 +40,8 @@ inline uint32_t random_bits() {
 
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr long kMostRounds = 200'000'000;  // a deadlock ends here
+constexpr long kMostIdleRounds = 20'000;  // so long and no barrier was passed: a deadlock
+inline long idle_rounds = 0;
 
 struct Copy {
   void* to;
@@ -63,6 +64,7 @@ struct ByteBarrier {
     if (pending == 0 && bytes == 0) {
       pending = count;
       phase ^= 1;
+      idle_rounds = 0;
     }
   }
 };
@@ -139,6 +141,7 @@ inline void enter_thread() {
   kernel();
   current->done = true;
   current->cta->alive--;
+  idle_rounds = 0;
   leave();
 }
 
@@ -167,6 +170,7 @@ inline void join(Barrier& barrier, int num_threads) {
   if (++barrier.count == num_threads) {
     barrier.count = 0;
     barrier.generation++;
+    idle_rounds = 0;
   }
   while (barrier.generation == generation) yield();
 }
@@ -237,7 +241,7 @@ inline void launch(unsigned grid, int num_threads, size_t shared_bytes, int most
   std::vector<std::unique_ptr<Cta>> alive;
   std::vector<unsigned> waiting;
   for (unsigned i = 0; i < grid; ++i) waiting.insert(waiting.begin() + random_bits() % (i + 1), i);
-  long rounds = 0;
+  idle_rounds = 0;
   while (!alive.empty() || !waiting.empty()) {
     if (!waiting.empty() && static_cast<int>(alive.size()) < most_alive) {
       alive.push_back(make_cta(waiting.back(), num_threads, shared_bytes));
@@ -247,7 +251,7 @@ inline void launch(unsigned grid, int num_threads, size_t shared_bytes, int most
     const size_t chosen = random_bits() % alive.size();
     run_some(*alive[chosen]);
     if (alive[chosen]->alive == 0) alive.erase(alive.begin() + static_cast<long>(chosen));
-    if (++rounds > kMostRounds) throw std::runtime_error("deadlock");
+    if (++idle_rounds > kMostIdleRounds) throw std::runtime_error("deadlock");
   }
 }
 

@@ -29,6 +29,7 @@ def snapshot(**values: Any) -> dict[str, Any]:
         "num_offloads_declined": 0,
         "num_tokens_drafted": 0,
         "num_drafts_accepted": 0,
+        "attention_steps": {},
         "offload_working_set": 0.0,
         **gauges,
         **values,

@@ -20,7 +20,7 @@ from emulator import CSRC, ROOT, cuda_headers
 from mutated import WRONG
 
 pytestmark = pytest.mark.skipif(cuda_headers() is None, reason="the CUDA headers are not here")
-CASES = 60
+CASES = 200
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ parent's kernels and so replay these; batches of more than one new token run bet
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -22,15 +21,13 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from vllm_stateful.adapters.attention_choice import STEPS
 from vllm_stateful.attention import ops
 from vllm_stateful.attention.choice import Batch, Layers, tile_rows, why_never, why_not
 from vllm_stateful.attention.plan import Shape, make_plan
 from vllm_stateful.attention.workspace import Workspace
 
 logger = init_logger("vllm.stateful")
-
-STEPS: Counter[str] = Counter()
-"""Steps of this process by who served them: "taken", or why vLLM's own kernel did."""
 
 _HALVES = (torch.bfloat16, torch.float16)
 

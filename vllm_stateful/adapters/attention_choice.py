@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,9 @@ logger = init_logger("vllm.stateful")
 
 BACKEND = "vllm_stateful.adapters.attention_backend.StatefulAttentionBackend"
 LIBRARY = Path(vllm_stateful.__file__).parent / "_C.abi3.so"
+
+STEPS: Counter[str] = Counter()
+"""Steps of the worker in this process: "taken" by our kernels, or why vLLM's served them."""
 
 
 def choose_attention(choice: str, report_problem: Callable[[str], None]) -> None:

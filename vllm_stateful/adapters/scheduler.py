@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
+from vllm_stateful.adapters.attention_choice import STEPS
 from vllm_stateful.adapters.called_tools import CalledTools
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
@@ -287,6 +288,7 @@ class _StatefulMixin:
             "num_reasoning_dropped": store.num_reasoning_dropped,
             **self._tier_stats(),
             **self._draft_stats(),
+            "attention_steps": dict(STEPS),
             "num_sessions": store.num_sessions,
             "num_blocks_pinned": store.pins.num_pinned,
             "num_blocks_budget": store.pins.budget_blocks,

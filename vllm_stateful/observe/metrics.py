@@ -69,6 +69,14 @@ METRICS: tuple[Metric, ...] = (
         "Tokens drafted from sessions that the model accepted.",
     ),
     Metric(
+        "vllm_stateful_attention_steps",
+        "counter",
+        "attention_steps",
+        "served_by",
+        "With --stateful-attention, steps whose attention our kernels computed (taken), or why "
+        "vLLM's did. Counted where the worker runs in the engine's process.",
+    ),
+    Metric(
         "vllm_stateful_offloads_declined",
         "counter",
         "num_offloads_declined",

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llamas that are only a config: vLLM makes up their weights (`--load-format dummy`).
+
+Nothing they say means anything; what they cost is what a model of that shape costs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from benchmarks.models import CACHE, published, smollm2
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+    },
+}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def write_config(folder: Path, shape: str) -> None:
+    """The config alone: for requests that are token ids."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **SHAPES[shape],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def ensure_dummy(shape: str) -> Path:
+    """A folder with SmolLM2's tokenizer beside it, whose vocabulary is smaller than the model's."""
+    path = CACHE / f"dummy-{shape}"
+    if not path.is_dir():
+        tokenizer = smollm2.ensure()
+        with published(path) as out:
+            write_config(out, shape)
+            for name in _TOKENIZER_FILES:
+                shutil.copy(tokenizer / name, out)
+    return path
