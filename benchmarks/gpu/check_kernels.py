@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The random steps of tests/kernels through the compiled op on a device, against float64.
+"""The random steps of tests/kernels through the compiled op on a device, against float64; opcheck.
 
 python -m benchmarks.gpu.check_kernels [--cases 300]
 """
@@ -19,7 +19,7 @@ from vllm_stateful.attention import ops
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "kernels"))
 
-from cases import BLOCK_KEYS, MOST_ERROR, WGMMA_BLOCK_KEYS, Case, bits, random_case
+from cases import BLOCK_KEYS, MOST_ERROR, WGMMA_BLOCK_KEYS, Case, arguments, bits, random_case
 
 KERNELS: dict[str, dict[str, Any]] = {
     "mma": {"block_keys": BLOCK_KEYS},
@@ -79,6 +79,12 @@ def main() -> int:
         print(f"nothing is checked: {reason}", file=sys.stderr)
         return 1
     wrong: Counter[str] = Counter()
+    checked = torch.library.opcheck(
+        torch.ops.vllm_stateful.delta_append_attention.default,
+        tuple(arguments("cuda")),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    print(f"opcheck: {checked}")
     for kernel, options in KERNELS.items():
         if kernel == "wgmma" and torch.cuda.get_device_capability()[0] != 9:
             print("wgmma: not on this device")

@@ -43,6 +43,35 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int16)
 
 
+def arguments(device: str) -> list[object]:
+    """Of the op itself, by the shapes that its schema documents, with nothing to do."""
+    half = {"dtype": torch.bfloat16, "device": device}
+    ints = {"dtype": torch.int32, "device": device}
+    return [
+        torch.zeros(3, 8, 128, **half),
+        torch.zeros(3, 2, 128, **half),
+        torch.zeros(3, 2, 128, **half),
+        torch.zeros(4, 2, 16, 256, **half),
+        torch.zeros(3, 8, 128, **half),
+        torch.zeros(1, 4, **ints),
+        torch.zeros(2, **ints),
+        torch.zeros(1, **ints),
+        torch.zeros(3, dtype=torch.int64, device=device),
+        torch.zeros(3, **ints),
+        torch.zeros(2, 8, **ints),
+        torch.zeros(2, 8, **ints),
+        torch.zeros(0, 4, **ints),
+        torch.zeros(0, 2, **ints),
+        torch.zeros(1, 16, 128, device=device),
+        torch.zeros(1, 16, device=device),
+        torch.zeros(2, **ints),
+        16,
+        0.1,
+        0.0,
+        0,
+    ]
+
+
 def random_case(
     seed: int,
     *,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import arguments
 from emulator import CSRC
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,35 +20,6 @@ from vllm_stateful.attention import ops
 built = pytest.mark.skipif(not ops.LIBRARY.exists(), reason="_C.abi3.so is not built")
 NEEDED = {"libtorch.so", "libtorch_cpu.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1"}
 NEEDED |= {"libc.so.6", "ld-linux-x86-64.so.2"}
-
-
-def arguments(device: str) -> list[object]:
-    """Of the op, by the shapes that its schema documents."""
-    half = {"dtype": torch.bfloat16, "device": device}
-    ints = {"dtype": torch.int32, "device": device}
-    return [
-        torch.zeros(3, 8, 128, **half),
-        torch.zeros(3, 2, 128, **half),
-        torch.zeros(3, 2, 128, **half),
-        torch.zeros(4, 2, 16, 256, **half),
-        torch.zeros(3, 8, 128, **half),
-        torch.zeros(1, 4, **ints),
-        torch.zeros(2, **ints),
-        torch.zeros(1, **ints),
-        torch.zeros(3, dtype=torch.int64, device=device),
-        torch.zeros(3, **ints),
-        torch.zeros(2, 8, **ints),
-        torch.zeros(2, 8, **ints),
-        torch.zeros(0, 4, **ints),
-        torch.zeros(0, 2, **ints),
-        torch.zeros(1, 16, 128, device=device),
-        torch.zeros(1, 16, device=device),
-        torch.zeros(2, **ints),
-        16,
-        0.1,
-        0.0,
-        0,
-    ]
 
 
 def test_the_bindings_are_valid_against_this_torch() -> None:

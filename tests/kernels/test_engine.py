@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's backend with our kernels serves real turns: the launches alone are emulated."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emulator import ROOT, cuda_headers
+
+pytestmark = pytest.mark.skipif(cuda_headers() is None, reason="the CUDA headers are not here")
+MOST_DIFFERENCE = 0.05  # of a log-probability in bfloat16
+LAYERS = 2
+STRICT = {"VLLM_STATEFUL_STRICT": "1", "VLLM_STATEFUL_CHECK_INVARIANTS": "1"}
+
+
+def played(folder: Path, kernel: str, **environment: str) -> dict[str, Any]:
+    folder = folder / kernel
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "engine.py", folder, kernel],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return dict(json.loads((folder / "answers.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return played(tmp_path_factory.mktemp("stock"), "stock")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "plugin"), [("mma", {}), ("wgmma", {"VLLM_STATEFUL": "1", **STRICT})]
+)
+def test_turns_through_the_backend(
+    kernel: str, plugin: dict[str, str], stock: dict[str, Any], tmp_path: Path
+) -> None:
+    ours = played(tmp_path, kernel, **plugin)
+    for (_, expected, cached), (_, logprob, cached_here) in zip(
+        stock["answers"], ours["answers"], strict=True
+    ):
+        assert abs(logprob - expected) < MOST_DIFFERENCE
+        assert cached_here == cached if not plugin else cached_here >= cached
+    steps = ours["steps"]["taken"]
+    assert set(ours["steps"]) == {"taken"}
+    assert sum(ours["calls"].values()) == LAYERS * steps
