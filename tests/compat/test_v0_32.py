@@ -39,6 +39,7 @@ from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.worker.gpu import model_runner
 
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.compat.patch import CompatError, Patch, call_shape
@@ -73,6 +74,8 @@ OWNERS = {
     "response-outputs": OutputProcessor,
     "response-forget": AsyncMPClient,
     "request-state": RequestState,
+    "worker-speculator": model_runner,
+    "worker-requests": model_runner.GPUModelRunner,
 }
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 by_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)

@@ -35,6 +35,8 @@ from vllm_stateful.compat.v0_32 import (
     scheduler_class,
     session_identity,
     worker_ids,
+    worker_requests,
+    worker_speculator,
 )
 from vllm_stateful.config import ENABLE_ENV, OPTIONS, load_config
 from vllm_stateful.errors import UnsupportedError
@@ -109,13 +111,15 @@ def activate() -> None:
 def _patches_of(process_name: str) -> list[Patch]:
     """The patches that a process needs, by the name that vLLM gives it.
 
-    A worker needs none and the engine core only its own: the others would import vLLM's HTTP
-    entry points there. Any other process may hold everything (``LLM`` without multiprocessing).
+    A worker and the engine core, which may hold a worker, need only their own: the others would
+    import vLLM's HTTP entry points there. Any other process may hold everything (``LLM`` without
+    multiprocessing).
     """
+    runs_here = {"api", "engine", "worker", "all"}
     if process_name.startswith("VllmWorker"):
-        return []
-    only_engine = process_name.startswith("EngineCore")
-    runs_here = ("engine", "all") if only_engine else ("api", "engine", "all")
+        runs_here = {"worker"}
+    elif process_name.startswith("EngineCore"):
+        runs_here = {"engine", "worker", "all"}
     config = load_config()
     off = set(config.disable)
     off |= set() if config.history == "generated" else {"history"}
@@ -181,6 +185,8 @@ def _fill_hooks() -> None:
     prompt_handover.hook.set(_receive)
     prompt_miss.hook.set(_answer_miss)
     worker_ids.hook.set(_worker_ids)
+    worker_speculator.hook.set(_make_speculator)
+    worker_requests.hook.set(_note_requests)
     reasoning_end.hook.set(_is_reasoning_end)
     finished_answer.hook.set(_note_answer)
     message_parsing.hook.set(_parse_new_messages)
@@ -288,6 +294,18 @@ def _worker_ids(request: Any, is_v2: bool, uses_mrope: bool) -> Any:
     from vllm_stateful.adapters.worker_ids import worker_ids
 
     return worker_ids(request, is_v2, uses_mrope)
+
+
+def _make_speculator(stock: Any, vllm_config: Any, device: Any, req_states: Any) -> Any:
+    from vllm_stateful.adapters.lookup_speculator import make_speculator
+
+    return make_speculator(stock, vllm_config, device, req_states)
+
+
+def _note_requests(runner: Any, scheduler_output: Any) -> None:
+    from vllm_stateful.adapters.lookup_speculator import note_requests
+
+    note_requests(runner, scheduler_output)
 
 
 def _is_answered(client: Any, request: Any) -> bool:

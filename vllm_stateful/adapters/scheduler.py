@@ -29,7 +29,8 @@ from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.message_boundaries import boundary_rules
 from vllm_stateful.adapters.offload_tier import OffloadTier, is_offloading, tier_of
 from vllm_stateful.adapters.prefill_groups import SchedulerPrefills
-from vllm_stateful.adapters.speculation import is_asked_for
+from vllm_stateful.adapters.scheduler_lookup import SchedulerLookup
+from vllm_stateful.adapters.speculation import is_asked_for, is_looked_up
 from vllm_stateful.adapters.turn import session_of
 from vllm_stateful.adapters.waiting_queue import ProgramQueue
 from vllm_stateful.config import StatefulConfig, load_config
@@ -98,6 +99,8 @@ class _StatefulMixin:
     prefills: SchedulerPrefills | None = None
     speculation: SchedulerDrafts | None = None
     """Drafts from sessions, where vLLM was told to take them."""
+    lookup: SchedulerLookup | None = None
+    """What the device looks drafts up in, where it does."""
     vllm_config: Any
     connector: Any
     tier: OffloadTier | None = None
@@ -149,6 +152,8 @@ class _StatefulMixin:
             from vllm_stateful.adapters.scheduler_drafts import SchedulerDrafts  # numba: a second
 
             self.speculation = SchedulerDrafts(manager, rules, self.num_spec_tokens)
+        if is_looked_up(self.vllm_config):
+            self.lookup = SchedulerLookup(manager, rules)
         if self.config.order == "least-served":
             self._order_by_service()
 
@@ -178,6 +183,8 @@ class _StatefulMixin:
             self.prefills.ended(request)
         if self.speculation is not None:
             self.speculation.ended(request)
+        if self.lookup is not None:
+            self.lookup.ended(request)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
@@ -225,6 +232,8 @@ class _StatefulMixin:
                 self.by_service.admitted(self.requests[new.req_id], new.num_computed_tokens)
         if self.speculation is not None:
             self.speculation.step_begins(output)
+        if self.lookup is not None:
+            self.lookup.step_begins(output)
         self._check()
         return output
 
@@ -233,6 +242,8 @@ class _StatefulMixin:
         cannot be right) that it adds to a turn of which one token is left to compute: they are for
         full CUDA graphs, which this way of drafting does not have.
         """
+        if self.lookup is not None:
+            self.lookup.withdraw(self.requests)
         if self.speculation is None:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
         self.speculation.withdraw(self.requests)

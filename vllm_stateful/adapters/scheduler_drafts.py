@@ -7,9 +7,7 @@ step verify them; here the scheduler fills them in.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Hashable
 
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingType
@@ -18,20 +16,14 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
-from vllm_stateful.adapters.speculation import wish_of
-from vllm_stateful.adapters.turn import Turn, token_array
-from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
+from vllm_stateful.adapters.speculation import agent_of, wish_of
+from vllm_stateful.adapters.turn import token_array
+from vllm_stateful.prefix.boundaries import BoundaryRules
 from vllm_stateful.speculate.session_drafts import SessionDrafts
 from vllm_stateful.speculate.step_costs import LEAST_CHANCE, StepCosts
 
 MAX_BYTES = 512 << 20
 """For the indexes of waiting sessions, and as much for the answers of agents."""
-
-LOOK_FOR_USER = 32_768
-"""Tokens in which the first user message is looked for: before it is what makes the agent."""
-
-OPENING = 32
-"""Tokens that make the agent where no message is known to begin."""
 
 RATE_DECAY = 0.98
 """How much less each earlier step counts in what a step accepts."""
@@ -144,7 +136,7 @@ class SchedulerDrafts:
         name = request.request_id
         if name not in self.drafts:
             turn = self._manager.turns[name]
-            self.drafts.begins(name, turn.session, self._agent_of(turn), turn.prompt)
+            self.drafts.begins(name, turn.session, agent_of(turn, self._rules), turn.prompt)
         known = self.drafts.num_tokens(name) - request.num_prompt_tokens
         new = list(request.output_token_ids[known:])
         if new:
@@ -158,14 +150,3 @@ class SchedulerDrafts:
         most = min(self._max_tokens, left)
         tokens: list[int] = self.drafts.draft(request.request_id, least_chance, most).tolist()
         return tokens
-
-    def _agent_of(self, turn: Turn) -> Hashable:
-        """Tenant, adapter, and all that stands before the first user message."""
-        opening = turn.prompt[:OPENING]
-        if self._rules is not None:
-            head = turn.prompt[:LOOK_FOR_USER]
-            cuts = self._rules.cuts(head, 0, Kind.OTHER)
-            users = cuts.starts[cuts.kinds == Kind.USER]
-            opening = head[: int(users[0])] if len(users) else opening
-        digest = hashlib.blake2b(opening.tobytes(), digest_size=16).digest()
-        return turn.session.identity, digest

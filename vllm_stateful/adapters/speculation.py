@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How vLLM is told to take drafts from sessions, and what a request may say about them.
 
+On CUDA, model runner V2 looks drafts up on the device (`lookup_speculator`), so that async
+scheduling and CUDA graphs stay::
+
+    --speculative-config '{"method": "ngram_gpu", "num_speculative_tokens": 8}'
+
+Elsewhere the engine core does, which knows more and can wait for the worker.
+
 vLLM asks its worker for drafts after each step and hands them to the scheduler, which has the next
 step verify them. Asked for by vLLM's own option, nothing is patched::
 
@@ -14,15 +21,29 @@ grammars cut drafts, the rejection sampler keeps the distribution.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Hashable
 from typing import Any
 
 from vllm.v1.request import Request
 
+from vllm_stateful.adapters.turn import Turn
 from vllm_stateful.config import parse_bool
+from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
 
 XARG = "stateful_drafts"
 """``vllm_xargs`` of a request: 0 for no drafts; 1 for drafts that are worth it for this request
 alone, whatever they cost the others."""
+
+
+UPDATE = "stateful_lookup"
+"""Attribute of vLLM's ``SchedulerOutput``: a ``LookupUpdate`` for the device, if there is one."""
+
+LOOK_FOR_USER = 32_768
+"""Tokens in which the first user message is looked for: before it is what makes the agent."""
+
+OPENING = 32
+"""Tokens that make the agent where no message is known to begin."""
 
 
 class SessionDrafter:
@@ -46,6 +67,28 @@ def is_asked_for(vllm_config: Any) -> bool:
     """Whether vLLM was told to take drafts from sessions."""
     config = vllm_config.speculative_config
     return config is not None and config.method == "custom_class" and config.model == NAME
+
+
+def is_looked_up(vllm_config: Any) -> bool:
+    """Whether drafts are looked up on the device, by model runner V2."""
+    config = vllm_config.speculative_config
+    return config is not None and config.method == "ngram_gpu" and vllm_config.use_v2_model_runner
+
+
+def agent_of(turn: Turn, rules: BoundaryRules | None) -> Hashable:
+    """Tenant, adapter, and all that stands before the first user message.
+
+    Args:
+        turn: of the agent.
+        rules: where messages begin in token ids; None when that is not known.
+    """
+    opening = turn.prompt[:OPENING]
+    if rules is not None:
+        head = turn.prompt[:LOOK_FOR_USER]
+        cuts = rules.cuts(head, 0, Kind.OTHER)
+        users = cuts.starts[cuts.kinds == Kind.USER]
+        opening = head[: int(users[0])] if len(users) else opening
+    return turn.session.identity, hashlib.blake2b(opening.tobytes(), digest_size=16).digest()
 
 
 def wish_of(request: Request) -> bool | None:

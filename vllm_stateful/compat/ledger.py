@@ -27,6 +27,8 @@ from vllm_stateful.compat.v0_32 import (
     scheduler_class,
     session_identity,
     worker_ids,
+    worker_requests,
+    worker_speculator,
 )
 
 PATCHES: tuple[Patch, ...] = (
@@ -51,6 +53,8 @@ PATCHES: tuple[Patch, ...] = (
     response_outputs.PATCH,
     response_forget.PATCH,
     request_state.PATCH,
+    worker_speculator.PATCH,
+    worker_requests.PATCH,
 )
 
 _MARKDOWN_HEAD = """\

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from vllm_stateful.errors import StatefulError
 
-Process = Literal["api", "engine", "all"]
+Process = Literal["api", "engine", "worker", "all"]
 
 # The replacement carries this attribute, so that a re-imported patch recognises its own work.
 _MARK = "__vllm_stateful_patch__"

@@ -14,14 +14,12 @@ from collections.abc import Hashable
 
 import numpy as np
 
+from vllm_stateful.speculate.answer_buffer import LEAD_TOKENS
 from vllm_stateful.speculate.lookup_index import LookupIndex
 from vllm_stateful.types import TokenArray
 
 MAX_TOKENS = 1 << 20
 """Of one agent's answers; then the older half is forgotten."""
-
-LEAD_TOKENS = 6
-"""Tokens before an answer that are kept with it, so that its beginning is found too."""
 
 
 class EarlierAnswers:

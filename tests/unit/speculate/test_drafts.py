@@ -5,8 +5,9 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given, settings
 
+from vllm_stateful.speculate.answer_buffer import LEAD_TOKENS
 from vllm_stateful.speculate.drafts import MAX_DRAFT, NO_DRAFT, Acceptance, Draft, Text, draft_of
-from vllm_stateful.speculate.earlier_answers import LEAD_TOKENS, EarlierAnswers
+from vllm_stateful.speculate.earlier_answers import EarlierAnswers
 from vllm_stateful.speculate.lookup_index import LookupIndex
 from vllm_stateful.types import TokenArray
 

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's model runner V2, the one of CUDA, on a host without a GPU. Import before vLLM.
+
+vLLM 0.32 runs it on a CPU where Triton has a CPU backend. Here Triton's interpreter stands in:
+slow, and exact. Streams and events do nothing on a CPU, so what is not seen here is a missing wait.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+os.environ |= {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+from triton.backends import backends
+
+NO_DRIVER = SimpleNamespace(is_active=lambda: False)
+backends["cpu"] = SimpleNamespace(driver=NO_DRIVER, compiler=None)
+
+
+def allow_async_scheduling() -> None:
+    """vLLM switches it off on a CPU, where it brings nothing; here it is what CUDA does."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    stock = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, config: Any) -> None:
+        wanted = config.scheduler_config.async_scheduling
+        stock(cls, config)
+        config.scheduler_config.async_scheduling = wanted
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)

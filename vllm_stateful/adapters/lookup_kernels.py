@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts looked up on the device: three small Triton kernels, no token leaves the GPU.
+
+The longest match of the end of a text wins, in the text itself or in what its agent answered
+before; of matches of one length the one in the text itself, and there the newest. What follows it
+is drafted. Each drafted token has a chance, by the length of the match that it goes on from,
+learned from what was verified.
+
+Sources: prompt lookup decoding (Saxena 2023); the scan over blocks of a text of vLLM
+``v1/worker/gpu/spec_decode/ngram/speculator.py``; SuffixDecoding (arXiv:2411.04975) for the other
+answers of an agent.
+"""
+
+from vllm.triton_utils import tl, triton
+
+MAX_MATCH = 16
+"""Tokens; longer matches are not told apart."""
+
+BLOCK = 256
+"""Places that one program compares."""
+
+MAX_PLACES = 1 << 25
+"""A match is packed into 31 bits: its length above, its place below."""
+
+_PLACE_BITS = tl.constexpr(25)
+_PLACE_MASK = tl.constexpr(MAX_PLACES - 1)
+
+NUM_COLUMNS = 4
+"""Of the table of requests: where its agent's answers start, how many tokens they have, how long
+the match of the last draft was, how many tokens it had."""
+
+
+@triton.jit
+def find_kernel(
+    ends_ptr,  # int32 [max_num_reqs, stride]: the tokens of each request
+    stride,
+    states_ptr,  # [num_reqs]: row of each request in the tables
+    lengths_ptr,  # int32 [max_num_reqs]
+    num_sampled_ptr,  # int32 [num_reqs]
+    answers_ptr,  # int32 [...]
+    table_ptr,  # int32 [max_num_reqs, 4]
+    best_ptr,  # int32 [num_reqs, num_columns]: the best match of each block
+    best_stride,
+    column,
+    OWN: tl.constexpr,
+    MAX_MATCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The longest match that ends in a block of places, the newest of several."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    out = best_ptr + row * best_stride + column + block
+    state = tl.load(states_ptr + row).to(tl.int64)
+    length = tl.load(lengths_ptr + state)
+    own = ends_ptr + state * stride
+    if OWN:
+        text = own
+        num_text = length
+    else:
+        text = answers_ptr + tl.load(table_ptr + state * 4).to(tl.int64)
+        num_text = tl.load(table_ptr + state * 4 + 1)
+    if (tl.load(num_sampled_ptr + row) <= 0) | (block * BLOCK >= num_text):
+        tl.store(out, 0)
+        return
+    places = block * BLOCK + tl.arange(0, BLOCK)  # of the token that would be drafted
+    alive = places < num_text
+    if not OWN:
+        alive = alive & (tl.load(text + places, mask=alive, other=-1) >= 0)
+    matched = tl.zeros([BLOCK], dtype=tl.int32)
+    step = 0
+    going = length > 0
+    while going:
+        wanted = tl.load(own + length - 1 - step)
+        alive = alive & (places > step)
+        alive = alive & (tl.load(text + places - 1 - step, mask=alive, other=-1) == wanted)
+        matched += alive.to(tl.int32)
+        step += 1
+        going = (step < MAX_MATCH) & (step < length) & (tl.max(alive.to(tl.int32), axis=0) > 0)
+    packed = tl.where(matched > 0, (matched << _PLACE_BITS) | places, 0)
+    tl.store(out, tl.max(packed, axis=0))
+
+
+@triton.jit
+def draft_kernel(
+    ends_ptr,
+    stride,
+    states_ptr,
+    lengths_ptr,
+    last_ptr,  # int64 [max_num_reqs]: the token sampled last
+    answers_ptr,
+    table_ptr,
+    best_ptr,
+    best_stride,
+    num_own_columns,
+    num_columns,
+    counts_ptr,  # float32 [2, MAX_MATCH + 1]: drafted and accepted, by length of the match
+    drafts_ptr,  # int64 [num_reqs, K]
+    chances_ptr,  # float32 [num_reqs, K]
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    COLUMNS_BLOCK: tl.constexpr,
+    MAX_MATCH: tl.constexpr,
+):
+    """What follows the best match; where nothing does, the last token with no chance at all."""
+    row = tl.program_id(0).to(tl.int64)
+    state = tl.load(states_ptr + row).to(tl.int64)
+    columns = tl.arange(0, COLUMNS_BLOCK)
+    found = tl.load(best_ptr + row * best_stride + columns, mask=columns < num_columns, other=0)
+    own = tl.max(tl.where(columns < num_own_columns, found, 0), axis=0)
+    other = tl.max(tl.where(columns >= num_own_columns, found, 0), axis=0)
+    is_own = (own >> _PLACE_BITS) >= (other >> _PLACE_BITS)
+    best = tl.where(is_own, own, other)
+    match = best >> _PLACE_BITS
+    place = best & _PLACE_MASK
+
+    # A match that overlaps the end of the text goes on in circles. (Scalars are compared with, not
+    # combined with masks: Triton's interpreter cannot.)
+    index = tl.arange(0, K_BLOCK)
+    num_own = tl.where(is_own & (match > 0), K, 0)
+    period = tl.maximum(tl.load(lengths_ptr + state) - place, 1)
+    text = ends_ptr + state * stride + place + index % period
+    tokens = tl.load(text, mask=index < num_own, other=-1)
+    start = tl.load(table_ptr + state * 4).to(tl.int64)
+    num_behind = tl.load(table_ptr + state * 4 + 1) - place
+    num_said = tl.where(is_own | (match == 0), 0, tl.minimum(num_behind, K))
+    said = tl.load(answers_ptr + start + place + index, mask=index < num_said, other=-1)
+    tokens = tl.maximum(tokens, said)
+    drafted = tl.cumsum((tokens < 0).to(tl.int32), axis=0) == 0
+
+    matched = tl.minimum(match + index, MAX_MATCH)
+    tried = tl.load(counts_ptr + matched, mask=drafted, other=1.0)
+    kept = tl.load(counts_ptr + MAX_MATCH + 1 + matched, mask=drafted, other=0.0)
+    last = tl.load(last_ptr + state)
+    out = row * K + index
+    tl.store(drafts_ptr + out, tl.where(drafted, tokens.to(tl.int64), last), mask=index < K)
+    tl.store(chances_ptr + out, tl.where(drafted, kept / tried, 0.0), mask=index < K)
+    tl.store(table_ptr + state * 4 + 2, match)
+    tl.store(table_ptr + state * 4 + 3, tl.sum(drafted.to(tl.int32), axis=0))
+
+
+@triton.jit
+def learn_kernel(
+    states_ptr,
+    num_sampled_ptr,
+    num_rejected_ptr,
+    table_ptr,
+    counts_ptr,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    MAX_MATCH: tl.constexpr,
+):
+    """Counts what was verified of last drafts: what was accepted, and the first that was not."""
+    row = tl.program_id(0).to(tl.int64)
+    state = tl.load(states_ptr + row).to(tl.int64)
+    num_sampled = tl.load(num_sampled_ptr + row)
+    accepted = num_sampled - 1
+    verified = accepted + tl.load(num_rejected_ptr + row)
+    match = tl.load(table_ptr + state * 4 + 2)
+    num_drafted = tl.minimum(tl.load(table_ptr + state * 4 + 3), verified)
+    num_tried = tl.where(match > 0, tl.minimum(num_drafted, accepted + 1), 0)
+    index = tl.arange(0, K_BLOCK)
+    matched = tl.minimum(match + index, MAX_MATCH)
+    tl.atomic_add(counts_ptr + matched, 1.0, mask=index < num_tried)
+    num_kept = tl.minimum(num_tried, accepted)
+    tl.atomic_add(counts_ptr + MAX_MATCH + 1 + matched, 1.0, mask=index < num_kept)
