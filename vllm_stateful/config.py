@@ -91,7 +91,15 @@ def _bytes(text: str) -> int:
     return int(number)
 
 
-FEATURES = ("tokenize", "messages", "detokenize", "reasoning", "transport", "worker-ids")
+FEATURES = (
+    "tokenize",
+    "messages",
+    "detokenize",
+    "reasoning",
+    "transport",
+    "worker-ids",
+    "device-drafts",
+)
 """What ``--stateful-disable`` may name: each leaves one stage to stock vLLM."""
 
 

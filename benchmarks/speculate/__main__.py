@@ -9,7 +9,8 @@ is built from source; its package of suffix trees alone is enough).
 Every answer of every recorded conversation is replayed: a draft is accepted as far as it equals
 what was recorded. No model runs, so the figures are of the drafts alone. Each conversation keeps
 one index over all of its turns. ``plugin`` has the earlier answers of the same source beside that,
-in the order of the file; ``own text`` has not.
+in the order of the file; ``own text`` has not. ``device`` is what the plugin does on CUDA, where
+`ngram` drafts its full number too: of both only the tokens a step can be compared there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_p
 
 from benchmarks.models import ROOT
 from benchmarks.serving.recorded import _rows
+from vllm_stateful.speculate.answer_buffer import END, MAX_MATCH, REGION_TOKENS, AnswerBuffer
+from vllm_stateful.speculate.compiled import compiled
 from vllm_stateful.speculate.drafts import NOWHERE, Acceptance, Draft, Text, draft_of
 from vllm_stateful.speculate.earlier_answers import EarlierAnswers
 from vllm_stateful.speculate.lookup_index import LookupIndex
@@ -47,6 +50,9 @@ SOURCES = (
 )
 CHANCES = (0.4, 0.3, 0.25, 0.2)
 """Least chances of a drafted token (``draft_of``)."""
+
+DEVICE_DRAFTS = (5, 8, 16)
+"""As `ngram_gpu`, the look-up on a device drafts one number of tokens for every request."""
 
 AGENT = "agent"
 """All conversations of one source have the same tools, or say the same things."""
@@ -173,6 +179,71 @@ class Lookup:
             self._others.add(AGENT, prompt, answer)
 
 
+class OnDevice:
+    """The plugin's on CUDA: a fixed number of drafts behind the longest match.
+
+    Args:
+        num_drafts: of each step; what is not found is made up, and wrong.
+        buffer: of the agent's answers.
+        answers: int32, what the device has of the buffer.
+    """
+
+    def __init__(self, num_drafts: int, buffer: AnswerBuffer, answers: TokenArray) -> None:
+        self._num_drafts = num_drafts
+        self._buffer = buffer
+        self._answers = answers
+        self._text = LookupIndex()
+
+    def extend(self, tokens: TokenArray) -> None:
+        self._text.extend(tokens)
+
+    def draft(self) -> TokenArray:
+        span = self._buffer.begins(AGENT)
+        assert span is not None
+        said = self._answers[span.start : span.start + span.num_tokens]
+        own = self._text.tokens
+        length, place = _longest(own, own)
+        other, other_place = _longest(said, own)
+        drafts = np.full(self._num_drafts, END, np.int32)
+        if length and length >= other:
+            circle = np.arange(self._num_drafts) % (len(own) - place)
+            drafts[:] = own[place + circle]
+        elif other:
+            found = said[other_place : other_place + self._num_drafts]
+            drafts[: len(found)] = found
+        self._buffer.ends(AGENT, own[:0], own[:0])
+        return drafts
+
+    def saw(self, came: TokenArray) -> None:
+        pass
+
+    def ended(self, prompt: TokenArray, answer: TokenArray) -> None:
+        self._buffer.begins(AGENT)
+        write = self._buffer.ends(AGENT, prompt, answer)
+        if write is not None:
+            self._answers[write.start : write.start + len(write.tokens)] = write.tokens
+
+
+@compiled
+def _longest(text: TokenArray, own: TokenArray) -> tuple[int, int]:
+    """As ``adapters.lookup_kernels``: the length of the longest match, the newest place behind."""
+    best, found = 0, 0
+    for place in range(len(text) - 1, 0, -1):
+        if text[place] < 0:
+            continue
+        length = 0
+        while (
+            length < min(MAX_MATCH, place, len(own))
+            and text[place - 1 - length] == own[len(own) - 1 - length]
+        ):
+            length += 1
+        if length > best:
+            best, found = length, place
+            if best == MAX_MATCH:
+                break
+    return best, found
+
+
 @dataclass
 class Figures:
     """Totals over answers."""
@@ -254,7 +325,7 @@ def methods() -> dict[str, Callable[[], Method]]:
     made: dict[str, Callable[[], Method]] = {
         "ngram 5-5 x5": lambda: Ngram(5, 5, 5),
         "ngram 2-5 x5": lambda: Ngram(2, 5, 5),
-        "ngram 3-8 x5": lambda: Ngram(3, 8, 5),
+        "ngram 2-5 x16": lambda: Ngram(2, 5, 16),
     }
     with contextlib.suppress(ImportError):
         from arctic_inference.suffix_decoding import SuffixDecodingCache
@@ -267,6 +338,10 @@ def methods() -> dict[str, Callable[[], Method]]:
         made[f"plugin {chance}"] = (
             lambda c=chance, a=Acceptance(), e=EarlierAnswers(1 << 30): Lookup(a, c, e)  # type: ignore[misc]  # noqa: B008
         )
+    for num_drafts in DEVICE_DRAFTS:
+        buffer = AnswerBuffer(REGION_TOKENS, REGION_TOKENS)
+        answers = np.full(REGION_TOKENS, END, np.int32)
+        made[f"device x{num_drafts}"] = lambda n=num_drafts, b=buffer, a=answers: OnDevice(n, b, a)  # type: ignore[misc]
     return made
 
 

@@ -13,9 +13,8 @@ import torch
 from numpy.random import Generator, default_rng
 
 from vllm_stateful.adapters import lookup_kernels, lookup_speculator
-from vllm_stateful.adapters.lookup_kernels import MAX_MATCH
 from vllm_stateful.adapters.lookup_speculator import LookupSpeculator, prior
-from vllm_stateful.speculate.answer_buffer import END, LookupUpdate, Span, Write
+from vllm_stateful.speculate.answer_buffer import END, MAX_MATCH, LookupUpdate, Span, Write
 
 MAX_LEN, MAX_REQS, BLOCK, REGION = 96, 5, 16, 40
 Texts = dict[int, list[int]]

@@ -56,13 +56,22 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
             page_size=self.block_size,
             is_half_precision=self.kv_cache_dtype in _HALVES,
             capability=torch.cuda.get_device_capability(device),
-            unusual="decode context parallelism" if self.dcp_world_size > 1 else "",
+            unusual=self._unusual(config),
         )
         self._why_never = why_never(self._layers) or ops.why_unavailable()
         self._workspace = Workspace(self.headdim, device)
         self._is_captured = False
         if self._why_never:
             logger.info("stateful: attention is left to vLLM: %s", self._why_never)
+
+    def _unusual(self, config: Any) -> str:
+        """Why no plan can be made; empty when one can."""
+        if self.dcp_world_size > 1:
+            return "decode context parallelism"
+        drafts = config.speculative_config
+        if drafts is not None and drafts.enable_adaptive_verification:
+            return "adaptive verification: only the device knows how many rows a request has"
+        return ""
 
     def build_for_cudagraph_capture(self, common: CommonAttentionMetadata) -> Any:
         """The parent's kernels are what a graph replays."""

@@ -13,9 +13,6 @@ answers of an agent.
 
 from vllm.triton_utils import tl, triton
 
-MAX_MATCH = 16
-"""Tokens; longer matches are not told apart."""
-
 BLOCK = 256
 """Places that one program compares."""
 

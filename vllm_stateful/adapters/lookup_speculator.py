@@ -22,9 +22,15 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_stateful.adapters import lookup_kernels
-from vllm_stateful.adapters.lookup_kernels import BLOCK, MAX_MATCH, MAX_PLACES, NUM_COLUMNS
+from vllm_stateful.adapters.lookup_kernels import BLOCK, MAX_PLACES, NUM_COLUMNS
 from vllm_stateful.adapters.speculation import UPDATE, is_looked_up
-from vllm_stateful.speculate.answer_buffer import BUFFER_TOKENS, END, REGION_TOKENS, LookupUpdate
+from vllm_stateful.speculate.answer_buffer import (
+    BUFFER_TOKENS,
+    END,
+    MAX_MATCH,
+    REGION_TOKENS,
+    LookupUpdate,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch

@@ -316,11 +316,27 @@ class _StatefulMixin:
         }
 
     def _draft_stats(self) -> dict[str, int]:
-        drafts = None if self.speculation is None else self.speculation.drafts
+        drafts = self.lookup if self.speculation is None else self.speculation.drafts
         return {
             "num_tokens_drafted": 0 if drafts is None else drafts.num_drafted,
             "num_drafts_accepted": 0 if drafts is None else drafts.num_accepted,
         }
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """vLLM's count of a request's verified drafts."""
+        if self.lookup is not None:
+            self.lookup.num_drafted += num_draft_tokens
+            self.lookup.num_accepted += num_accepted_tokens
+        return super().make_spec_decoding_stats(  # type: ignore[misc]
+            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
+        )
 
     def _close(self, session_id: str, cache_salt: str | None) -> int:
         """Base-model sessions of that id and salt; those of LoRA adapters by their own end."""

@@ -16,7 +16,15 @@ from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.speculation import UPDATE, agent_of, wish_of
 from vllm_stateful.adapters.turn import Turn, token_array
 from vllm_stateful.prefix.boundaries import BoundaryRules
-from vllm_stateful.speculate.answer_buffer import NOTHING, AnswerBuffer, LookupUpdate, Span, Write
+from vllm_stateful.speculate.answer_buffer import (
+    BUFFER_TOKENS,
+    NOTHING,
+    REGION_TOKENS,
+    AnswerBuffer,
+    LookupUpdate,
+    Span,
+    Write,
+)
 
 
 class SchedulerLookup:
@@ -28,9 +36,11 @@ class SchedulerLookup:
     """
 
     def __init__(self, manager: StatefulKVCacheManager, rules: BoundaryRules | None) -> None:
+        self.num_drafted = 0
+        self.num_accepted = 0
         self._manager = manager
         self._rules = rules
-        self._buffer = AnswerBuffer()
+        self._buffer = AnswerBuffer(BUFFER_TOKENS, REGION_TOKENS)
         self._running: dict[str, tuple[Hashable, Turn]] = {}
         self._writes: list[Write] = []
         self._changed: dict[str, Span] = {}

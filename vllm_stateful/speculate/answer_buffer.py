@@ -21,6 +21,9 @@ from vllm_stateful.types import TokenArray
 LEAD_TOKENS = 6
 """Tokens before an answer that are kept with it, so that its beginning is found too."""
 
+MAX_MATCH = 16
+"""Tokens; longer matches are not told apart on the device."""
+
 END = -1
 """Behind each answer: no draft goes on beyond it."""
 
@@ -88,7 +91,7 @@ class AnswerBuffer:
         ValueError: not one region fits, or one cannot hold an answer.
     """
 
-    def __init__(self, num_tokens: int = BUFFER_TOKENS, region_tokens: int = REGION_TOKENS) -> None:
+    def __init__(self, num_tokens: int, region_tokens: int) -> None:
         if not LEAD_TOKENS + 2 <= region_tokens <= num_tokens:
             raise ValueError(f"{num_tokens} tokens hold no region of {region_tokens}")
         self._region_tokens = region_tokens
