@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's engine with model runner V2 and async scheduling, as on CUDA, on the host.
 
-    python engine.py FOLDER stock|plugin|drafts|adaptive|crowded
+    python engine.py FOLDER stock|plugin|drafts|adaptive|crowded|grammar
 
-FOLDER gets the model and answers.json. The last three draft on the device; ``adaptive`` lets vLLM
+FOLDER gets the model and answers.json. The last four draft on the device; ``adaptive`` lets vLLM
 choose which drafts are worth it, ``crowded`` has too few blocks for its requests and computes
-prompts in chunks.
+prompts in chunks, ``grammar`` has a tokenizer (the larger vocabulary takes longer).
 """
 
 # ruff: noqa: E402
@@ -31,12 +31,14 @@ if SIDE != "stock":
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerificationManager
 
 from benchmarks.models.dummy import SHAPES, write_config
+from benchmarks.models.tiny import ensure_tiny
 from vllm_stateful.adapters import lookup_speculator, scheduler_lookup
 
 NUM_TOKENS, BLOCK = 64, 32
@@ -47,15 +49,13 @@ STEPS: list[int] = []
 """Drafts that each step verifies."""
 
 
-def engine(folder: Path) -> LLM:
+def engine(folder: Path, **options: Any) -> LLM:
     """A small random model."""
     on_host.allow_async_scheduling()
     for module in (scheduler_lookup, lookup_speculator):  # fewer programs to interpret
         module.BUFFER_TOKENS, module.REGION_TOKENS = 2048, 512
-    write_config(folder, "small")
-    write_weights(folder)
-    options: dict[str, Any] = {"num_gpu_blocks_override": 64}
-    if SIDE in ("drafts", "adaptive", "crowded"):
+    options = {"num_gpu_blocks_override": 64, "skip_tokenizer_init": True, **options}
+    if SIDE in ("drafts", "adaptive", "crowded", "grammar"):
         options["speculative_config"] = {
             "method": "ngram_gpu",
             "num_speculative_tokens": NUM_DRAFTS,
@@ -65,7 +65,6 @@ def engine(folder: Path) -> LLM:
     made = LLM(
         str(folder),
         dtype="float32",
-        skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=320,
         max_num_seqs=4,
@@ -179,6 +178,26 @@ def options(llm: LLM) -> list[list[int]]:
     return ask(llm, prompts, wanted)
 
 
+def grammars(llm: LLM) -> list[str]:
+    """Answers that a grammar bounds, twice: the second time they can be drafted."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    wanted = [{"regex": "[ab]{4,8}"}, {"json": schema}, {"choice": ["one of these", "or this"]}]
+    prompts = [
+        {"prompt": f"You are an agent. Say it: {number}", "cache_salt": "us"} for number in range(3)
+    ]
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=16, structured_outputs=StructuredOutputsParams(**each)
+        )
+        for each in wanted
+    ]
+    return [
+        answer.outputs[0].text
+        for _ in range(2)
+        for answer in llm.generate(prompts, params, use_tqdm=False)  # type: ignore[arg-type]
+    ]
+
+
 def said_before(llm: LLM) -> dict[str, Any]:
     """Steps for one prompt: the first time, again, again without drafts, for another tenant."""
     prompt, steps, answers = text(Random(5), 50), {}, []
@@ -224,32 +243,47 @@ def chances(llm: LLM) -> list[list[float]]:
     return (first[:, None] * second).tolist()
 
 
-def main(folder: Path) -> None:
-    count_steps()
-    llm = engine(folder)
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    preempted, preempt = [], scheduler._preempt_request
+def count_preemptions(scheduler: Any) -> list[int]:
+    """An element for each."""
+    preempted: list[int] = []
+    preempt = scheduler._preempt_request
 
     def noting(*args: Any, **named: Any) -> Any:
         preempted.append(1)
         return preempt(*args, **named)
 
     scheduler._preempt_request = noting
-    found: dict[str, Any] = {"turns": turns(llm), "options": options(llm)}
-    found["said_before"] = said_before(llm)
+    return preempted
+
+
+def play(folder: Path) -> dict[str, Any]:
+    """All that one side is asked."""
+    if SIDE == "grammar":
+        llm = engine(ensure_tiny(), skip_tokenizer_init=False)
+        found: dict[str, Any] = {"grammars": grammars(llm)}
+        return found | {"stats": stats(llm)}
+    write_config(folder, "small")
+    write_weights(folder)
+    llm = engine(folder)
+    preempted = count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
+    found = {"turns": turns(llm), "options": options(llm), "said_before": said_before(llm)}
     if SIDE in ("stock", "crowded"):
         found["long answers"] = long_answers(llm)
     if SIDE == "stock":
-        found["chances"] = chances(llm)
+        return found | {"chances": chances(llm)}
     if SIDE == "drafts":
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         before = runner.speculator.counts.clone()
         found["sampled"] = sampled(llm)
         found["verified"] = (runner.speculator.counts - before).sum(1).tolist()
-    found["preempted"] = len(preempted)
-    found["stats"] = scheduler.stateful("stats", {}) if SIDE != "stock" else {}
-    (folder / "answers.json").write_text(json.dumps(found))
+    return found | {"preempted": len(preempted), "stats": stats(llm)}
+
+
+def stats(llm: LLM) -> dict[str, Any]:
+    return dict(llm.llm_engine.engine_core.engine_core.scheduler.stateful("stats", {}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    count_steps()
+    place = Path(sys.argv[1])
+    (place / "answers.json").write_text(json.dumps(play(place)))

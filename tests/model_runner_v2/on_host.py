@@ -22,9 +22,29 @@ os.environ |= {
 }
 
 from triton.backends import backends
+from triton.runtime.interpreter import InterpreterBuilder
 
 NO_DRIVER = SimpleNamespace(is_active=lambda: False)
 backends["cpu"] = SimpleNamespace(driver=NO_DRIVER, compiler=None)
+
+
+def take_any_mask() -> None:
+    """Where a mask was made from a scalar numpy widens its booleans, and the interpreter stops."""
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *more: Any, **named: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return load(self, pointers, mask, *more, **named)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *more: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return store(self, pointers, value, mask, *more)
+
+    InterpreterBuilder.create_masked_load = masked_load
+    InterpreterBuilder.create_masked_store = masked_store
+
+
+take_any_mask()
 
 
 def allow_async_scheduling() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SIDES = ("stock", "plugin", "drafts", "adaptive", "crowded")
-OURS = SIDES[1:]
+SIDES = ("stock", "plugin", "drafts", "adaptive", "crowded", "grammar")
+OURS = SIDES[1:5]
 MOST_CHI_SQUARE = 3.0  # for each degree of freedom; seeds are fixed
 Played = dict[str, dict[str, Any]]
 
@@ -77,6 +78,16 @@ def test_what_an_agent_said_is_drafted_for_it_and_for_nobody_else(
     assert again < first / 3
     assert drafted > 0
     assert ours["steps"]["elsewhere"] == ours["steps"]["first"]
+
+
+def test_a_grammar_bounds_what_is_drafted(played: Played) -> None:
+    answers = played["grammar"]["grammars"]
+    assert answers[:3] == answers[3:]
+    letters, text, choice = answers[:3]
+    assert re.fullmatch("[ab]{4,8}", letters)
+    assert re.match(r"\s*\{\s*\"a\"\s*:", text)
+    assert choice in ("one of these", "or this")
+    assert played["grammar"]["stats"]["num_drafts_accepted"] > 0
 
 
 @pytest.mark.parametrize("side", OURS)
