@@ -51,6 +51,19 @@ def write_config(folder: Path, shape: str) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def write_weights(folder: Path) -> None:
+    """Weights beside a config with which attention matters; those of vLLM are next to nothing."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).float()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.normal_(0, 1.5 / weight.shape[1] ** 0.5)
+    model.save_pretrained(folder)
+
+
 def ensure_dummy(shape: str) -> Path:
     """A folder with SmolLM2's tokenizer beside it, whose vocabulary is smaller than the model's."""
     path = CACHE / f"dummy-{shape}"

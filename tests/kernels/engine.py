@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402
 """vLLM's engine on the host, its attention computed by the emulated kernels.
 
-    python engine.py FOLDER stock|mma|wgmma
+    python engine.py FOLDER stock|mma|wgmma [v2]
+
+``v2``: model runner V2 with async scheduling and drafts from the device, as on CUDA.
 
 The backend, its metadata, the plan, the workspace and the op's arguments are those of a GPU; only
 the launch goes to the emulator, and there every step is taken, since vLLM's own kernels are not
@@ -25,20 +28,27 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 
+V2 = __name__ == "__main__" and sys.argv[3:] == ["v2"]
+if V2:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "model_runner_v2"))
+    import on_host
+
+    on_host.allow_async_scheduling()
+
 import torch
 from cases import MOST_ERROR, bits
 from emulator import Emulator, Step
 from vllm import LLM, SamplingParams
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from benchmarks.models.dummy import write_config
+from benchmarks.models.dummy import write_config, write_weights
 from vllm_stateful.adapters import attention_backend
 from vllm_stateful.attention import choice, ops
 from vllm_stateful.attention.oracle import append_oracle, attention_oracle
 from vllm_stateful.attention.plan import Plan
 
 NUM_TOKENS, SESSIONS, TURNS, FIRST, ADDED, ANSWER = 1024, 2, 3, 90, 20, 6
-NUM_CTAS = 3
+NUM_CTAS, NUM_DRAFTS = 3, 4
 BACKEND = "vllm_stateful.adapters.attention_backend.StatefulAttentionBackend"
 CALLS: Counter[str] = Counter()
 LIBRARY = torch.library.Library("vllm_stateful", "DEF")  # its operators live as long as it does
@@ -107,21 +117,14 @@ def on_host(plan: ops.DevicePlan) -> Plan:
     return Plan(**arrays, num_slots=len(plan.partial_out))
 
 
-def give_weights(model: torch.nn.Module) -> None:
-    """Weights with which attention matters; those that vLLM makes up are next to nothing."""
-    random = torch.Generator().manual_seed(0)
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            values = torch.randn(weight.shape, generator=random) * 1.5 / weight.shape[1] ** 0.5
-            weight.data.copy_(values)
-
-
 def play(folder: Path) -> dict[str, Any]:
     """Sessions whose turns run side by side, with chunks, decode and prefix hits."""
     write_config(folder, "tiny")
+    write_weights(folder)
+    drafts = {"method": "ngram_gpu", "num_speculative_tokens": NUM_DRAFTS}
+    options = {"async_scheduling": True, "speculative_config": drafts} if V2 else {}
     llm = LLM(
         str(folder),
-        load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=512,
@@ -129,8 +132,8 @@ def play(folder: Path) -> dict[str, Any]:
         block_size=32,
         num_gpu_blocks_override=64,
         seed=0,
+        **options,
     )
-    llm.apply_model(give_weights)
     params = SamplingParams(
         temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False, logprobs=1
     )

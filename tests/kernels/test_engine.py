@@ -19,11 +19,11 @@ LAYERS = 2
 STRICT = {"VLLM_STATEFUL_STRICT": "1", "VLLM_STATEFUL_CHECK_INVARIANTS": "1"}
 
 
-def played(folder: Path, kernel: str, **environment: str) -> dict[str, Any]:
+def played(folder: Path, kernel: str, *more: str, **environment: str) -> dict[str, Any]:
     folder = folder / kernel
     folder.mkdir()
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "engine.py", folder, kernel],
+        [sys.executable, Path(__file__).parent / "engine.py", folder, kernel, *more],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -40,12 +40,21 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "plugin"), [("mma", {}), ("wgmma", {"VLLM_STATEFUL": "1", **STRICT})]
+    ("kernel", "runner", "plugin"),
+    [
+        ("mma", (), {}),
+        ("wgmma", (), {"VLLM_STATEFUL": "1", **STRICT}),
+        ("mma", ("v2",), {"VLLM_STATEFUL": "1", **STRICT}),
+    ],
 )
 def test_turns_through_the_backend(
-    kernel: str, plugin: dict[str, str], stock: dict[str, Any], tmp_path: Path
+    kernel: str,
+    runner: tuple[str, ...],
+    plugin: dict[str, str],
+    stock: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    ours = played(tmp_path, kernel, **plugin)
+    ours = played(tmp_path, kernel, *runner, **plugin)
     for (_, expected, cached), (_, logprob, cached_here) in zip(
         stock["answers"], ours["answers"], strict=True
     ):

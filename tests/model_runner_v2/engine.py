@@ -29,7 +29,6 @@ if SIDE != "stock":
     }
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -37,7 +36,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerificationManager
 
-from benchmarks.models.dummy import SHAPES, write_config
+from benchmarks.models.dummy import SHAPES, write_config, write_weights
 from benchmarks.models.tiny import ensure_tiny
 from vllm_stateful.adapters import lookup_speculator, scheduler_lookup
 
@@ -101,16 +100,6 @@ def verify_adaptively(runner: GPUModelRunner) -> None:
     manager.get_num_tokens = noting
     runner.adaptive_verification = manager
     runner.rejection_sampler.enable_adaptive_verification = True
-
-
-def write_weights(folder: Path) -> None:
-    """Weights with which attention matters; those that vLLM makes up are next to nothing."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).float()
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            weight.data.normal_(0, 1.5 / weight.shape[1] ** 0.5)
-    model.save_pretrained(folder)
 
 
 def count_steps() -> None:
