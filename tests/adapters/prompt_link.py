@@ -63,7 +63,11 @@ class Core(EngineCoreProc):  # type: ignore[misc]
         model = SimpleNamespace(
             get_vocab_size=lambda: VOCAB, max_model_len=1 << 20, logits_processors=None
         )
-        self.vllm_config: Any = SimpleNamespace(model_config=model)
+        self.vllm_config: Any = SimpleNamespace(
+            model_config=model,
+            parallel_config=SimpleNamespace(distributed_executor_backend="mp", nnodes=1),
+            use_v2_model_runner=False,
+        )
         self.num_hashed = 0
         init_none_hash(sha256)
         hasher = get_request_block_hasher(BLOCK, self._hash)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from prompt_link import LONG, Client, Core, Link, prompt, request_of
 from vllm.sampling_params import SamplingParams
@@ -145,38 +146,60 @@ def test_one_core_has_one_receiver() -> None:
 
 def test_the_worker_gets_the_array_of_a_labelled_text_prompt(link: Link) -> None:
     made = link.send(request_of(prompt(LONG + 1, 2, parent=1, shared=LONG)))
-    assert worker_ids(made, False, False) is prompt_array(made)
+    assert worker_ids(made, None, False) == (prompt_array(made), None)
 
 
-@pytest.mark.parametrize(("is_v2", "uses_mrope"), [(True, False), (False, True), (True, True)])
-def test_model_runner_v2_and_mrope_keep_the_list(link: Link, is_v2: bool, uses_mrope: bool) -> None:
+def test_model_runner_v2_gets_all_ids_as_one_array(link: Link) -> None:
     made = link.send(request_of(prompt(LONG, 9)))
-    assert worker_ids(made, is_v2, uses_mrope) is made.prompt_token_ids
+    ids, all_ids = worker_ids(made, made._all_token_ids, False)
+    assert ids is all_ids is prompt_array(made)
+    made.append_output_token_ids([7, 8])
+    ids, all_ids = worker_ids(made, made._all_token_ids, False)
+    assert ids is prompt_array(made)
+    assert all_ids.dtype == np.int32
+    assert all_ids.tolist() == list(made._all_token_ids)
+
+
+@pytest.mark.parametrize(("executor", "nodes"), [("ray", 1), ("mp", 2), (object, 1)])
+@pytest.mark.parametrize("is_v2", [False, True])
+def test_workers_elsewhere_get_lists_for_v2(executor: Any, nodes: int, is_v2: bool) -> None:
+    """They may run without the plugin, and then V2 takes no array."""
+    core = Core()
+    core.vllm_config.use_v2_model_runner = is_v2
+    core.vllm_config.parallel_config.distributed_executor_backend = executor
+    core.vllm_config.parallel_config.nnodes = nodes
+    assert prompt_receiver._only_vllm_reads_prompts(core) is not is_v2
+
+
+@pytest.mark.parametrize("all_ids", [None, [1, 2]])
+def test_mrope_keeps_the_list(link: Link, all_ids: list[int] | None) -> None:
+    made = link.send(request_of(prompt(LONG, 9)))
+    assert worker_ids(made, all_ids, True) == (made.prompt_token_ids, all_ids)
 
 
 def test_prompt_logprobs_keep_the_list(link: Link) -> None:
     params = SamplingParams(max_tokens=4, prompt_logprobs=1)
     made = link.send(request_of(prompt(LONG, 9), sampling_params=params))
-    assert worker_ids(made, False, False) is made.prompt_token_ids
+    assert worker_ids(made, None, False)[0] is made.prompt_token_ids
 
 
 def test_a_thinking_budget_keeps_the_list(link: Link) -> None:
     """vLLM searches the prompt for the thinking tokens, as a list."""
     params = SamplingParams(max_tokens=4, thinking_token_budget=10)
     made = link.send(request_of(prompt(LONG, 9), sampling_params=params))
-    assert worker_ids(made, False, False) is made.prompt_token_ids
+    assert worker_ids(made, None, False)[0] is made.prompt_token_ids
 
 
 def test_an_unlabelled_prompt_stays_a_list(link: Link) -> None:
     made = link.send(request_of([1, 2, 3]))
-    assert worker_ids(made, False, False) is made.prompt_token_ids
+    assert worker_ids(made, None, False)[0] is made.prompt_token_ids
 
 
 def test_a_prompt_that_was_changed_since_stays_a_list(link: Link) -> None:
     """KV connectors for disaggregation cut the prompt's last tokens off."""
     made = link.send(request_of(prompt(LONG, 9)))
     made.num_prompt_tokens -= 1
-    assert worker_ids(made, False, False) is made.prompt_token_ids
+    assert worker_ids(made, None, False)[0] is made.prompt_token_ids
 
 
 def test_with_several_engines_an_aborted_request_is_not_sent_again(

@@ -40,6 +40,7 @@ from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.compat.patch import CompatError, Patch, call_shape
@@ -74,6 +75,7 @@ OWNERS = {
     "response-outputs": OutputProcessor,
     "response-forget": AsyncMPClient,
     "request-state": RequestState,
+    "staged-ids": StagedWriteTensor,
     "worker-speculator": model_runner,
     "worker-requests": model_runner.GPUModelRunner,
 }

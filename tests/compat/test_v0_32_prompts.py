@@ -334,15 +334,15 @@ def test_worker_ids_hook_says_what_the_worker_is_told() -> None:
     assert handed_over() == stock
     seen = []
 
-    def replace(request: Any, is_v2: bool, uses_mrope: bool) -> Any:
-        seen.append((request.request_id, is_v2, uses_mrope))
-        return "ids"
+    def replace(request: Any, all_ids: Any, uses_mrope: bool) -> Any:
+        seen.append((request.request_id, all_ids, uses_mrope))
+        return "ids", all_ids and "all"
 
     worker_ids.hook.set(replace)
     made = [handed_over(), handed_over([1]), handed_over(uses_mrope=True)]
     assert [data.prompt_token_ids for data in made] == ["ids"] * 3
-    assert made[1].prefill_token_ids == [1]
-    assert seen == [("r", False, False), ("r", True, False), ("r", False, True)]
+    assert [data.prefill_token_ids for data in made] == [None, "all", None]
+    assert seen == [("r", None, False), ("r", [1], False), ("r", None, True)]
 
 
 def test_stock_hands_the_list_of_ids_to_the_worker() -> None:

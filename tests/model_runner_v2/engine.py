@@ -28,6 +28,7 @@ if SIDE != "stock":
         "VLLM_STATEFUL_CHECK_INVARIANTS": "1",
     }
 
+import numpy as np
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.sampling_params import StructuredOutputsParams
@@ -39,6 +40,8 @@ from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerific
 from benchmarks.models.dummy import SHAPES, write_config, write_weights
 from benchmarks.models.tiny import ensure_tiny
 from vllm_stateful.adapters import lookup_speculator, scheduler_lookup
+from vllm_stateful.adapters.turn import WORKER_ARRAY
+from vllm_stateful.compat.v0_32 import staged_ids
 
 NUM_TOKENS, BLOCK = 64, 32
 SESSIONS, TURNS, SYSTEM, FIRST, ADDED, ANSWER = 3, 3, 40, 30, 20, 14
@@ -46,6 +49,8 @@ NUM_DRAFTS, NUM_SAMPLED, TEMPERATURE = 6, 300, 0.5
 SHAPES["small"] = SHAPES["tiny"] | {"hidden_size": 128, "vocab_size": NUM_TOKENS}
 STEPS: list[int] = []
 """Drafts that each step verifies."""
+WRITTEN: list[int] = []
+"""Ids that came to the worker as arrays."""
 
 
 def engine(folder: Path, **options: Any) -> LLM:
@@ -232,6 +237,25 @@ def chances(llm: LLM) -> list[list[float]]:
     return (first[:, None] * second).tolist()
 
 
+def send_arrays() -> None:
+    """Prompts as arrays, as `PromptReceiver` labels them in an engine core of its own process."""
+    stock = Scheduler.add_request
+
+    def add_request(self: Any, request: Any) -> None:
+        setattr(request, WORKER_ARRAY, np.array(request.prompt_token_ids, np.int32))
+        stock(self, request)
+
+    Scheduler.add_request = add_request  # type: ignore[method-assign]
+    write = staged_ids.hook.fn
+    assert write is not None
+
+    def noting(table: Any, index: int, start: int, ids: Any) -> None:
+        WRITTEN.append(len(ids))
+        write(table, index, start, ids)
+
+    staged_ids.hook.set(noting)
+
+
 def count_preemptions(scheduler: Any) -> list[int]:
     """An element for each."""
     preempted: list[int] = []
@@ -254,6 +278,8 @@ def play(folder: Path) -> dict[str, Any]:
     write_config(folder, "small")
     write_weights(folder)
     llm = engine(folder)
+    if SIDE in ("plugin", "crowded"):
+        send_arrays()
     preempted = count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
     found = {"turns": turns(llm), "options": options(llm), "said_before": said_before(llm)}
     if SIDE in ("stock", "crowded"):
@@ -265,7 +291,7 @@ def play(folder: Path) -> dict[str, Any]:
         before = runner.speculator.counts.clone()
         found["sampled"] = sampled(llm)
         found["verified"] = (runner.speculator.counts - before).sum(1).tolist()
-    return found | {"preempted": len(preempted), "stats": stats(llm)}
+    return found | {"preempted": len(preempted), "stats": stats(llm), "written": WRITTEN}
 
 
 def stats(llm: LLM) -> dict[str, Any]:

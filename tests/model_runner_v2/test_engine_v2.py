@@ -68,6 +68,13 @@ def test_requests_that_were_preempted_are_answered_as_by_stock(played: Played) -
     ]
 
 
+@pytest.mark.parametrize("side", ["plugin", "crowded"])
+def test_prompts_may_come_as_arrays(side: str, played: Played) -> None:
+    written = played[side]["written"]
+    assert len(written) > len(played[side]["turns"]) + len(played[side]["options"])
+    assert max(written) > 100
+
+
 @pytest.mark.parametrize("side", ["drafts", "adaptive", "crowded"])
 def test_what_an_agent_said_is_drafted_for_it_and_for_nobody_else(
     side: str, played: Played

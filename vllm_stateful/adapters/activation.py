@@ -34,6 +34,7 @@ from vllm_stateful.compat.v0_32 import (
     response_request,
     scheduler_class,
     session_identity,
+    staged_ids,
     worker_ids,
     worker_requests,
     worker_speculator,
@@ -185,6 +186,7 @@ def _fill_hooks() -> None:
     prompt_handover.hook.set(_receive)
     prompt_miss.hook.set(_answer_miss)
     worker_ids.hook.set(_worker_ids)
+    staged_ids.hook.set(_write_ids)
     worker_speculator.hook.set(_make_speculator)
     worker_requests.hook.set(_note_requests)
     reasoning_end.hook.set(_is_reasoning_end)
@@ -290,10 +292,16 @@ def _answer_miss(core: Any, request: Any) -> bool:
     return answer_miss(core, request)
 
 
-def _worker_ids(request: Any, is_v2: bool, uses_mrope: bool) -> Any:
+def _worker_ids(request: Any, all_ids: Any, uses_mrope: bool) -> tuple[Any, Any]:
     from vllm_stateful.adapters.worker_ids import worker_ids
 
-    return worker_ids(request, is_v2, uses_mrope)
+    return worker_ids(request, all_ids, uses_mrope)
+
+
+def _write_ids(table: Any, index: int, start: int, ids: Any) -> None:
+    from vllm_stateful.adapters.worker_ids import write_ids
+
+    write_ids(table, index, start, ids)
 
 
 def _make_speculator(stock: Any, vllm_config: Any, device: Any, req_states: Any) -> Any:

@@ -96,10 +96,14 @@ class PromptReceiver:
 
 
 def _only_vllm_reads_prompts(core: Any) -> bool:
-    """Whether nothing but vLLM's own code sees the prompts that go to the workers."""
+    """Whether nothing but vLLM's own code, patched by us where it is V2's, sees the prompts that go
+    to the workers."""
     config = core.vllm_config
+    workers = config.parallel_config
+    are_here = workers.distributed_executor_backend in ("uni", "mp") and workers.nnodes == 1
     return (
-        getattr(core.scheduler, "connector", None) is None
+        (are_here or not config.use_v2_model_runner)
+        and getattr(core.scheduler, "connector", None) is None
         and not config.model_config.logits_processors
         and not entry_points(group="vllm.logits_processors")
     )

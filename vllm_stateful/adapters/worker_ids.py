@@ -3,36 +3,79 @@
 
 Model runner V1 copies them into a row of an int32 table: from a list that is a conversion of
 every id, from an array a memory copy, and pickling an array costs next to nothing. Model runner
-V2 extends Python lists with the ids (``StagedWriteTensor.stage_write``), where an array is slower
-and, being tested for truth, an error: it keeps its lists. So does whatever else reads prompts:
-KV connectors, logits processors of others, the thinking budget.
+V2 extends Python lists with the ids (``StagedWriteTensor.stage_write``) and gets them twice, as
+the prompt and as all there is to compute; `write_ids` takes an array there. Who reads prompts
+beside keeps the list: KV connectors, logits processors of others, the thinking budget.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from vllm_stateful.adapters.turn import WORKER_ARRAY
+import numpy as np
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from vllm_stateful.adapters.turn import WORKER_ARRAY, token_array
+from vllm_stateful.types import TokenArray
+
+_APART = 4
+"""Elements between numbers for a kernel, so that each is aligned to 16 bytes as its own tensor
+would be (Triton compiles for that)."""
 
 
-def worker_ids(request: Any, is_v2: bool, uses_mrope: bool) -> Any:
+def worker_ids(request: Any, all_ids: Any, uses_mrope: bool) -> tuple[Any, Any]:
     """Hook of ``worker-ids``: what the worker is told the prompt is.
 
     Args:
         request: vLLM's scheduler-side request.
-        is_v2: whether the ids go to model runner V2.
+        all_ids: prompt and answer so far, where they go to model runner V2; else None.
         uses_mrope: whether the model computes positions from the list of ids.
+
+    Returns:
+        ids of the prompt, and all.
     """
     array = getattr(request, WORKER_ARRAY, None)
     params = request.sampling_params
     if (
         array is None
-        or is_v2
         or uses_mrope
         or params is None
         or params.prompt_logprobs is not None
         or params.thinking_token_budget is not None
         or len(array) != request.num_prompt_tokens
     ):
-        return request.prompt_token_ids
-    return array
+        return request.prompt_token_ids, all_ids
+    if all_ids is None:
+        return array, None
+    answer = list(request.output_token_ids)  # of a request that was preempted
+    return array, np.concatenate([array, token_array(answer)]) if answer else array
+
+
+def write_ids(table: Any, index: int, start: int, ids: TokenArray) -> None:
+    """Hook of ``staged-ids``: ids into a row of a ``StagedWriteTensor``, in the stream's order.
+
+    Args:
+        table: of int32.
+        index: of the row.
+        start: column of the first id.
+        ids: int32, shape ``[num_ids]``.
+    """
+    from vllm.v1.worker.gpu.buffer_utils import _apply_write_kernel
+
+    if not len(ids):
+        return
+    numbers = np.zeros(3 * _APART, np.int32)
+    numbers[::_APART] = index, start, len(ids)
+    place = async_tensor_h2d(numbers, device=table.device)
+    contents = async_tensor_h2d(np.require(ids, requirements="W"), device=table.device)
+    _apply_write_kernel[(1,)](
+        table.gpu,
+        table.gpu.stride(0),
+        place,
+        place[_APART:],
+        contents,
+        place[2 * _APART :],
+        None,
+        BLOCK_SIZE=1024,
+        MULTI_GROUP=False,
+    )

@@ -7,9 +7,9 @@ from typing import Any
 from vllm_stateful.compat.hook import Hook
 from vllm_stateful.compat.patch import Patch
 
-hook: Hook[Callable[[Any, bool, bool], Any]] = Hook("worker-ids")
-"""Gets the request, whether it goes to model runner V2, and whether the model uses M-RoPE;
-returns the ids to send."""
+hook: Hook[Callable[[Any, Any, bool], tuple[Any, Any]]] = Hook("worker-ids")
+"""Gets the request, all of its ids where it goes to model runner V2 (else None), and whether the
+model uses M-RoPE; returns the ids to send, of the prompt and all."""
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,7 +22,9 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         made = original(cls, request, block_ids, prefill_token_ids, uses_mrope)
         if (fn := hook.fn) is not None:
-            made.prompt_token_ids = fn(request, prefill_token_ids is not None, uses_mrope)
+            made.prompt_token_ids, made.prefill_token_ids = fn(
+                request, made.prefill_token_ids, uses_mrope
+            )
         return made
 
     return from_request
