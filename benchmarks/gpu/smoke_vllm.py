@@ -27,11 +27,16 @@ SESSIONS, TURNS, FIRST_TOKENS, ADDED_TOKENS, ANSWER_TOKENS = 3, 6, 2000, 300, 32
 PLUGIN = {"VLLM_STATEFUL": "1", "VLLM_STATEFUL_STRICT": "1"}
 V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 EAGER = {"SMOKE_EAGER": "1"}
+DRAFTS = {"SMOKE_DRAFTS": '{"method": "ngram_gpu", "num_speculative_tokens": 8}'}
+ADAPTIVE = {"SMOKE_DRAFTS": DRAFTS["SMOKE_DRAFTS"][:-1] + ', "enable_adaptive_verification": true}'}
 CONFIGURATIONS: dict[str, dict[str, str]] = {
     "stock": {},
     "plugin": PLUGIN,
     "plugin, checked": {**PLUGIN, "VLLM_STATEFUL_CHECK_INVARIANTS": "1"},
     "plugin+attention": {**PLUGIN, "VLLM_STATEFUL_ATTENTION": "on"},
+    "stock+ngram_gpu": DRAFTS,
+    "plugin+drafts": {**PLUGIN, **DRAFTS},
+    "plugin+adaptive": {**PLUGIN, **ADAPTIVE},
     "stock-v1": V1,
     "plugin-v1": {**V1, **PLUGIN},
     "plugin-v2": {**V2, **PLUGIN},
@@ -51,6 +56,7 @@ def play(folder: Path, num_tokens: int) -> dict[str, Any]:
         enforce_eager="SMOKE_EAGER" in os.environ,
         max_model_len=8192,
         gpu_memory_utilization=0.6,
+        speculative_config=json.loads(os.environ.get("SMOKE_DRAFTS", "null")),
         seed=0,
     )
     started = time.perf_counter() - began

@@ -44,6 +44,14 @@ PLUGIN_CONFIG = {
     "num_speculative_tokens": 16,
 }
 
+ON_DEVICE_CONFIG = {
+    "method": "ngram_gpu",
+    "num_speculative_tokens": 8,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 16,
+}
+"""What the plugin drafts with where model runner V2 can be used."""
+
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
@@ -68,14 +76,14 @@ def settings(args: argparse.Namespace) -> replay.Settings:
     """Of the servers."""
     least, most = map(int, args.ngram_lookup.split(","))
     is_on_gpu, is_pinned = args.model == replay.LLAMA_8B, REPLAY in args.modes
-    method = "ngram_gpu" if is_on_gpu and not is_pinned else "ngram"
+    is_v2 = is_on_gpu and not is_pinned
     ngram = NGRAM_CONFIG | {
-        "method": method,
+        "method": "ngram_gpu" if is_v2 else "ngram",
         "num_speculative_tokens": args.ngram_tokens,
         "prompt_lookup_min": least,
         "prompt_lookup_max": most,
     }
-    configs = {NGRAM: ngram, PLUGIN: PLUGIN_CONFIG}
+    configs = {NGRAM: ngram, PLUGIN: ON_DEVICE_CONFIG if is_v2 else PLUGIN_CONFIG}
     arguments = {
         side: ("--speculative-config", json.dumps(config)) for side, config in configs.items()
     }

@@ -158,9 +158,12 @@ class AgentSessions(RuleBasedStateMachine):
             request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
             for request in self.engine.scheduler.requests.values()
         )
-        if running_too and not self.engine.in_flight and not loading:
+        tier = getattr(self.engine.scheduler.connector, "connector_scheduler", None)
+        flushing = tier is not None and tier._current_batch_jobs_to_flush
+        if running_too and not self.engine.in_flight and not loading and not flushing:
             # vLLM 0.32 fails in the next step when running requests start again and the offload
-            # tier still has their KV; while one is loaded, it refuses.
+            # tier still has their KV; while one is loaded, it refuses; and a second reset before
+            # the next step ends the engine where the first has stores to wait for.
             assert self.engine.scheduler.reset_prefix_cache(
                 reset_running_requests=True, reset_connector=bool(self.num_chunks)
             )

@@ -47,3 +47,9 @@ def test_servers_share_a_gpu(side: str, mode: str) -> None:
 def test_ngram_is_that_of_the_model_runner(mode: str, method: str) -> None:
     arguments, _ = command(NGRAM, "--model", "llama-8b", "--modes", mode)
     assert json.loads(option(arguments, "--speculative-config"))["method"] == method
+
+
+@pytest.mark.parametrize(("mode", "method"), [("replay", "custom_class"), ("live", "ngram_gpu")])
+def test_the_plugin_drafts_where_the_model_runner_does(mode: str, method: str) -> None:
+    arguments, _ = command(PLUGIN, "--model", "llama-8b", "--modes", mode)
+    assert json.loads(option(arguments, "--speculative-config"))["method"] == method
