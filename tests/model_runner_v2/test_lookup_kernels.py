@@ -14,3 +14,18 @@ def test_random_texts_and_verdicts() -> None:
         [sys.executable, script, "25"], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.stdout.strip().endswith("all right"), (done.stdout + done.stderr)[-4000:]
+
+
+def test_they_compile_for_gpus() -> None:
+    """To machine code, as Triton does on a GPU; what the interpreter takes need not compile."""
+    script = Path(__file__).parent / "compile_kernels.py"
+    capabilities = ["80", "90", "100", "120"]
+    done = subprocess.run(
+        [sys.executable, script, *capabilities],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert len(done.stdout.splitlines()) == 4 * len(capabilities)
