@@ -97,6 +97,7 @@ FEATURES = (
     "detokenize",
     "reasoning",
     "transport",
+    "session-affinity",
     "worker-ids",
     "device-drafts",
 )

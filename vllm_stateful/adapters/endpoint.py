@@ -15,10 +15,12 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.datastructures import State
 from vllm.logger import init_logger
 
+from vllm_stateful.adapters import session_affinity
 from vllm_stateful.adapters.identity import TenantMiddleware, salt_of
 from vllm_stateful.adapters.metrics_exporter import MetricsExporter
 from vllm_stateful.adapters.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.request_validation import validate_plain_messages
+from vllm_stateful.compat.v0_32 import prompt_send
 from vllm_stateful.config import is_enabled, load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
@@ -72,6 +74,7 @@ class StatefulEndpoint:
             return
         asks = getattr(engine_client.engine_core, "client_index", 0) == 0
         ask_for_deltas(engine_client.engine_core)
+        session_affinity.watch(engine_client.engine_core, prompt_send.PATCH.is_applied)
         state.stateful_poll = asyncio.create_task(_poll(engine_client, MetricsExporter(), asks))
 
 

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
-from vllm_stateful.adapters import asked
+from vllm_stateful.adapters import asked, session_affinity
 from vllm_stateful.adapters.sent_body import sent_body, wish_of
 from vllm_stateful.adapters.tool_call_plan import ToolCallPlan, carry, plan_of
 from vllm_stateful.adapters.turn import CLOSE_ACTION, RETAIN_ACTION
@@ -44,10 +44,11 @@ _responses = ResponseChain()
 class IdentifiedSession(str):
     """A session id on its way through vLLM's API process; empty when there is none."""
 
-    __slots__ = ("identity", "tool_calls", "wish")
+    __slots__ = ("identity", "opening", "tool_calls", "wish")
     identity: TurnIdentity
     wish: RetentionWish | None
     tool_calls: ToolCallPlan | None
+    opening: str | None
 
     @classmethod
     def of(
@@ -56,11 +57,13 @@ class IdentifiedSession(str):
         identity: TurnIdentity,
         wish: RetentionWish | None,
         tool_calls: ToolCallPlan | None = None,
+        opening: str | None = None,
     ) -> IdentifiedSession:
         made = cls(session_id or "")
         made.identity = identity
         made.wish = wish
         made.tool_calls = tool_calls
+        made.opening = opening
         return made
 
 
@@ -134,11 +137,14 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
         identity,
         wish_of(raw_request),
         plan_of(request, raw_request),
+        session_affinity.opening(raw_request),
     )
 
 
 def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     """Hook of ``request-identity``: tenant, end of session and wish, on the request to the engine.
+
+    And which engine core it goes to, where there are several.
 
     Hints that it has already, from the client's own process, are kept as they are.
     """
@@ -147,10 +153,12 @@ def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     request.session_id = str(found) if found else _offline_session_id(request)
     if not isinstance(found, IdentifiedSession):
         request.cache_salt = scoped_salt(_tenant.get(), request.cache_salt)
+        session_affinity.choose(request, None)
         return request
     request.cache_salt = scoped_salt(found.identity.tenant, request.cache_salt)
     if request.kv_hints is None:
         request.kv_hints = _hints(found, request.request_id)
+    session_affinity.choose(request, found.opening)
     return request
 
 

@@ -16,6 +16,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreReque
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
 from vllm_stateful.adapters.identity import HINTS_PROTOCOL
+from vllm_stateful.adapters.session_affinity import went
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Sent
 from vllm_stateful.transport.header import ACTION, checksum
@@ -154,6 +155,7 @@ def pack(client: Any, request_type: EngineCoreRequestType, message: Any, engine:
     """
     if request_type == EngineCoreRequestType.ADD:
         sender, to = sender_of(client), client.core_engine if engine is None else engine
+        went(client, message, to)
         return sender.pack(message, to) if sender.may_send_deltas(client, to) else message
     if request_type == EngineCoreRequestType.ABORT:
         sender_of(client).aborted(message)

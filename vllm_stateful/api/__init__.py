@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 0 of a turn: which session and tenant an HTTP request belongs to, and what it wishes."""
 
+from vllm_stateful.api.opening import opening_of
 from vllm_stateful.api.response_chain import ResponseChain
 from vllm_stateful.api.retention_wish import RetentionWish, retention_wish
 from vllm_stateful.api.session_identity import (
@@ -16,6 +17,7 @@ __all__ = [
     "RetentionWish",
     "Source",
     "TurnIdentity",
+    "opening_of",
     "resolve_turn",
     "retention_wish",
     "scoped_salt",

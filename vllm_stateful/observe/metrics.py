@@ -199,6 +199,16 @@ METRICS: tuple[Metric, ...] = (
         "api",
     ),
     Metric(
+        "vllm_stateful_engine_choices",
+        "counter",
+        "engine_choices",
+        "why",
+        "With several engine cores (data parallelism), turns by why they went to theirs: home, "
+        "hashed (as each API server would), moved (too much to do at home: vLLM chose), new "
+        "(vLLM chose), client.",
+        "api",
+    ),
+    Metric(
         "vllm_stateful_answers",
         "counter",
         "answers",

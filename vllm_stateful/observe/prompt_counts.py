@@ -73,6 +73,7 @@ class PromptCounts:
         self._tokenized = dict.fromkeys(Tokenized, 0)
         self._verified = dict.fromkeys(Verified, 0)
         self._sent = dict.fromkeys(Sent, 0)
+        self._choices: Counter[str] = Counter()
         self._answers: Counter[str] = Counter()
         self._num_tokens = {"reused": 0, "new": 0}
         self._memory: Callable[[], int] = int
@@ -99,6 +100,11 @@ class PromptCounts:
         """Count one request to the engine core."""
         self._sent[how] += 1
 
+    def chose(self, why: str) -> None:
+        """Count one request that could have gone to several engine cores, by its
+        ``transport.session_affinity.Choice``."""
+        self._choices[why] += 1
+
     def answered(self, result: str) -> None:
         """Count what became of one generated answer in a history (``render.splicer``)."""
         self._answers[result] += 1
@@ -115,6 +121,7 @@ class PromptCounts:
             "prompts_tokenized": {str(how): n for how, n in self._tokenized.items()},
             "prompts_verified": {str(result): n for result, n in self._verified.items()},
             "prompts_sent": {str(how): n for how, n in self._sent.items()},
+            "engine_choices": dict(self._choices),
             "answers": dict(self._answers),
             "num_tokens_tokenized": dict(self._num_tokens),
             "render_bytes": self._memory(),
