@@ -171,13 +171,13 @@ fi
 step=7
 if [[ ! -f pyproject.toml ]]; then
     say "this package: no pyproject.toml yet, skipped"
-elif is_done package "$(cksum <pyproject.toml)"; then
+elif is_done package "$(cat pyproject.toml CMakeLists.txt csrc/cpu/* | cksum)"; then
     say "this package: done"
 else
     say "this package, editable, without its CUDA kernels"
     command -v cmake >/dev/null || pip_install cmake
     command -v ninja >/dev/null || pip_install ninja
     pip_install --no-deps --no-build-isolation --config-settings=cmake.define.STATEFUL_CUDA=off --editable .
-    mark_done package "$(cksum <pyproject.toml)"
+    mark_done package "$(cat pyproject.toml CMakeLists.txt csrc/cpu/* | cksum)"
 fi
 note "ready: $VENV/bin/python"

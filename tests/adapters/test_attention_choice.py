@@ -5,60 +5,69 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import register_backend
 
-from vllm_stateful.adapters import attention_choice
-from vllm_stateful.adapters.attention_choice import BACKEND, choose_attention
+from vllm_stateful.adapters.attention_choice import ON_CPU, ON_CUDA, Place, choose_attention
 
-FLASH = AttentionBackendEnum.FLASH_ATTN
-STOCK = FLASH.value
+PLACES = [ON_CPU, ON_CUDA]
 
 
-@pytest.fixture(autouse=True)
-def untouched() -> Iterator[None]:
-    FLASH.clear_override()
-    yield
-    FLASH.clear_override()
+@pytest.fixture(params=PLACES, ids=["cpu", "cuda"])
+def stock(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Kernels that were built."""
+    place: Place = request.param
+    place.stock.clear_override()
+    yield place._replace(library=Path(__file__))
+    place.stock.clear_override()
 
 
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_choice, "LIBRARY", Path(__file__))
-
-
-@pytest.fixture
-def not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(attention_choice, "LIBRARY", tmp_path / "none.so")
-
-
-@pytest.mark.usefixtures("built")
-@pytest.mark.parametrize("choice", ["auto", "on"])
-def test_it_takes_the_place_and_gives_it_back(choice: str) -> None:
+def test_it_takes_the_place_and_gives_it_back(stock: Place) -> None:
     problems: list[str] = []
-    choose_attention(choice, problems.append)
-    choose_attention(choice, problems.append)
-    assert FLASH.get_path() == BACKEND
-    choose_attention("off", problems.append)
-    assert FLASH.get_path() == STOCK
+    vllms = stock.stock.get_path()
+    choose_attention("on", problems.append, stock)
+    choose_attention("on", problems.append, stock)
+    assert stock.stock.get_path() == stock.backend
+    choose_attention("off", problems.append, stock)
+    assert stock.stock.get_path() == vllms
     assert not problems
 
 
-@pytest.mark.usefixtures("not_built")
-def test_without_kernels_only_on_is_a_problem() -> None:
+def test_auto_takes_only_what_was_measured(stock: Place) -> None:
     problems: list[str] = []
-    choose_attention("off", problems.append)
-    choose_attention("auto", problems.append)
+    vllms = stock.stock.get_path()
+    choose_attention("auto", problems.append, stock)
+    taken = stock.backend if stock.is_measured else vllms
+    assert stock.stock.get_path() == taken
+    choose_attention("on", problems.append, stock)
+    choose_attention("auto", problems.append, stock)
+    assert stock.stock.get_path() == taken
     assert not problems
-    choose_attention("on", problems.append)
+
+
+def test_without_kernels_only_on_is_a_problem(stock: Place, tmp_path: Path) -> None:
+    problems: list[str] = []
+    vllms = stock.stock.get_path()
+    absent = stock._replace(library=tmp_path / "none.so")
+    choose_attention("off", problems.append, absent)
+    choose_attention("auto", problems.append, absent)
+    assert not problems
+    choose_attention("on", problems.append, absent)
     assert "not built" in problems[0]
-    assert FLASH.get_path() == STOCK
+    assert stock.stock.get_path() == vllms
 
 
-@pytest.mark.usefixtures("built")
-def test_the_backend_of_another_plugin_stays() -> None:
-    register_backend(FLASH, "another.Backend")
+def test_the_backend_of_another_plugin_stays(stock: Place) -> None:
+    register_backend(stock.stock, "another.Backend")
     problems: list[str] = []
-    choose_attention("on", problems.append)
-    choose_attention("off", problems.append)
-    assert FLASH.get_path() == "another.Backend"
-    assert problems == ["FLASH_ATTN is another.Backend"]
+    choose_attention("on", problems.append, stock)
+    choose_attention("off", problems.append, stock)
+    assert stock.stock.get_path() == "another.Backend"
+    assert problems == [f"{stock.stock.name} is another.Backend"]
+
+
+def test_this_platform_has_a_place() -> None:
+    vllms = ON_CPU.stock.get_path()
+    choose_attention("auto", [].append)
+    assert ON_CPU.stock.get_path() == (ON_CPU.backend if ON_CPU.library.exists() else vllms)
+    choose_attention("off", [].append)
+    assert ON_CPU.stock.get_path() == vllms

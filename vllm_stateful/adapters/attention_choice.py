@@ -1,45 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting our attention backend in the place of vLLM's FlashAttention, or taking it back."""
+"""Putting our attention backend in the place of vLLM's, or taking it back."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-import vllm_stateful
+from vllm_stateful.attention.libraries import CPU, CUDA, library
 
 logger = init_logger("vllm.stateful")
-
-BACKEND = "vllm_stateful.adapters.attention_backend.StatefulAttentionBackend"
-LIBRARY = Path(vllm_stateful.__file__).parent / "_C.abi3.so"
 
 STEPS: Counter[str] = Counter()
 """Steps of the worker in this process: "taken" by our kernels, or why vLLM's served them."""
 
 
-def choose_attention(choice: str, report_problem: Callable[[str], None]) -> None:
+class Place(NamedTuple):
+    """One backend of vLLM's, and ours.
+
+    Attributes:
+        stock: vLLM's name for it.
+        backend: ours.
+        library: its kernels.
+        is_measured: whether they were seen to be faster, so that ``auto`` takes them.
+    """
+
+    stock: AttentionBackendEnum
+    backend: str
+    library: Path
+    is_measured: bool
+
+
+ON_CUDA = Place(
+    AttentionBackendEnum.FLASH_ATTN,
+    "vllm_stateful.adapters.attention_backend.StatefulAttentionBackend",
+    library(CUDA),
+    is_measured=False,
+)
+ON_CPU = Place(
+    AttentionBackendEnum.CPU_ATTN,
+    "vllm_stateful.adapters.cpu_attention_backend.StatefulCPUBackend",
+    library(CPU),
+    is_measured=True,
+)
+
+
+def choose_attention(
+    choice: str, report_problem: Callable[[str], None], place: Place | None = None
+) -> None:
     """Follow ``--stateful-attention``, through vLLM's registry. No device is touched here.
 
     Args:
-        choice: "off", "auto" (where the kernels were built) or "on" (a problem where not).
+        choice: "off", "auto" (where the kernels were built and measured) or "on" (where they were
+            built; a problem where not).
         report_problem: Told why the backend is left as it is.
+        place: That of this platform.
     """
-    flash = AttentionBackendEnum.FLASH_ATTN
-    is_ours = flash.get_path() == BACKEND
-    reason = "" if LIBRARY.exists() else "the attention kernels were not built (no nvcc then)"
-    if flash.is_overridden() and not is_ours:
-        reason = f"FLASH_ATTN is {flash.get_path()}"
-    if choice == "off" or reason:
+    if place is None:
+        place = ON_CPU if current_platform.is_cpu() else ON_CUDA
+    stock = place.stock
+    is_ours = stock.get_path() == place.backend
+    if choice == "off" or (choice == "auto" and not place.is_measured):
         if is_ours:
-            flash.clear_override()
-        if choice == "on":
-            report_problem(reason)
-        elif choice == "auto":
-            logger.info("stateful: attention is left to vLLM: %s", reason)
+            stock.clear_override()
         return
-    if not is_ours:
-        register_backend(flash, BACKEND)
+    reason = "" if place.library.exists() else f"{place.library.name} was not built"
+    if stock.is_overridden() and not is_ours:
+        reason = f"{stock.name} is {stock.get_path()}"
+    if not reason and not is_ours:
+        register_backend(stock, place.backend)
+    elif reason and choice == "on":
+        report_problem(reason)
+    elif reason:
+        logger.info("stateful: attention is left to vLLM: %s", reason)

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
+from vllm_stateful.attention.libraries import CUDA, library
 from vllm_stateful.attention.plan import Plan
 
-LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+LIBRARY = library(CUDA)
 BLOCK_KEYS = {"mma": {64: 64, 128: 64, 256: 32}, "wgmma": {64: 128, 128: 128, 256: 64}}
 WGMMA_ROWS = 128
 

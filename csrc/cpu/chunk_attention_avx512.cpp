@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+#define ISA_NAMESPACE avx512
+#include "chunk_attention.inc"
