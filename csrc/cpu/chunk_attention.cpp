@@ -76,7 +76,8 @@ stateful::ChunkAttention step_of(const Tensor& q, const Tensor& cache, Tensor& o
   for (int seq = 0; seq < step.num_seqs; ++seq) {
     const int64_t tokens = step.query_start[seq + 1] - step.query_start[seq];
     check(tokens >= 0 && step.query_start[seq + 1] <= q.size(0), "query_start must not decrease");
-    check(tokens <= step.seq_lens[seq] && step.seq_lens[seq] <= block_table.size(1) * block,
+    const int64_t length = step.seq_lens[seq];
+    check(tokens == 0 || (tokens <= length && length <= block_table.size(1) * block),
           "a sequence must hold its new tokens, and its blocks must hold it");
   }
   step.q = q.data_ptr();

@@ -27,11 +27,13 @@ inline int first_key(const ChunkAttention& step, int seq) {
 }
 
 // Every key of every sequence and head in exactly one segment; threads get equal work, up to a tile.
+// A sequence without new tokens, as padding is, has none, whatever its length says.
 inline ChunkPlan plan_chunks(const ChunkAttention& step, int num_threads) {
   ChunkPlan plan;
   int64_t total = 0;
   for (int seq = 0; seq < step.num_seqs; ++seq)
-    total += (step.seq_lens[seq] - first_key(step, seq)) * (kReadRows + num_rows(step, seq));
+    if (num_rows(step, seq) > 0)
+      total += (step.seq_lens[seq] - first_key(step, seq)) * (kReadRows + num_rows(step, seq));
   total *= step.num_kv_heads;
   int64_t done = 0;
   int thread = 0;

@@ -189,6 +189,15 @@ def test_any_step_is_attended_as_float64_does(step: Step, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("length", [-5, 0, 10**9])
+def test_padding_may_be_of_any_length(length: int) -> None:
+    """A sequence without new tokens is not looked at."""
+    step, padded = Step([3, 0], [70, 0]), Step([3], [70])
+    step.lengths[1] = length
+    step.cache, step.table, step.q = padded.cache, padded.table.repeat(2, 1), padded.q
+    assert torch.equal(step.ours(), padded.ours())
+
+
 @pytest.mark.parametrize("window", [0, 5, 64])
 def test_windows_are_vllms(window: int) -> None:
     """A sliding window counts a token's own key, in vLLM's kernel as in ours."""
