@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prompt_link import prompt, request_of
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
+from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_stateful.adapters import session_affinity
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
@@ -30,6 +31,7 @@ class Client(DPLBAsyncMPClient):  # type: ignore[misc]
     def serve(self, request: Any, opening: str | None = None) -> int:
         """Where vLLM sends it; it is answered at once."""
         session_affinity.choose(request, opening)
+        InputProcessor.assign_request_id(request)  # as AsyncLLM does meanwhile
         engine = self.get_core_engine_for_request(request)
         session_affinity.went(self, request, engine)
         del self.reqs_in_flight[request.request_id]

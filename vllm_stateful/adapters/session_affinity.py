@@ -52,8 +52,9 @@ class EngineChooser:
             request.data_parallel_rank = self.client.core_engines.index(chosen.engine)
 
     def went(self, request: EngineCoreRequest, engine: Hashable) -> None:
-        """A request is sent to an engine core."""
-        self._affinity.went(request.request_id, request.prompt_token_ids, engine)
+        """A request is sent to an engine core; vLLM has given it another id meanwhile."""
+        known = request.external_req_id or request.request_id
+        self._affinity.went(known, request.prompt_token_ids, engine)
 
     def _loads(self) -> dict[Hashable, float]:
         """What each engine core has to do, as vLLM's ``get_core_engine_for_request`` sees it."""

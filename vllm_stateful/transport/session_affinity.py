@@ -94,7 +94,7 @@ class SessionAffinity:
         """Decide where a turn goes.
 
         Args:
-            request_id: of the turn.
+            request_id: of the turn, as ``went`` will be told.
             prompt: its token ids, shape ``[num_tokens]``; None where they are not known here.
             name: of its conversation; None where nothing names it.
             loads: what each engine core has to do, in requests, by the engine core.
@@ -115,7 +115,7 @@ class SessionAffinity:
         place = _Place(engine, 0 if prompt is None else len(prompt))
         if isinstance(prompt, PromptTokenIds) and prompt.version:
             _put(self._prompts, prompt.version, place)
-        name = self._names.pop(request_id, None)
+        name = self._names.get(request_id)  # more than once, where several answers are asked for
         if name is not None:
             _put(self._conversations, name, place)
 
