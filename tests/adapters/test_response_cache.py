@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from test_response_key import request_of
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine import (
+    EngineCoreEvent,
     EngineCoreEventType,
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -141,11 +143,80 @@ def test_what_is_in_flight_is_computed_once_also_for_those_who_come_later() -> N
         await client.ask("b")
         assert await client.say("a", 5) == {"a": [5], "b": [5]}
         await client.ask("c")
-        assert await client.got() == {"c": [5]}
-        assert await client.say("a", 6, last=STOP) == {n: [6, STOP] for n in "abc"}
+        assert await client.say("a", 6, last=STOP) == {
+            "a": [6, STOP],
+            "b": [6, STOP],
+            "c": [5, 6, STOP],
+        }
         assert client.added == ["a"]
         await client.ask("d")
         assert await client.got() == {"d": [5, 6, STOP]}
+
+    run(main())
+
+
+def test_one_that_comes_while_outputs_wait_to_be_read_gets_its_steps_in_their_order() -> None:
+    async def main() -> None:
+        client = Client()
+        await client.ask("a")
+        assert await client.say("a", 5) == {"a": [5]}
+        waiting = [
+            EngineCoreOutput("a", [n], finish_reason=LENGTH if n == 8 else None) for n in (6, 7, 8)
+        ]
+        for output in waiting[:2]:
+            client.outputs_queue.put_nowait(EngineCoreOutputs(outputs=[output]))
+        await client.ask("b")
+        client.outputs_queue.put_nowait(EngineCoreOutputs(outputs=waiting[2:]))
+        assert await client.got() == {"a": [6, 7, 8, LENGTH], "b": [5, 6, 7, 8, LENGTH]}
+
+    run(main())
+
+
+def test_one_that_follows_begins_as_vllm_expects_whenever_it_comes() -> None:
+    async def main() -> None:
+        client = Client()
+        await client.ask("a")
+        await client.ask("early")
+        events = [EngineCoreEvent.new_event(EngineCoreEventType.QUEUED, 1.0)]
+        first = EngineCoreOutput("a", [5], events=events)
+        early = response_cache.with_followers([first])[1]
+        assert (early.request_id, early.events) == ("early", events)
+        await client.ask("late")
+        seen = response_cache.with_followers([EngineCoreOutput("a", [6])])
+        late = [output for output in seen if output.request_id == "late"]
+        assert [event.type for event in late[0].events] == list(EngineCoreEventType)[:2]
+        assert late[0].prefill_stats.num_cached_tokens == 3
+        rest = [late[1], *(output for output in seen if output.request_id == "early")]
+        assert all(output.events is output.prefill_stats is None for output in rest)
+
+    run(main())
+
+
+def test_nobody_sees_what_vllm_does_to_the_tokens_of_another() -> None:
+    """It adds later tokens to a step's list where a reader is slow, and cuts it at a stop."""
+
+    async def main() -> None:
+        client = Client()
+        await client.ask("a")
+        await client.ask("b")
+        shown: dict[str, RequestOutput] = {}
+        for number in (5, 6, 7):
+            step = EngineCoreOutput("a", [number], finish_reason=LENGTH if number == 7 else None)
+            for output in response_cache.with_followers([step]):
+                mine = RequestOutput(output.request_id, None, None, None, [], False)
+                mine.outputs = [CompletionOutput(0, "", output.new_token_ids, None, None)]
+                said = shown.setdefault(output.request_id, mine)
+                if said is not mine:
+                    said.add(mine, aggregate=True)
+        await client.ask("c")
+        assert [list(each.outputs[0].token_ids) for each in shown.values()] == [[5, 6, 7]] * 2
+        steps = []
+        while len(steps) < 3:
+            steps += (await client.get_output_async()).outputs
+        assert [step.new_token_ids for step in steps] == [[5], [6], [7]]
+        steps[0].new_token_ids.clear()
+        await client.ask("d")
+        assert await client.got() == {"d": [5, 6, 7, LENGTH]}
 
     run(main())
 

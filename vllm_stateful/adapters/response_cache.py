@@ -101,10 +101,6 @@ class Responses:
         if flight is None:
             return False
         self._num_prompt[name] = num_prompt
-        if flight.steps:
-            steps = [_for(name, step) for step in flight.steps]
-            steps[0] = _first(steps[0], num_prompt)
-            self._outputs.put_nowait(EngineCoreOutputs(outputs=steps))
         RESPONSE_COUNTS.responded(Response.JOINED)
         return True
 
@@ -121,16 +117,22 @@ class Responses:
         if output.stop_reason == BASE_MISS:
             return []
         step = msgspec.structs.replace(
-            output, events=None, trace_headers=None, prefill_stats=None, spec_decode_metrics=None
+            _for(output.request_id, output),
+            events=None,
+            trace_headers=None,
+            prefill_stats=None,
+            spec_decode_metrics=None,
         )
         flight = self._flights.came(output.request_id, step, _num_bytes(step))
         if flight is None:
             return []
-        copies = [_for(follower, step) for follower in flight.followers]
-        if len(flight.steps) == 1:
-            copies = [
-                _first(copy, self._num_prompt[copy.request_id], output.events) for copy in copies
-            ]
+        copies = []
+        for follower, number, given in flight.give():
+            copy = _for(follower, given)
+            if number == 0:
+                events = output.events if len(flight.steps) == 1 else None
+                copy = _first(copy, self._num_prompt[follower], events)
+            copies.append(copy)
         if output.kv_transfer_params is not None or output.ec_transfer_params is not None:
             flight.is_kept = False
         if output.finish_reason is not None:
@@ -182,7 +184,14 @@ class Responses:
 
 
 def _for(request_id: str, step: EngineCoreOutput) -> EngineCoreOutput:
-    return msgspec.structs.replace(step, request_id=request_id)
+    """A step with a list of tokens of its own.
+
+    vLLM puts the list into the answer, adds the next steps' tokens to it where a reader is slow
+    (``vllm/outputs.py``, ``RequestOutput.add``) and cuts it at a stop string.
+    """
+    return msgspec.structs.replace(
+        step, request_id=request_id, new_token_ids=list(step.new_token_ids)
+    )
 
 
 def _first(

@@ -2,12 +2,13 @@
 """Whole answers by what was asked, and requests that are being answered right now.
 
 An answer is kept as the engine gave it, step by step, so that it is given again in the same steps.
-A request that equals one in flight follows it: it gets what has come so far, and then what comes.
+A request that equals one in flight follows it: with the next step it gets all that came before.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -74,6 +75,7 @@ class Flight(Generic[StepT]):
         leader: the request that the engine knows.
         is_led: whether somebody still waits for the leader's own answer.
         is_kept: whether the answer may be kept.
+        followers: those that wait, each with the number of steps that it was given.
         num_bytes: of the steps so far.
     """
 
@@ -81,9 +83,19 @@ class Flight(Generic[StepT]):
     leader: str
     is_kept: bool = True
     is_led: bool = True
-    followers: list[str] = field(default_factory=list)
+    followers: dict[str, int] = field(default_factory=dict)
     steps: list[StepT] = field(default_factory=list)
     num_bytes: int = 0
+
+    def give(self) -> Iterator[tuple[str, int, StepT]]:
+        """What each follower has yet to get: its id, the number of the step, and the step.
+
+        This is the only way to them, so none gets a step before those that came earlier.
+        """
+        for follower, given in self.followers.items():
+            for number in range(given, len(self.steps)):
+                yield follower, number, self.steps[number]
+            self.followers[follower] = len(self.steps)
 
 
 class Flights(Generic[StepT]):
@@ -115,12 +127,12 @@ class Flights(Generic[StepT]):
         """Follow the request that asks for the same; None when there is none."""
         flight = self._by_key.get(key)
         if flight is not None:
-            flight.followers.append(follower)
+            flight.followers[follower] = 0
             self._by_follower[follower] = flight
         return flight
 
     def came(self, request_id: str, step: StepT, num_bytes: int) -> Flight[StepT] | None:
-        """A step of an answer; the flight whose followers get it, too."""
+        """A step of an answer; the flight whose followers are to be given it, too."""
         flight = self._by_leader.get(request_id)
         if flight is not None:
             flight.steps.append(step)
@@ -145,7 +157,7 @@ class Flights(Generic[StepT]):
         """
         flight = self._by_follower.pop(request_id, None)
         if flight is not None:
-            flight.followers.remove(request_id)
+            del flight.followers[request_id]
         else:
             flight = self._by_leader.get(request_id)
             if flight is None:

@@ -60,9 +60,8 @@ class AnyFlights(RuleBasedStateMachine):
             self.flights.begin(key, name)
             self.engine[name], self.got[name] = [], []
         else:
-            self.got[name] = list(flight.steps)
+            self.got[name] = []
             assert flight.key == key
-            assert self.got[name] == self.engine[flight.leader]
 
     @rule(data=st.data(), is_last=st.booleans())
     def step(self, data: st.DataObject, is_last: bool) -> None:
@@ -73,9 +72,11 @@ class AnyFlights(RuleBasedStateMachine):
         self.engine[name].append(self.number)
         flight = self.flights.came(name, self.number, 10)
         assert flight is not None
-        for each in (*flight.followers, *([name] if flight.is_led else ())):
-            self.got[each].append(self.number)
-            assert self.got[each] == self.engine[name]
+        for follower, number, value in flight.give():
+            assert number == len(self.got[follower])
+            self.got[follower].append(value)
+        assert not list(flight.give())
+        assert all(self.got[each] == self.engine[name] for each in flight.followers)
         if is_last:
             answer = self.flights.ends(flight)
             assert answer == Answer(tuple(self.engine.pop(name)), 10 * len(answer.steps))
