@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What drafts cost where nothing can be drafted: random answers, from 1 to 64 requests at once.
 
-    python -m benchmarks.serving.bench_random [--concurrency 1,4,16,64] [--rounds 5] [--quick]
+    python -m benchmarks.serving.bench_random [--concurrency 1,4,16,64] [--rounds 5] [--starts 1]
+        [--quick]
 
 Stock vLLM and vLLM with drafts from sessions are made to say the same random tokens, turn about.
-Nothing of it stood anywhere before, so that every draft is wrong.
+Nothing of it stood anywhere before, so that every draft is wrong. Two servers that are started
+alike differ by a percent or more for as long as they live: small differences want several starts.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -41,12 +43,14 @@ class Sample:
     """All requests of one round on one side.
 
     Attributes:
+        start: Of the servers, from 0.
         total_s: From sending the first to the end of the last answer.
         num_drafted: Tokens, for all of them.
     """
 
     side: str
     concurrency: int
+    start: int
     round: int
     total_s: float
     num_drafted: int
@@ -59,6 +63,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--concurrency", type=replay.names, default=("1", "4", "16", "64"))
     add("--rounds", type=int, default=5, help="(%(default)s)")
+    add("--starts", type=int, default=1, help="of the servers, all rounds with each (%(default)s)")
     add("--tokens", type=int, default=48, help="of each answer (%(default)s)")
     add("--compiled", action="store_true", help="let vLLM compile the model (it is run eagerly)")
     return replay.parse_quick(parser, arguments, QUICK)
@@ -103,53 +108,66 @@ def measure(args: argparse.Namespace) -> list[Sample]:
         side_arguments={PLUGIN: ("--speculative-config", json.dumps(PLUGIN_CONFIG))},
         is_eager=not args.compiled,
     )
-    samples = []
-    with running_servers(model, args.logs, say, settings=settings) as servers:
-        try:
-            for server in servers.values():
-                warm_up(server.port, partial(tokens.pinned, replay.IDS))
-                for number in map(int, args.concurrency):
-                    play(server, number, f"warm {number}", 8)
-            for concurrency in map(int, args.concurrency):
-                for number in range(args.rounds):
-                    sides = list(servers.items())[:: 1 if number % 2 else -1]
-                    samples += [_sample(args, *each, concurrency, number) for each in sides]
-        except (OSError, httpx.HTTPError, RequestFailedError) as error:
-            reports = [server.report(str(error)) for server in servers.values()]
-            raise ServerFailedError("\n".join(reports)) from error
+    samples: list[Sample] = []
+    for start in range(args.starts):
+        with running_servers(model, args.logs, say, settings=settings) as servers:
+            try:
+                for server in servers.values():
+                    warm_up(server.port, partial(tokens.pinned, replay.IDS))
+                    for number in map(int, args.concurrency):
+                        play(server, number, f"warm {number}", 8)
+                for concurrency in map(int, args.concurrency):
+                    samples += _rounds(args, servers, concurrency, start)
+            except (OSError, httpx.HTTPError, RequestFailedError) as error:
+                reports = [server.report(str(error)) for server in servers.values()]
+                raise ServerFailedError("\n".join(reports)) from error
     return samples
 
 
-def _sample(
-    args: argparse.Namespace, side: str, server: Server, concurrency: int, number: int
-) -> Sample:
-    time.sleep(PAUSE_S)
-    before = drafts_of(server, "random", str(concurrency))
-    name = f"{args.seed} {concurrency} {number}"
-    total_s = play(server, concurrency, name, args.tokens)
-    drafted = since(before, drafts_of(server, "random", str(concurrency))).num_drafted
-    say(f"{concurrency} at once, {side}: {total_s:.2f} s, {drafted} tokens drafted")
-    return Sample(side, concurrency, number, total_s, drafted)
+def _rounds(
+    args: argparse.Namespace, servers: Mapping[str, Server], concurrency: int, start: int
+) -> Iterator[Sample]:
+    for number in range(args.rounds):
+        for side, server in list(servers.items())[:: 1 if number % 2 else -1]:
+            time.sleep(PAUSE_S)
+            before = drafts_of(server, "random", str(concurrency))
+            name = f"{args.seed} {concurrency} {start} {number}"
+            total_s = play(server, concurrency, name, args.tokens)
+            drafted = since(before, drafts_of(server, "random", str(concurrency))).num_drafted
+            say(f"{concurrency} at once, {side}: {total_s:.2f} s, {drafted} tokens drafted")
+            yield Sample(side, concurrency, start, number, total_s, drafted)
 
 
 def table(samples: Sequence[Sample]) -> str:
-    """Medians; the ratio is of each round, the worst and the best beside the median."""
+    """Medians; the ratio is of each pair, the least and the most beside the median, and then the
+    median of each start.
+    """
     lines = []
     for concurrency in dict.fromkeys(sample.concurrency for sample in samples):
         mine = [sample for sample in samples if sample.concurrency == concurrency]
-        of = {side: {s.round: s for s in mine if s.side == side} for side in (STOCK, PLUGIN)}
+        of = {
+            side: {(s.start, s.round): s for s in mine if s.side == side}
+            for side in (STOCK, PLUGIN)
+        }
         times = {side: percentile([s.total_s for s in of[side].values()], 0.5) for side in of}
-        ratios = sorted(of[PLUGIN][n].total_s / of[STOCK][n].total_s for n in of[STOCK])
+        pairs = {pair: of[PLUGIN][pair].total_s / of[STOCK][pair].total_s for pair in of[STOCK]}
+        ratios = sorted(pairs.values())
+        starts = [
+            percentile([ratio for pair, ratio in pairs.items() if pair[0] == start], 0.5)
+            for start in dict.fromkeys(start for start, _ in pairs)
+        ]
         drafted = sum(sample.num_drafted for sample in of[PLUGIN].values())
         lines.append(
             [
                 str(concurrency),
                 *(f"{times[side]:.2f}" for side in of),
                 f"{percentile(ratios, 0.5):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})",
+                ", ".join(f"{ratio:.3f}" for ratio in starts),
                 str(drafted),
             ]
         )
-    return markdown(["at once", "stock (s)", "plugin (s)", "plugin / stock", "drafted"], lines)
+    heads = ["at once", "stock (s)", "plugin (s)", "plugin / stock", "each start", "drafted"]
+    return markdown(heads, lines)
 
 
 def say(text: str) -> None:
