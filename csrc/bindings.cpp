@@ -35,10 +35,25 @@ const Structure* structures(const Tensor& tensor) {
   return static_cast<const Structure*>(tensor.data_ptr());
 }
 
-int is_half(const Tensor& q) {
-  const bool half = q.scalar_type() == ScalarType::Half;
-  check(half || q.scalar_type() == ScalarType::BFloat16, "q must be bfloat16 or float16");
+int is_half(const Tensor& out) {
+  const bool half = out.scalar_type() == ScalarType::Half;
+  check(half || out.scalar_type() == ScalarType::BFloat16, "out must be bfloat16 or float16");
   return half;
+}
+
+int is_fp8(const Tensor& cache) { return cache.scalar_type() == ScalarType::Float8_e4m3fn; }
+
+// A scale of all heads, or of each; null where nothing is scaled.
+const float* scale_of(const Tensor& scale, const Tensor& cache, int64_t heads) {
+  if (!is_fp8(cache)) {
+    check(scale.numel() == 0, "scales are for an fp8 cache");
+    return nullptr;
+  }
+  check(scale.scalar_type() == ScalarType::Float && scale.is_contiguous() &&
+            (scale.numel() == 1 || scale.numel() == heads) &&
+            scale.get_device_index() == cache.get_device_index(),
+        "a scale must be float32, one or one for each KV head, on the device of the cache");
+  return static_cast<const float*>(scale.data_ptr());
 }
 
 void* current_stream(int device) {
@@ -64,12 +79,14 @@ void check_tensors(const Tensor& q, const Tensor& k_new, const Tensor& v_new, co
   check(cache.size(1) == heads && cache.size(3) == 2 * size && cache.size(2) % 16 == 0,
         "cache must be [blocks, KV heads, page, 2 D], the page a multiple of 16");
   for (const Tensor* each : {&q, &k_new, &v_new, &cache, &out}) {
+    const bool reduced = is_fp8(cache) && (each == &q || each == &cache);
     check(each->stride(each->dim() - 1) == 1, "the last dimension must be contiguous");
-    check(each->scalar_type() == q.scalar_type(), "all must have the dtype of q");
+    check(each->scalar_type() == (reduced ? ScalarType::Float8_e4m3fn : out.scalar_type()),
+          "all must have the dtype of out; q that of the cache where this is fp8 (e4m3)");
     check(each->get_device_index() == q.get_device_index(), "all must be on one device");
     check(reinterpret_cast<uintptr_t>(each->data_ptr()) % 16 == 0, "addresses must be aligned");
     for (int64_t i = 0; i + 1 < each->dim(); ++i)
-      check(each->stride(i) % 8 == 0, "strides must be multiples of 16 bytes");
+      check(each->stride(i) % (reduced ? 16 : 8) == 0, "strides must be multiples of 16 bytes");
   }
 }
 
@@ -79,7 +96,8 @@ void delta_append_attention(const Tensor& q, const Tensor& k_new, const Tensor& 
                             const Tensor& slot_mapping, const Tensor& cta_segments,
                             const Tensor& segments, const Tensor& units, const Tensor& groups,
                             const Tensor& members, Tensor& partial_out, Tensor& partial_lse,
-                            Tensor& arrivals, int64_t rows, double scale, double soft_cap,
+                            Tensor& arrivals, const Tensor& q_scale, const Tensor& k_scale,
+                            const Tensor& v_scale, int64_t rows, double scale, double soft_cap,
                             int64_t window) {
   check_tensors(q, k_new, v_new, cache, out);
   check_ints(cta_segments, 0, "cta_segments");
@@ -118,6 +136,12 @@ void delta_append_attention(const Tensor& q, const Tensor& k_new, const Tensor& 
   p.query_start = ints(query_start);
   p.seq_lens = ints(seq_lens);
   p.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
+  p.q_scale = scale_of(q_scale, cache, k_new.size(1));
+  p.k_scale = scale_of(k_scale, cache, k_new.size(1));
+  p.v_scale = scale_of(v_scale, cache, k_new.size(1));
+  p.q_scale_head = q_scale.numel() > 1;
+  p.k_scale_head = k_scale.numel() > 1;
+  p.v_scale_head = v_scale.numel() > 1;
   p.q_token = q.stride(0);
   p.q_head = q.stride(1);
   p.k_token = k_new.stride(0);
@@ -136,7 +160,7 @@ void delta_append_attention(const Tensor& q, const Tensor& k_new, const Tensor& 
   p.window = static_cast<int32_t>(window);
   p.scale = static_cast<float>(soft_cap > 0 ? scale : scale * 1.4426950408889634);
   p.soft_cap = static_cast<float>(soft_cap);
-  const StatefulKernel kernel = {is_half(q), static_cast<int32_t>(q.size(2)),
+  const StatefulKernel kernel = {is_half(out), is_fp8(cache), static_cast<int32_t>(q.size(2)),
                                  static_cast<int32_t>(rows), q.get_device_index()};
   const StatefulSizes sizes = {cache.size(0), q.size(0), k_new.size(1)};
   const int code = stateful_launch(&kernel, &p, &sizes, static_cast<int>(cta_segments.numel() - 1),
@@ -144,9 +168,9 @@ void delta_append_attention(const Tensor& q, const Tensor& k_new, const Tensor& 
   STD_TORCH_CHECK(code == 0, "vllm_stateful::delta_append_attention: ", stateful_error(code));
 }
 
-int64_t num_ctas(bool half, int64_t head_size, int64_t rows, int64_t device) {
-  const StatefulKernel kernel = {half, static_cast<int32_t>(head_size), static_cast<int32_t>(rows),
-                                 static_cast<int32_t>(device)};
+int64_t num_ctas(bool half, bool fp8, int64_t head_size, int64_t rows, int64_t device) {
+  const StatefulKernel kernel = {half, fp8, static_cast<int32_t>(head_size),
+                                 static_cast<int32_t>(rows), static_cast<int32_t>(device)};
   int count = 0;
   const int code = stateful_num_ctas(&kernel, &count);
   STD_TORCH_CHECK(code == 0, "vllm_stateful::num_ctas: ", stateful_error(code));
@@ -163,8 +187,9 @@ STABLE_TORCH_LIBRARY(vllm_stateful, m) {
       "Tensor(b!) out, Tensor block_table, Tensor query_start, Tensor seq_lens, "
       "Tensor slot_mapping, Tensor cta_segments, Tensor segments, Tensor units, Tensor groups, "
       "Tensor members, Tensor(c!) partial_out, Tensor(d!) partial_lse, Tensor(e!) arrivals, "
+      "Tensor q_scale, Tensor k_scale, Tensor v_scale, "
       "int rows, float scale, float soft_cap, int window) -> ()");
-  m.def("num_ctas(bool half, int head_size, int rows, int device) -> int");
+  m.def("num_ctas(bool half, bool fp8, int head_size, int rows, int device) -> int");
   m.def("num_devices() -> int");
 }
 

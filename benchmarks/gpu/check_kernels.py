@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The random steps of tests/kernels through the compiled op on a device, against float64; opcheck.
 
-python -m benchmarks.gpu.check_kernels [--cases 300]
+python -m benchmarks.gpu.check_kernels [--cases 300] [--seconds 120]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cases import BLOCK_KEYS, MOST_ERROR, WGMMA_BLOCK_KEYS, Case, arguments, bit
 
 KERNELS: dict[str, dict[str, Any]] = {
     "mma": {"block_keys": BLOCK_KEYS},
+    "fp8": {"block_keys": BLOCK_KEYS, "fp8": True},
     "wgmma": {"rows": (128,), "block_keys": WGMMA_BLOCK_KEYS},
 }
 
@@ -38,6 +40,11 @@ def on_device(step: Any) -> dict[str, torch.Tensor]:
             )
             moved[field.name] = there.copy_(value)
     return moved
+
+
+def scales_of(step: Any) -> ops.Scales | None:
+    """Those of fp8."""
+    return step.scales and ops.Scales(*(scale.cuda() for scale in step.scales))
 
 
 def failure_of(case: Case) -> str:
@@ -60,6 +67,7 @@ def failure_of(case: Case) -> str:
             step.scale,
             soft_cap=step.soft_cap,
             window=step.window,
+            scales=scales_of(step),
         )
         out = t["out"].cpu().double()
         error = float((out - case.expected).norm() / case.expected.norm())
@@ -74,27 +82,34 @@ def main() -> int:
     """Print one line for each kernel, and the first failures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no step after them")
     args = parser.parse_args()
     if reason := ops.why_unavailable():
         print(f"nothing is checked: {reason}", file=sys.stderr)
         return 1
     wrong: Counter[str] = Counter()
+    began = time.monotonic()
     checked = torch.library.opcheck(
         torch.ops.vllm_stateful.delta_append_attention.default,
         tuple(arguments("cuda")),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     print(f"opcheck: {checked}")
-    for kernel, options in KERNELS.items():
+    for number, (kernel, options) in enumerate(KERNELS.items(), 1):
+        until = began + args.seconds * number / len(KERNELS)
         if kernel == "wgmma" and torch.cuda.get_device_capability()[0] != 9:
             print("wgmma: not on this device")
             continue
+        played = 0
         for seed in range(args.cases):
+            if time.monotonic() > until:
+                break
+            played += 1
             if failure := failure_of(random_case(seed, **options)):
                 wrong[kernel] += 1
                 if wrong[kernel] <= 3:
                     print(f"{kernel}: {failure}")
-        print(f"{kernel}: {args.cases - wrong[kernel]} of {args.cases} steps are right")
+        print(f"{kernel}: {played - wrong[kernel]} of {played} steps are right")
     return 1 if wrong else 0
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three sessions of six turns through vLLM with dummy weights, stock against plugin.
 
-    python -m benchmarks.gpu.smoke_vllm [--shape llama-8b|tiny] [--only NAME;...]
+    python -m benchmarks.gpu.smoke_vllm [--shape llama-8b|tiny] [--only NAME;...] [--seconds 300]
 
-Each configuration is a process of its own; one checks the plugin's invariants after every step,
-which takes time for every block of the cache. No tokenizer is needed. Works on a CPU too
-(--shape tiny).
+Each configuration is a process of its own, what matters most first; one checks the plugin's
+invariants after every step, which takes time for every block of the cache. No tokenizer is
+needed. Works on a CPU too (--shape tiny).
 """
 
 from __future__ import annotations
@@ -23,23 +23,27 @@ from typing import Any
 
 from benchmarks.models.dummy import SHAPES, write_config
 
+MOST_SECONDS = 240  # of one configuration
 SESSIONS, TURNS, FIRST_TOKENS, ADDED_TOKENS, ANSWER_TOKENS = 3, 6, 2000, 300, 32
 PLUGIN = {"VLLM_STATEFUL": "1", "VLLM_STATEFUL_STRICT": "1"}
-V1, V2 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 EAGER = {"SMOKE_EAGER": "1"}
+FP8 = {"SMOKE_KV_CACHE": "fp8"}
 DRAFTS = {"SMOKE_DRAFTS": '{"method": "ngram_gpu", "num_speculative_tokens": 8}'}
 ADAPTIVE = {"SMOKE_DRAFTS": DRAFTS["SMOKE_DRAFTS"][:-1] + ', "enable_adaptive_verification": true}'}
 CONFIGURATIONS: dict[str, dict[str, str]] = {
     "stock": {},
     "plugin": PLUGIN,
-    "plugin, checked": {**PLUGIN, "VLLM_STATEFUL_CHECK_INVARIANTS": "1"},
     "plugin+attention": {**PLUGIN, "VLLM_STATEFUL_ATTENTION": "on"},
+    "plugin, checked": {**PLUGIN, "VLLM_STATEFUL_CHECK_INVARIANTS": "1"},
     "stock+ngram_gpu": DRAFTS,
     "plugin+drafts": {**PLUGIN, **DRAFTS},
+    "plugin+drafts+attention": {**PLUGIN, **DRAFTS, "VLLM_STATEFUL_ATTENTION": "on"},
     "plugin+adaptive": {**PLUGIN, **ADAPTIVE},
+    "stock, fp8": FP8,
+    "plugin+attention, fp8": {**PLUGIN, **FP8, "VLLM_STATEFUL_ATTENTION": "on"},
     "stock-v1": V1,
     "plugin-v1": {**V1, **PLUGIN},
-    "plugin-v2": {**V2, **PLUGIN},
     "plugin-eager": {**PLUGIN, **EAGER},
 }
 
@@ -47,6 +51,8 @@ CONFIGURATIONS: dict[str, dict[str, str]] = {
 def play(folder: Path, num_tokens: int) -> dict[str, Any]:
     """All turns, session after session in each; random text, greedy answers."""
     from vllm import LLM, SamplingParams
+
+    from vllm_stateful.adapters.attention_choice import STEPS
 
     began = time.perf_counter()
     llm = LLM(
@@ -56,6 +62,7 @@ def play(folder: Path, num_tokens: int) -> dict[str, Any]:
         enforce_eager="SMOKE_EAGER" in os.environ,
         max_model_len=8192,
         gpu_memory_utilization=0.6,
+        kv_cache_dtype=os.environ.get("SMOKE_KV_CACHE", "auto"),
         speculative_config=json.loads(os.environ.get("SMOKE_DRAFTS", "null")),
         seed=0,
     )
@@ -84,29 +91,42 @@ def play(folder: Path, num_tokens: int) -> dict[str, Any]:
                 }
             )
             history += turns[-1]["answer"]
-    return {"start_s": started, "turns": turns}
+    is_v2 = llm.llm_engine.vllm_config.use_v2_model_runner
+    return {
+        "start_s": started,
+        "runner": "V2" if is_v2 else "V1",
+        "turns": turns,
+        "ours": STEPS["taken"],
+    }
 
 
-def run(name: str, shape: str, folder: Path) -> dict[str, Any] | str:
+def run(name: str, shape: str, folder: Path, seconds: float) -> dict[str, Any] | str:
     """One configuration in its own process: what it played, or the end of what it said."""
     out = folder / "played.json"
     out.unlink(missing_ok=True)
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **CONFIGURATIONS[name]}
     command = [sys.executable, "-m", "benchmarks.gpu.smoke_vllm", "--shape", shape]
-    done = subprocess.run(
-        [*command, "--play", str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    said = folder / "said.txt"
+    with said.open("w") as log:
+        try:
+            done = subprocess.run(
+                [*command, "--play", str(folder)],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            return said.read_text()[-3000:] + f"\nended after {seconds:.0f} s"
     if done.returncode or not out.exists():
-        return (done.stdout + done.stderr)[-3000:]
+        return said.read_text()[-3000:]
     return dict(json.loads(out.read_text()))
 
 
 def row(name: str, played: dict[str, Any], stock: dict[str, Any] | None) -> str:
-    """Tokens computed and the median of the later turns, and how many answers equal stock's."""
+    """Tokens computed, the median of the later turns, how many answers equal stock's, and steps
+    that our kernels attended in."""
     turns = played["turns"]
     later = sorted(turn["seconds"] for turn in turns[SESSIONS:])
     computed = sum(turn["prompt"] - turn["cached"] for turn in turns)
@@ -115,7 +135,8 @@ def row(name: str, played: dict[str, Any], stock: dict[str, Any] | None) -> str:
         pairs = zip(turns, stock["turns"], strict=True)
         equal = f"{sum(a['answer'] == b['answer'] for a, b in pairs)} of {len(turns)}"
     median = later[len(later) // 2] * 1000
-    return f"| {name} | {played['start_s']:.0f} | {computed} | {median:.1f} | {equal} |"
+    start = f"{played['runner']} | {played['start_s']:.0f}"
+    return f"| {name} | {start} | {computed} | {median:.1f} | {equal} | {played['ours']} |"
 
 
 def main() -> int:
@@ -123,23 +144,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--only", default=";".join(CONFIGURATIONS))
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="none begins that may end after them"
+    )
     parser.add_argument("--play", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.play:
         played = play(args.play, SHAPES[args.shape]["vocab_size"])
         (args.play / "played.json").write_text(json.dumps(played))
         return 0
-    lines = ["| configuration | start (s) | tokens computed | later turns, median (ms) | equal |"]
-    lines.append("|---|---|---|---|---|")
-    failed, stock = 0, None
+    lines = ["| configuration | runner | start (s) | computed | later turns (ms) | equal | ours |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    failed, stock, longest = 0, None, 0.0
+    until = time.monotonic() + args.seconds
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_config(folder, args.shape)
         for name in args.only.split(";"):
-            played = run(name, args.shape, folder)
+            began = time.monotonic()
+            if began + longest > until:
+                lines.append(f"| {name} | not played, time was up | | | | | |")
+                continue
+            played = run(name, args.shape, folder, min(until - began, MOST_SECONDS))
+            longest = max(longest, time.monotonic() - began)
             if isinstance(played, str):
                 failed += 1
-                lines.append(f"| {name} | failed | | | |")
+                lines.append(f"| {name} | failed | | | | | |")
                 print(f"--- {name}\n{played}\n---", flush=True)
                 continue
             stock = played if name == "stock" else stock

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Delta append attention against what vLLM has, on one device, the append included on all sides.
 
-    python -m benchmarks.kernels.bench_kernels [--rounds 5] [--out out/kernels.json]
+    python -m benchmarks.kernels.bench_kernels [--rounds 5] [--seconds 200] [--out out/kernels.json]
 
 Each side is captured into a CUDA graph that goes over several copies of the cache, more than the
 second level cache holds, and the graphs are replayed turn about. First every side is compared with
@@ -14,9 +14,11 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +46,7 @@ MOST_ORACLE_PAIRS = 3e8
 def ours(regime: Regime, rows: int, is_grouped: bool = False) -> peers.Call:
     """Our kernel for tiles of so many rows."""
     shape = Shape(
-        num_ctas=ops.num_ctas(torch.bfloat16, HEAD_SIZE, rows, 0),
+        num_ctas=ops.num_ctas(torch.bfloat16, HEAD_SIZE, rows, 0, fp8=regime.fp8),
         tile_rows=rows,
         block_keys=ops.block_keys(HEAD_SIZE, rows),
         num_kv_heads=KV_HEADS,
@@ -54,7 +56,9 @@ def ours(regime: Regime, rows: int, is_grouped: bool = False) -> peers.Call:
     lengths = [a + b for a, b in zip(regime.new, regime.cached, strict=True)]
     plan = make_plan(regime.new, lengths, shape, prefixes=[together] if is_grouped else [])
     there = ops.DevicePlan.of(plan, rows, HEAD_SIZE, torch.device("cuda"))
-    return partial(_call, ops.delta_append_attention, there)
+    one = torch.ones(1, device="cuda")
+    scales = ops.Scales(one, one, one) if regime.fp8 else None
+    return partial(_call, ops.delta_append_attention, there, scales=scales)
 
 
 def in_triton(regime: Regime) -> peers.Call:
@@ -66,7 +70,7 @@ def in_triton(regime: Regime) -> peers.Call:
     return partial(_call, triton_attention.delta_append_attention, there)
 
 
-def _call(kernel: Callable[..., None], plan: ops.DevicePlan, t: Tensors) -> None:
+def _call(kernel: Callable[..., None], plan: ops.DevicePlan, t: Tensors, **options: Any) -> None:
     kernel(
         t.q,
         t.k,
@@ -79,12 +83,17 @@ def _call(kernel: Callable[..., None], plan: ops.DevicePlan, t: Tensors) -> None
         t.slot_mapping,
         plan,
         SCALE,
+        **options,
     )
 
 
 def sides(regime: Regime) -> dict[str, Callable[[], peers.Call]]:
     """Every kernel that may serve this step, by name."""
     packed = max(regime.new) * HEADS // KV_HEADS
+    tiles = [rows for rows in (16, 32, 64) if packed <= rows or rows == 64]
+    in_mma = {f"mma {rows}": partial(ours, regime, rows) for rows in tiles}
+    if regime.fp8:
+        return {"FA3": partial(peers.flash_attention, regime), **in_mma}
     made: dict[str, Callable[[], peers.Call]] = {
         "FA3": partial(peers.flash_attention, regime),
         "vLLM Triton": partial(peers.unified_triton, regime),
@@ -94,9 +103,7 @@ def sides(regime: Regime) -> dict[str, Callable[[], peers.Call]]:
     }
     if len(regime.new) == 1:
         made["SDPA, KV gathered before"] = partial(peers.sdpa, regime)
-    for rows in (16, 32, 64):
-        if packed <= rows or rows == 64:
-            made[f"mma {rows}"] = partial(ours, regime, rows)
+    made |= in_mma
     if packed > 32:
         made["wgmma"] = partial(ours, regime, ops.WGMMA_ROWS)
     if regime.num_shared:
@@ -114,9 +121,8 @@ def error_of(regime: Regime, call: peers.Call) -> float:
     t = make(regime, 1)
     before = t.cache.clone()
     call(t)
-    expected = attention_oracle(
-        t.q, t.k, t.v, before, t.block_table, t.query_start, t.seq_lens, SCALE
-    )
+    k, v = (each.to(before.dtype) for each in (t.k, t.v))  # fp8: as the cache has them
+    expected = attention_oracle(t.q, k, v, before, t.block_table, t.query_start, t.seq_lens, SCALE)
     return float((t.out.double() - expected).norm() / expected.norm())
 
 
@@ -146,7 +152,7 @@ def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:
 def measure(regime: Regime, rounds: int) -> list[dict[str, object]]:
     """One row for each side, or the reason why it has no time."""
     one = make(regime, 0)
-    size = one.cache.numel() * 2
+    size = one.cache.nbytes
     copies = [one] + [make(regime, i + 1) for i in range(min(MOST_COPIES - 1, COLD_BYTES // size))]
     passes = max(1, 32 // len(copies))
     graphs, rows = {}, {}
@@ -190,13 +196,18 @@ def main() -> int:
     """Measure all steps, print the table, write the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no step after them")
     parser.add_argument("--out", default="out/kernels.json")
     args = parser.parse_args()
     if reason := ops.why_unavailable():
         print(f"nothing is measured: {reason}", file=sys.stderr)
         return 1
     rows: list[dict[str, object]] = []
+    until = time.monotonic() + args.seconds
     for regime in regimes():
+        if time.monotonic() > until:
+            print(f"not measured, time was up: {regime.name}", flush=True)
+            continue
         rows += measure(regime, args.rounds)
         torch.cuda.empty_cache()
         print(table(rows[-len(sides(regime)) :]), flush=True)

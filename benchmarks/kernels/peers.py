@@ -24,7 +24,8 @@ def _append(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
 
     k_cache, v_cache = t.cache.transpose(1, 2).split(HEAD_SIZE, dim=-1)
     one = torch.ones(1, device=t.q.device)
-    reshape_and_cache_flash(t.k, t.v, k_cache, v_cache, t.slot_mapping, "auto", one, one)
+    kind = "fp8" if t.cache.dtype == torch.float8_e4m3fn else "auto"
+    reshape_and_cache_flash(t.k, t.v, k_cache, v_cache, t.slot_mapping, kind, one, one)
     return k_cache, v_cache
 
 
@@ -42,11 +43,12 @@ def flash_attention(regime: Regime) -> Call:
         num_heads_kv=KV_HEADS,
         headdim=HEAD_SIZE,
         cache_seqlens=torch.tensor(lengths, device="cuda").int(),
-        qkv_dtype=torch.bfloat16,
+        qkv_dtype=torch.float8_e4m3fn if regime.fp8 else torch.bfloat16,
         cu_seqlens_q=starts,
         page_size=16,
         causal=True,
     )
+    one = torch.ones(len(lengths), KV_HEADS, device="cuda") if regime.fp8 else None
 
     def call(t: Tensors) -> None:
         k_cache, v_cache = _append(t)
@@ -64,6 +66,9 @@ def flash_attention(regime: Regime) -> Call:
             block_table=t.block_table,
             scheduler_metadata=scheduled,
             fa_version=3,
+            q_descale=one,
+            k_descale=one,
+            v_descale=one,
         )
 
     return call

@@ -23,18 +23,22 @@ class Regime:
         new: Tokens of each sequence.
         cached: Of each sequence.
         num_shared: Leading keys that all sequences have in common.
+        fp8: The cache and the queries are fp8 (e4m3), with scales of one.
     """
 
     name: str
     new: tuple[int, ...]
     cached: tuple[int, ...]
     num_shared: int = 0
+    fp8: bool = False
 
     def floor_s(self) -> float:
         """KV read once, q, out and new KV moved once, or the products at full rate."""
         tokens = sum(self.new)
         distinct = sum(self.cached) - self.num_shared * (len(self.cached) - 1)
-        moved = 2 * 2 * HEAD_SIZE * (KV_HEADS * (distinct + 2 * tokens) + HEADS * tokens)
+        cached = 2 * KV_HEADS * (distinct + tokens) + HEADS * tokens  # read, written, and q
+        given = 2 * KV_HEADS * tokens + HEADS * tokens  # new K and V, and the result
+        moved = HEAD_SIZE * ((1 if self.fp8 else 2) * cached + 2 * given)
         pairs = sum(a * (b + (a + 1) / 2) for a, b in zip(self.new, self.cached, strict=True))
         return max(moved / H200_BYTES_S, 4 * HEADS * HEAD_SIZE * pairs / H200_FLOP_S)
 
@@ -63,6 +67,9 @@ def regimes() -> list[Regime]:
     made.append(Regime("ragged: 1 x 512 and 31 x 1 to 16", (512, *few), (16384, *ragged)))
     for new in (1, 16):
         made.append(Regime(f"8 agents x {new}, 32k shared", (new,) * 8, (33792,) * 8, 32768))
+    for batch, new in ((1, 16), (8, 2), (8, 16)):
+        name = f"{batch} x {new} new, 32k cached, fp8"
+        made.append(Regime(name, (new,) * batch, (32768,) * batch, fp8=True))
     return made
 
 
@@ -103,11 +110,14 @@ def make(regime: Regime, seed: int, device: str = "cuda") -> Tensors:
         slots.append(table[row][keys // PAGE].long() * PAGE + keys % PAGE)
     starts = torch.tensor([0, *regime.new], device=device).cumsum(0).int()
     lengths = torch.tensor(regime.new, device=device) + torch.tensor(regime.cached, device=device)
+    cache = normal(num_blocks, KV_HEADS, PAGE, 2 * HEAD_SIZE)
+    if regime.fp8:
+        q, cache = q.to(torch.float8_e4m3fn), cache.to(torch.float8_e4m3fn)
     return Tensors(
         q=q,
         k=k,
         v=v,
-        cache=normal(num_blocks, KV_HEADS, PAGE, 2 * HEAD_SIZE),
+        cache=cache,
         out=torch.empty(tokens, HEADS, HEAD_SIZE, dtype=torch.bfloat16, device=device),
         block_table=table,
         query_start=starts,

@@ -31,32 +31,44 @@ Built mma_kernel() {
 }
 
 template <class T, int D>
+Built wgmma_kernel() {
+  using S = stateful::WgmmaShape<T, D>;
+  return {reinterpret_cast<const void*>(&stateful::delta_append_wgmma<S>), S::kThreads,
+          S::kSharedBytes, true};
+}
+
+// C: of the cache; T, or Fp8, which kernel B does not know.
+template <class T, class C, int D>
 Built choose_rows(int rows) {
-  using W = stateful::WgmmaShape<T, D>;
   switch (rows) {
-    case 16: return mma_kernel<stateful::Mma16<T, D>>();
-    case 32: return mma_kernel<stateful::Mma32<T, D>>();
-    case 64: return mma_kernel<stateful::Mma64<T, D>>();
+    case 16: return mma_kernel<stateful::Mma16<T, D, C>>();
+    case 32: return mma_kernel<stateful::Mma32<T, D, C>>();
+    case 64: return mma_kernel<stateful::Mma64<T, D, C>>();
     case 128:
-      return {reinterpret_cast<const void*>(&stateful::delta_append_wgmma<W>), W::kThreads,
-              W::kSharedBytes, true};
+      if constexpr (!stateful::kIsFp8<C>) return wgmma_kernel<T, D>();
+      return {};
+    default: return {};
+  }
+}
+
+template <class T, class C>
+Built choose_head_size(const StatefulKernel& kernel) {
+  switch (kernel.head_size) {
+    case 64: return choose_rows<T, C, 64>(kernel.rows);
+    case 128: return choose_rows<T, C, 128>(kernel.rows);
+    case 256: return choose_rows<T, C, 256>(kernel.rows);
     default: return {};
   }
 }
 
 template <class T>
-Built choose_head_size(int head_size, int rows) {
-  switch (head_size) {
-    case 64: return choose_rows<T, 64>(rows);
-    case 128: return choose_rows<T, 128>(rows);
-    case 256: return choose_rows<T, 256>(rows);
-    default: return {};
-  }
+Built choose_cache(const StatefulKernel& kernel) {
+  return kernel.is_fp8 ? choose_head_size<T, stateful::Fp8>(kernel)
+                       : choose_head_size<T, T>(kernel);
 }
 
 Built choose(const StatefulKernel& kernel) {
-  return kernel.is_half ? choose_head_size<__half>(kernel.head_size, kernel.rows)
-                        : choose_head_size<__nv_bfloat16>(kernel.head_size, kernel.rows);
+  return kernel.is_half ? choose_cache<__half>(kernel) : choose_cache<__nv_bfloat16>(kernel);
 }
 
 // wgmma is in the code of sm_90a only.

@@ -15,6 +15,7 @@ struct Options {
   int32_t num_kv_heads;
   int32_t num_tokens;
   int32_t num_blocks;
+  int32_t is_fp8;  // the cache, and q
 };
 
 template <class S>
@@ -24,14 +25,14 @@ void run_mma(const Params& params, const Options& options) {
                    [&] { stateful::delta_append_mma<S>(params); });
 }
 
-template <class T, int D>
+template <class T, class C, int D>
 bool choose_mma(int rows, const Params& params, const Options& options) {
   if (rows == 16)
-    run_mma<stateful::Mma16<T, D>>(params, options);
+    run_mma<stateful::Mma16<T, D, C>>(params, options);
   else if (rows == 32)
-    run_mma<stateful::Mma32<T, D>>(params, options);
+    run_mma<stateful::Mma32<T, D, C>>(params, options);
   else if (rows == 64)
-    run_mma<stateful::Mma64<T, D>>(params, options);
+    run_mma<stateful::Mma64<T, D, C>>(params, options);
   else
     return false;
   return true;
@@ -43,14 +44,21 @@ constexpr bool kAll = false;
 constexpr bool kAll = true;
 #endif
 
-template <class T>
+template <class T, class C>
 bool choose_head_size(int head_size, int rows, const Params& params, const Options& options) {
-  if (head_size == 64) return choose_mma<T, 64>(rows, params, options);
+  if (head_size == 64) return choose_mma<T, C, 64>(rows, params, options);
   if constexpr (kAll) {
-    if (head_size == 128) return choose_mma<T, 128>(rows, params, options);
-    if (head_size == 256) return choose_mma<T, 256>(rows, params, options);
+    if (head_size == 128) return choose_mma<T, C, 128>(rows, params, options);
+    if (head_size == 256) return choose_mma<T, C, 256>(rows, params, options);
   }
   return false;
+}
+
+template <class T>
+bool choose_cache(bool is_fp8, int head_size, int rows, const Params& params,
+                  const Options& options) {
+  return is_fp8 ? choose_head_size<T, stateful::Fp8>(head_size, rows, params, options)
+                : choose_head_size<T, T>(head_size, rows, params, options);
 }
 
 template <class T, int D>
@@ -96,14 +104,16 @@ extern "C" int stateful_emulate_mma(int is_half, int head_size, int rows, const 
                                     const Options* options) {
   return guarded([&] {
     if constexpr (kAll)
-      if (is_half) return choose_head_size<__half>(head_size, rows, *params, *options);
-    return !is_half && choose_head_size<__nv_bfloat16>(head_size, rows, *params, *options);
+      if (is_half)
+        return choose_cache<__half>(options->is_fp8, head_size, rows, *params, *options);
+    return !is_half &&
+           choose_cache<__nv_bfloat16>(options->is_fp8, head_size, rows, *params, *options);
   });
 }
 
 extern "C" int stateful_emulate_wgmma(int is_half, int head_size, int rows, const Params* params,
                                       const Options* options) {
-  if (rows != 128) return 1;
+  if (rows != 128 || options->is_fp8) return 1;
   const Params& p = *params;
   const int64_t d = head_size, heads = options->num_kv_heads, tokens = options->num_tokens;
   const stateful::TensorMaps maps = {

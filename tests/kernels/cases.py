@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from random import Random
 
 import torch
 from emulator import Step
 
-from vllm_stateful.attention.oracle import append_oracle, attention_oracle
+from vllm_stateful.attention.oracle import append_oracle, attention_oracle, dequantize, quantize
 from vllm_stateful.attention.plan import Plan, Shape, SharedPrefix, make_plan
 
 MOST_ERROR = 4e-3  # relative, in the Frobenius norm, bfloat16 against float64
@@ -40,7 +41,7 @@ class Case:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.int16)
+    return tensor.contiguous().view(torch.int8)
 
 
 def arguments(device: str) -> list[object]:
@@ -65,6 +66,7 @@ def arguments(device: str) -> list[object]:
         torch.zeros(1, 16, 128, device=device),
         torch.zeros(1, 16, device=device),
         torch.zeros(2, **ints),
+        *[torch.zeros(0, device=device) for _ in range(3)],
         16,
         0.1,
         0.0,
@@ -79,6 +81,7 @@ def random_case(
     block_keys: dict[int, int] = BLOCK_KEYS,
     head_sizes: tuple[int, ...] = (64, 64, 128, 128, 256),
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.bfloat16, torch.float16),
+    fp8: bool = False,
 ) -> Case:
     """The same one for the same seed."""
     random = Random(seed)
@@ -132,21 +135,56 @@ def random_case(
         f"prefix {prefix_keys if prefixes else 0}, "
         f"window {window}, cap {soft_cap}, CTAs {shape.num_ctas}, bound {bound}"
     )
-    expected_cache = step.cache.clone()
+    if fp8:
+        heads = random.choice((1, num_kv_heads))
+        step = to_fp8(step, [torch.rand(heads) * 0.02 + 0.005 for _ in range(3)])
+    expected, expected_cache = expected_of(step)
+    return Case(name, step, plan, tile_rows, expected, expected_cache)
+
+
+def expected_of(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a step has to give: the result in float64, and the cache behind it."""
+    q, k, v, cache = step.q, step.k_new, step.v_new, step.cache
+    expected_cache = cache.clone()
+    if step.scales is None:
+        append_oracle(expected_cache, k, v, step.slot_mapping)
+    else:
+        q_scale, *kv_scales = step.scales
+        k, v = (quantize(each, scale) for each, scale in zip((k, v), kv_scales, strict=True))
+        append_oracle(expected_cache, k, v, step.slot_mapping)
+        k, v = (dequantize(each, scale) for each, scale in zip((k, v), kv_scales, strict=True))
+        heads = q.unflatten(1, (k.shape[1], -1)).transpose(
+            1, 2
+        )  # [tokens, in a group, KV heads, D]
+        q = dequantize(heads, q_scale).transpose(1, 2).flatten(1, 2)
+        tokens_first = cache.transpose(1, 2).split(step.head_size, dim=-1)
+        both = zip(tokens_first, kv_scales, strict=True)
+        cache = torch.cat([dequantize(each, scale) for each, scale in both], dim=-1).transpose(1, 2)
     expected = attention_oracle(
-        step.q,
-        step.k_new,
-        step.v_new,
-        step.cache,
+        q,
+        k,
+        v,
+        cache,
         step.block_table,
         step.query_start,
         step.seq_lens,
         step.scale,
-        window=window,
-        soft_cap=soft_cap,
+        window=step.window,
+        soft_cap=step.soft_cap,
     )
-    append_oracle(expected_cache, step.k_new, step.v_new, step.slot_mapping)
-    return Case(name, step, plan, tile_rows, expected, expected_cache)
+    return expected, expected_cache
+
+
+def to_fp8(step: Step, scales: list[torch.Tensor]) -> Step:
+    """The step with queries and cache in fp8, the cache's strides kept; what was NaN still is."""
+    q_scale, *kv_scales = scales
+    heads = step.q.unflatten(1, (step.k_new.shape[1], -1)).transpose(1, 2)
+    q = quantize(heads, q_scale).transpose(1, 2).flatten(1, 2)
+    tokens_first = step.cache.transpose(1, 2).split(step.head_size, dim=-1)
+    both = zip(tokens_first, kv_scales, strict=True)
+    cache = torch.cat([quantize(each, scale) for each, scale in both], dim=-1).transpose(1, 2)
+    there = torch.empty_strided(step.cache.shape, step.cache.stride(), dtype=cache.dtype)
+    return dataclasses.replace(step, q=q, cache=there.copy_(cache), scales=tuple(scales))
 
 
 def make_step(

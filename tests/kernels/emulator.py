@@ -20,6 +20,7 @@ CUDA_HEADERS = (Path("/usr/local/cuda/include"), Path("/usr/include"))
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
 POINTERS = ("q", "k_new", "v_new", "out", "cache", "partial_out", "partial_lse", "arrivals")
 TABLES = ("block_table", "query_start", "seq_lens", "slot_mapping")
+SCALES = ("q_scale", "k_scale", "v_scale")
 STRIDES = ("q", "k", "v", "out")
 
 
@@ -45,10 +46,12 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         ("plan", PlanPointers),
-        *[(name, ctypes.c_void_p) for name in (*POINTERS, *TABLES)],
+        *[(name, ctypes.c_void_p) for name in (*POINTERS, *TABLES, *SCALES)],
         *[(f"{name}_{what}", ctypes.c_int64) for name in STRIDES for what in ("token", "head")],
         *[(f"cache_{name}", ctypes.c_int64) for name in ("block", "token", "head", "v")],
-        *[(name, ctypes.c_int32) for name in ("group_size", "page_size", "table_stride", "window")],
+        *[(name, ctypes.c_int32) for name in ("group_size", "page_size", "table_stride")],
+        *[(f"{name}_head", ctypes.c_int32) for name in SCALES],
+        ("window", ctypes.c_int32),
         *[(name, ctypes.c_float) for name in ("scale", "soft_cap")],
     ]
 
@@ -61,6 +64,7 @@ class Options(ctypes.Structure):
         ("num_kv_heads", ctypes.c_int32),
         ("num_tokens", ctypes.c_int32),
         ("num_blocks", ctypes.c_int32),
+        ("is_fp8", ctypes.c_int32),
     ]
 
 
@@ -76,6 +80,7 @@ class Step:
         query_start: ``[sequences + 1]`` int32.
         seq_lens: ``[sequences]`` int32, cached and new.
         slot_mapping: ``[tokens]`` int64; -1: not appended.
+        scales: of `q`, keys and values where these are fp8: float32, one or ``[KV heads]``.
     """
 
     q: torch.Tensor
@@ -89,10 +94,11 @@ class Step:
     scale: float
     window: int = 0
     soft_cap: float = 0.0
+    scales: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     out: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.out = torch.full_like(self.q, float("nan"))
+        self.out = torch.full(self.q.shape, float("nan"), dtype=self.k_new.dtype)
 
     @property
     def head_size(self) -> int:
@@ -131,9 +137,10 @@ class Emulator:
         params, kept = _params(step, plan, rows)
         tokens, num_kv_heads, _ = step.k_new.shape
         grid = len(plan.cta_segments) - 1
-        options = Options(grid, alive, seed, num_kv_heads, tokens, len(step.cache))
+        is_fp8 = step.scales is not None
+        options = Options(grid, alive, seed, num_kv_heads, tokens, len(step.cache), is_fp8)
         call = getattr(self._library, f"stateful_emulate_{kernel}")
-        is_half = int(step.q.dtype == torch.float16)
+        is_half = int(step.out.dtype == torch.float16)
         code = call(is_half, step.head_size, rows, ctypes.byref(params), ctypes.byref(options))
         if code == 2:
             raise HangError
@@ -150,6 +157,8 @@ def _params(step: Step, plan: Plan, rows: int) -> tuple[Params, dict[str, torch.
     }
     tensors = {name: kept[name] if name in kept else getattr(step, name) for name in POINTERS}
     tensors |= {name: getattr(step, name) for name in TABLES}
+    scales = dict(zip(SCALES, step.scales or (), strict=False))
+    tensors |= scales
     scale = step.scale if step.soft_cap else step.scale * float(np.log2(np.e))
     strides = {"q": step.q, "k": step.k_new, "v": step.v_new, "out": step.out}
     block, head, token, _ = step.cache.stride()
@@ -176,6 +185,7 @@ def _params(step: Step, plan: Plan, rows: int) -> tuple[Params, dict[str, torch.
         group_size=step.group_size,
         page_size=step.cache.shape[2],
         table_stride=step.block_table.stride(0),
+        **{f"{name}_head": int(each.numel() > 1) for name, each in scales.items()},
         window=step.window,
         scale=scale,
         soft_cap=step.soft_cap,

@@ -57,7 +57,7 @@ LIBRARY = torch.library.Library("vllm_stateful", "DEF")  # its operators live as
 def emulate(folder: Path, kernel: str) -> None:
     """Put the backend in the place of the CPU's, and the emulator in the place of the library."""
     emulator = Emulator(folder)
-    LIBRARY.define("num_ctas(bool half, int head_size, int rows, int device) -> int")
+    LIBRARY.define("num_ctas(bool half, bool fp8, int head_size, int rows, int device) -> int")
     LIBRARY.impl("num_ctas", lambda *_: NUM_CTAS, "CompositeExplicitAutograd")
     ops.why_unavailable = lambda: ""
     ops.delta_append_attention = Launch(emulator, kernel)

@@ -20,9 +20,11 @@ def main() -> int:
     sources, folder, kernel, cases = sys.argv[1:]
     few = ("-DSTATEFUL_EMULATE_FEW", "-O1")
     emulator = Emulator(Path(folder), Path(sources), few)
-    tiles = {"rows": (128,), "block_keys": WGMMA_BLOCK_KEYS} if kernel == "wgmma" else {}
+    options = {"rows": (128,), "block_keys": WGMMA_BLOCK_KEYS} if kernel == "wgmma" else {}
+    options |= {"fp8": kernel == "fp8"}
+    kernel = "mma" if kernel == "fp8" else kernel
     for seed in range(int(cases)):
-        case = random_case(seed, head_sizes=(64,), dtypes=(torch.bfloat16,), **tiles)
+        case = random_case(seed, head_sizes=(64,), dtypes=(torch.bfloat16,), **options)
         try:
             emulator.run(case.step, case.plan, kernel, case.rows, seed)
         except (AssertionError, HangError) as error:

@@ -38,6 +38,14 @@ def test_mma_against_the_oracle(emulated: Emulator, batch: int) -> None:
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
+def test_fp8_against_the_oracle(emulated: Emulator, batch: int) -> None:
+    for seed in range(batch, CASES, BATCHES):
+        case = random_case(seed, fp8=True)
+        emulated.run(case.step, case.plan, "mma", case.rows, seed)
+        assert not case.failure()
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
 def test_wgmma_against_the_oracle(emulated: Emulator, batch: int) -> None:
     for seed in range(batch, CASES, BATCHES):
         case = random_case(seed, rows=(128,), block_keys=WGMMA_BLOCK_KEYS)

@@ -36,6 +36,7 @@ class Mutation:
 
 
 MMA, WGMMA = "delta_append_mma.cuh", "delta_append_wgmma.cuh"
+OPERANDS, QUANTIZED = "mma_operands.cuh", "quantized.cuh"
 MUTATIONS = [
     Mutation("a row does not see itself", "mma", "softmax.cuh", "key <= self;", "key < self;"),
     Mutation(
@@ -77,9 +78,9 @@ MUTATIONS = [
     Mutation(
         "the wrong chunk of a row",
         "mma",
-        MMA,
-        "row, n + (lane >> 4))",
-        "row, n + (lane >> 4 ^ 1))",
+        OPERANDS,
+        "values, row, c + (lane >> 4))",
+        "values, row, c + (lane >> 4 ^ 1))",
     ),
     Mutation(
         "a part lies on another",
@@ -109,6 +110,56 @@ MUTATIONS = [
         "tile.cuh",
         "if (!tile.segment.last) return;",
         "if (tile.segment.part) return;",
+    ),
+    Mutation(
+        "new keys are rounded by the scale of values",
+        "fp8",
+        OPERANDS,
+        "store_rounded(key_to, new_k, p.k_scale[head * p.k_scale_head]);",
+        "store_rounded(key_to, new_k, p.v_scale[head * p.v_scale_head]);",
+    ),
+    Mutation(
+        "a quad's columns of a query are not those of its keys",
+        "fp8",
+        OPERANDS,
+        "row, 2 * chunk)) = low;",
+        "row, 2 * chunk)) = high;",
+    ),
+    Mutation(
+        "even and odd columns of a value are mixed",
+        "fp8",
+        OPERANDS,
+        "expand(by_parity(b[2 * i + 1]), even[1], odd[1]);",
+        "expand(b[2 * i + 1], even[1], odd[1]);",
+        often=True,
+    ),
+    Mutation(
+        "even and odd columns of the result change places",
+        "fp8",
+        MMA,
+        "make_float4(state.out[i][2 * h], state.out[i + 1][2 * h], state.out[i][2 * h + 1],",
+        "make_float4(state.out[i + 1][2 * h], state.out[i][2 * h], state.out[i][2 * h + 1],",
+    ),
+    Mutation(
+        "all heads have the first one's scale",
+        "fp8",
+        QUANTIZED,
+        "p.k_scale[head * p.k_scale_head];",
+        "p.k_scale[0];",
+    ),
+    Mutation(
+        "values are not scaled",
+        "fp8",
+        QUANTIZED,
+        "return p.v_scale[head * p.v_scale_head];",
+        "return 1.f;",
+    ),
+    Mutation(
+        "what is too large becomes NaN",
+        "fp8",
+        QUANTIZED,
+        "__NV_SATFINITE",
+        "__NV_NOSAT",
     ),
     Mutation(
         "no wait for values",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -49,8 +50,14 @@ def block_keys(head_size: int, rows: int) -> int:
     return keys
 
 
-def num_ctas(dtype: torch.dtype, head_size: int, rows: int, device: int) -> int:
+def num_ctas(
+    dtype: torch.dtype, head_size: int, rows: int, device: int, *, fp8: bool = False
+) -> int:
     """Thread blocks that are resident at once on a device: the grid of a plan.
+
+    Args:
+        dtype: Of the result.
+        fp8: The cache and the queries are fp8.
 
     Raises:
         RuntimeError: the kernels are not available, or not this one on this device.
@@ -58,7 +65,22 @@ def num_ctas(dtype: torch.dtype, head_size: int, rows: int, device: int) -> int:
     if reason := why_unavailable():
         raise RuntimeError(reason)
     half = dtype == torch.float16
-    return int(torch.ops.vllm_stateful.num_ctas(half, head_size, rows, device))
+    return int(torch.ops.vllm_stateful.num_ctas(half, fp8, head_size, rows, device))
+
+
+class Scales(NamedTuple):
+    """What one unit of fp8 queries, keys and values stands for: float32, one or ``[KV heads]``."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@cache
+def no_scales(device: torch.device) -> Scales:
+    """Of tensors that are what they say."""
+    nothing = torch.empty(0, device=device)
+    return Scales(nothing, nothing, nothing)
 
 
 @dataclass
@@ -80,6 +102,19 @@ class DevicePlan:
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
     arrivals: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """In the order of the op's arguments."""
+        return (
+            self.cta_segments,
+            self.segments,
+            self.units,
+            self.groups,
+            self.members,
+            self.partial_out,
+            self.partial_lse,
+            self.arrivals,
+        )
 
     @classmethod
     def of(cls, plan: Plan, rows: int, head_size: int, device: torch.device) -> DevicePlan:
@@ -113,14 +148,16 @@ def delta_append_attention(
     *,
     soft_cap: float = 0.0,
     window: int = 0,
+    scales: Scales | None = None,
 ) -> None:
     """Attend from new tokens to a paged cache and to themselves; append their K and V, in a launch.
 
     Args:
-        q: ``[tokens, heads, D]``, bfloat16 or float16, D of 64, 128 or 256.
-        k_new: ``[tokens, KV heads, D]``; `v_new` too.
-        kv_cache: ``[blocks, KV heads, page, 2 D]``, K then V, any strides; written.
-        out: ``[tokens, heads, D]``; written.
+        q: ``[tokens, heads, D]``, D of 64, 128 or 256; with the dtype of the cache.
+        k_new: ``[tokens, KV heads, D]``, bfloat16 or float16; `v_new` too.
+        kv_cache: ``[blocks, KV heads, page, 2 D]``, K then V, any strides; written. With the dtype
+            of `k_new`, or fp8 (e4m3): new K and V are attended to as they are rounded into it.
+        out: ``[tokens, heads, D]``, with the dtype of `k_new`; written.
         block_table: ``[sequences, pages]`` int32.
         query_start: ``[sequences + 1]`` int32.
         seq_lens: ``[sequences]`` int32, cached and new.
@@ -129,12 +166,14 @@ def delta_append_attention(
         scale: Of the scores.
         soft_cap: Scores are ``cap * tanh(score / cap)``; 0: no cap.
         window: Keys that a token sees, its own included; 0: all.
+        scales: Where the cache is fp8.
 
     Raises:
         RuntimeError: the kernels are not available here, or the tensors do not fit.
     """
     if reason := why_unavailable():
         raise RuntimeError(reason)
+    scales = scales or no_scales(q.device)
     torch.ops.vllm_stateful.delta_append_attention(
         q,
         k_new,
@@ -145,14 +184,8 @@ def delta_append_attention(
         query_start,
         seq_lens,
         slot_mapping,
-        plan.cta_segments,
-        plan.segments,
-        plan.units,
-        plan.groups,
-        plan.members,
-        plan.partial_out,
-        plan.partial_lse,
-        plan.arrivals,
+        *plan.tensors(),
+        *scales,
         plan.rows,
         scale,
         soft_cap,

@@ -7,6 +7,24 @@ import itertools
 
 import torch
 
+FP8 = torch.float8_e4m3fn
+
+
+def quantize(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Divide and round to fp8 (e4m3), as vLLM does on the way into its cache.
+
+    Args:
+        tensor: ``[..., KV heads, D]``.
+        scale: What one unit stands for: float32, one or ``[KV heads]``.
+    """
+    most = torch.finfo(FP8).max
+    return (tensor.float() / scale.reshape(-1, 1)).clamp(-most, most).to(FP8)
+
+
+def dequantize(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What `quantize` left, in float64."""
+    return tensor.float().double() * scale.double().reshape(-1, 1)
+
 
 def append_oracle(
     cache: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, slot_mapping: torch.Tensor

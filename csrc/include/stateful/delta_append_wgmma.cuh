@@ -134,7 +134,7 @@ template <class S>
 STATEFUL_DEVICE void append_all(const Params& p, int thread, int num_threads) {
   const int end = p.plan.cta_segments[blockIdx.x + 1];
   for (int index = p.plan.cta_segments[blockIdx.x]; index < end; ++index)
-    append<typename S::T, S::D, S::kRows>(p, open_tile(p, index), thread, num_threads);
+    append<typename S::T, typename S::T, S::D, S::kRows>(p, open_tile(p, index), thread, num_threads);
 }
 
 // This warpgroup's 64 rows of queries, swizzled as wgmma reads them.
@@ -243,7 +243,7 @@ STATEFUL_DEVICE void consume_blocks(const Params& p, const Tile& tile,
   wgmma_wait<0>();
   hold(state.scores);
   if (lane == 0) barrier_arrive(&shared.keys_free[ring.stage]);
-  mask_scores<S::kKeys>(p, tile, b, state.step, 0, lane, state.scores);
+  mask_scores<S::kKeys>(p, tile, b, p.scale, state.step, 0, lane, state.scores);
   weigh_scores(state.scores, state.most, state.total, kept);
   for (int block = tile.segment.block0 + 1; block < end; ++block) {
     RingPlace next = ring;
@@ -258,7 +258,7 @@ STATEFUL_DEVICE void consume_blocks(const Params& p, const Tile& tile,
     hold(state.scores);
     if (lane == 0) barrier_arrive(&shared.keys_free[next.stage]);
     b = key_block<S::kKeys>(tile, block);
-    mask_scores<S::kKeys>(p, tile, b, state.step, 0, lane, state.scores);
+    mask_scores<S::kKeys>(p, tile, b, p.scale, state.step, 0, lane, state.scores);
     weigh_scores(state.scores, state.most, state.total, kept);
     wgmma_wait<0>();
     hold(state.out);

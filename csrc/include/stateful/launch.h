@@ -7,7 +7,8 @@
 
 // What a kernel is chosen by. rows: of a tile; 16, 32, 64 (mma.sync) or 128 (wgmma, sm_90a).
 struct StatefulKernel {
-  int32_t is_half;  // 0: bfloat16
+  int32_t is_half;  // of the result, 0: bfloat16
+  int32_t is_fp8;   // the cache and the queries, 0: as the result
   int32_t head_size;
   int32_t rows;
   int32_t device;

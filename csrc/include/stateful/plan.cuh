@@ -56,7 +56,8 @@ struct Plan {
   const Member* members;
 };
 
-// Strides count elements. KV layout of vLLM 0.32: [block, token, head, K then V], any strides.
+// Strides count elements. KV layout of vLLM 0.32: [block, token, head, K then V], any strides. Where
+// the cache is fp8, q is too, and each has a scale: what one unit of it stands for.
 struct Params {
   Plan plan;
   const void* q;      // [tokens, q heads, D]
@@ -71,11 +72,15 @@ struct Params {
   const int32_t* query_start;    // [sequences + 1]
   const int32_t* seq_lens;       // [sequences], cached and new
   const int64_t* slot_mapping;   // [tokens], -1: do not append
+  const float* q_scale;          // fp8: [KV heads], or one for all with a stride of 0
+  const float* k_scale;
+  const float* v_scale;
   int64_t q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head;
   int64_t cache_block, cache_token, cache_head, cache_v;
   int32_t group_size;    // query heads of one KV head
   int32_t page_size;     // a multiple of 16
   int32_t table_stride;
+  int32_t q_scale_head, k_scale_head, v_scale_head;
   int32_t window;        // keys a row sees, its own included; 0: all
   float scale;           // times log2(e) where there is no soft cap
   float soft_cap;        // 0: none

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef STATEFUL_EMULATOR
 #include "emulator.h"

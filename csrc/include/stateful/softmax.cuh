@@ -31,9 +31,10 @@ STATEFUL_DEVICE KeyBlock key_block(const Tile& tile, int block) {
 
 // Scale the scores to base 2 and hide what a row may not see.
 //
-// step: of the thread's two rows, see MmaState. first_column: of scores[0] in the block.
+// scale: of the products. step: of the thread's two rows, see MmaState. first_column: of scores[0]
+// in the block.
 template <int kKeys, int kTiles>
-STATEFUL_DEVICE void mask_scores(const Params& p, const Tile& tile, const KeyBlock& b,
+STATEFUL_DEVICE void mask_scores(const Params& p, const Tile& tile, const KeyBlock& b, float scale,
                                  const int32_t (&step)[2], int first_column, int lane,
                                  float (&scores)[kTiles][4]) {
   const bool all_seen = !b.is_new && b.num_valid == kKeys && p.window == 0;
@@ -41,7 +42,7 @@ STATEFUL_DEVICE void mask_scores(const Params& p, const Tile& tile, const KeyBlo
   for (int n = 0; n < kTiles; ++n)
     STATEFUL_UNROLL
     for (int e = 0; e < 4; ++e) {
-      float score = scores[n][e] * p.scale;
+      float score = scores[n][e] * scale;
       if (p.soft_cap > 0.f) score = tanhf(score / p.soft_cap) * p.soft_cap * kLog2e;
       if (!all_seen) {
         const int column = first_column + n * 8 + (lane & 3) * 2 + (e & 1);

@@ -3,6 +3,7 @@
 #pragma once
 #include "plan.cuh"
 #include "prim.cuh"
+#include "quantized.cuh"
 
 namespace stateful {
 
@@ -93,10 +94,11 @@ STATEFUL_DEVICE Place place_of(const Params& p, const Unit& unit, int row) {
                unit.head * p.group_size + (whole - step * p.group_size), step};
 }
 
-template <class T>
-STATEFUL_DEVICE const T* query_row(const Params& p, int unit, int row) {
+// Q: the type of the queries.
+template <class Q>
+STATEFUL_DEVICE const Q* query_row(const Params& p, int unit, int row) {
   const Place place = place_of(p, p.plan.units[unit], row);
-  return static_cast<const T*>(p.q) + place.token * p.q_token + place.head * p.q_head;
+  return static_cast<const Q*>(p.q) + place.token * p.q_token + place.head * p.q_head;
 }
 
 template <class T>
@@ -106,22 +108,22 @@ STATEFUL_DEVICE T* out_row(const Params& p, const Unit& unit, int row) {
 }
 
 // The K of a cached key of one KV head; its V stands cache_v elements behind.
-template <class T>
-STATEFUL_DEVICE const T* cached_key(const Params& p, int sequence, int head, int key) {
+template <class C>
+STATEFUL_DEVICE const C* cached_key(const Params& p, int sequence, int head, int key) {
   const int page = key / p.page_size;
   const int64_t block = p.block_table[static_cast<int64_t>(sequence) * p.table_stride + page];
-  return static_cast<const T*>(p.cache) + block * p.cache_block +
+  return static_cast<const C*>(p.cache) + block * p.cache_block +
          static_cast<int64_t>(key - page * p.page_size) * p.cache_token + head * p.cache_head;
 }
 
 // Write K and V of the tokens whose first row lies in this tile into the cache. Only the segment
 // that holds the end of its unit's keys does so: each new row is written exactly once. Nothing in
 // this launch reads them from there.
-template <class T, int D, int kRows>
+template <class T, class C, int D, int kRows>
 STATEFUL_DEVICE void append(const Params& p, const Tile& tile, int thread, int num_threads) {
   if (!tile.segment.last) return;
   constexpr int kChunks = D / kChunk;
-  const int group = p.group_size;
+  const int group = p.group_size, head = tile.unit.head;
   const int begin = (tile.unit.row0 + group - 1) / group;
   const int end_row = tile.unit.row0 + rows_of<kRows>(p, tile.unit);
   const int end = (end_row + group - 1) / group;
@@ -131,15 +133,14 @@ STATEFUL_DEVICE void append(const Params& p, const Tile& tile, int thread, int n
     const int64_t slot = p.slot_mapping[token];
     if (slot < 0) continue;
     const int64_t block = slot / p.page_size;
-    T* const key = static_cast<T*>(p.cache) + block * p.cache_block +
-                   (slot - block * p.page_size) * p.cache_token +
-                   tile.unit.head * p.cache_head + column;
-    const T* const k = static_cast<const T*>(p.k_new) + token * p.k_token +
-                       tile.unit.head * p.k_head + column;
-    const T* const v = static_cast<const T*>(p.v_new) + token * p.v_token +
-                       tile.unit.head * p.v_head + column;
-    *reinterpret_cast<uint4*>(key) = *reinterpret_cast<const uint4*>(k);
-    *reinterpret_cast<uint4*>(key + p.cache_v) = *reinterpret_cast<const uint4*>(v);
+    C* const key = static_cast<C*>(p.cache) + block * p.cache_block +
+                   (slot - block * p.page_size) * p.cache_token + head * p.cache_head + column;
+    const T* const k =
+        static_cast<const T*>(p.k_new) + token * p.k_token + head * p.k_head + column;
+    const T* const v =
+        static_cast<const T*>(p.v_new) + token * p.v_token + head * p.v_head + column;
+    store_cached(key, k, p.k_scale + head * p.k_scale_head);
+    store_cached(key + p.cache_v, v, p.v_scale + head * p.v_scale_head);
   }
 }
 
