@@ -100,6 +100,7 @@ FEATURES = (
     "session-affinity",
     "worker-ids",
     "device-drafts",
+    "shared-prefixes",
 )
 """What ``--stateful-disable`` may name: each leaves one stage to stock vLLM."""
 

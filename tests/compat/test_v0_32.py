@@ -78,6 +78,7 @@ OWNERS = {
     "staged-ids": StagedWriteTensor,
     "worker-speculator": model_runner,
     "worker-requests": model_runner.GPUModelRunner,
+    "worker-batch": model_runner.GPUModelRunner,
 }
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 by_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)

@@ -2,14 +2,17 @@
 # ruff: noqa: E402
 """vLLM's engine on the host, its attention computed by the emulated kernels.
 
-    python engine.py FOLDER stock|mma|wgmma [v2]
+    python engine.py FOLDER stock|mma|wgmma|fp8 [v2]
 
+``fp8``: the kernels of ``mma`` over a KV cache in fp8.
 ``v2``: model runner V2 with async scheduling and drafts from the device, as on CUDA.
 
 The backend, its metadata, the plan, the workspace and the op's arguments are those of a GPU; only
 the launch goes to the emulator, and there every step is taken, since vLLM's own kernels are not
 here. FOLDER gets the model and answers.json: of each turn the first token, its log-probability,
-and how much of the prompt was cached.
+and how much of the prompt was cached. The last turns are those of agents that share their parent's
+prompt, which is computed before them; and two that come at once and have their first block in
+common, which the second one hits in the step that computes it.
 """
 
 import json
@@ -36,21 +39,25 @@ if V2:
     on_host.allow_async_scheduling()
 
 import torch
-from cases import MOST_ERROR, bits
+from cases import MOST_ERROR, bits, expected_of
 from emulator import Emulator, Step
 from vllm import LLM, SamplingParams
+from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from benchmarks.models.dummy import write_config, write_weights
 from vllm_stateful.adapters import attention_backend
-from vllm_stateful.attention import choice, ops
-from vllm_stateful.attention.oracle import append_oracle, attention_oracle
+from vllm_stateful.attention import choice, ops, shared_prefixes
+from vllm_stateful.attention.oracle import append_oracle, quantize
 from vllm_stateful.attention.plan import Plan
 
 NUM_TOKENS, SESSIONS, TURNS, FIRST, ADDED, ANSWER = 1024, 2, 3, 90, 20, 6
-NUM_CTAS, NUM_DRAFTS = 3, 4
+AGENTS, PARENT, TAIL, TWINS = 3, 100, 10, 40
+NUM_CTAS, NUM_DRAFTS, BLOCK = 3, 4, 32
 BACKEND = "vllm_stateful.adapters.attention_backend.StatefulAttentionBackend"
 CALLS: Counter[str] = Counter()
+WRITES: Counter[str] = Counter()  # of a layer, in front of its launch
+GROUPS: Counter[int] = Counter()  # launches, by how many sequences have rows in one tile
 LIBRARY = torch.library.Library("vllm_stateful", "DEF")  # its operators live as long as it does
 
 
@@ -60,13 +67,36 @@ def emulate(folder: Path, kernel: str) -> None:
     LIBRARY.define("num_ctas(bool half, bool fp8, int head_size, int rows, int device) -> int")
     LIBRARY.impl("num_ctas", lambda *_: NUM_CTAS, "CompositeExplicitAutograd")
     ops.why_unavailable = lambda: ""
-    ops.delta_append_attention = Launch(emulator, kernel)
-    attention_backend.why_not = lambda batch: batch.unusual
+    ops.delta_append_attention = Launch(emulator, "mma" if kernel == "fp8" else kernel)
+    attention_backend.why_not = lambda *args: args[-1].unusual
     hopper = kernel == "wgmma"
     torch.cuda.get_device_capability = lambda _: (9, 0) if hopper else (8, 0)
     if hopper:
         choice.ROWS_OF_MMA = ()
+    attention_backend.StatefulImpl.do_kv_cache_update = write
+    if V2:  # as if its steps with drafts were captured
+        graphs = choice.Graphs(most_query_len=1 + NUM_DRAFTS, are_ours=True)
+        attention_backend._graphs = lambda _: graphs
+    if kernel == "fp8":
+        flash_attn.flash_attn_supports_kv_cache_dtype = lambda *_, **__: True
+    shared_prefixes.MIN_KEYS = BLOCK
     register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+
+
+def write(
+    impl: Any,
+    layer: Any,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """vLLM's write in front of a launch, whose operator is not here."""
+    if impl.kv_cache_dtype == "fp8":
+        cache = cache.view(torch.float8_e4m3fn)
+        k, v = quantize(k, layer._k_scale), quantize(v, layer._v_scale)
+    append_oracle(cache, k, v, slot_mapping)
+    WRITES[impl.kv_cache_dtype] += 1
 
 
 class Launch:
@@ -92,20 +122,19 @@ class Launch:
         *,
         soft_cap: float,
         window: int,
+        scales: ops.Scales | None,
     ) -> None:
         step = Step(q, k_new, v_new, cache, block_table, query_start, seq_lens, slot_mapping, scale)
-        step.window, step.soft_cap = window, soft_cap
-        expected_cache = cache.clone()
-        expected = attention_oracle(
-            q, k_new, v_new, cache, block_table, query_start, seq_lens, scale, window=window
-        )
-        append_oracle(expected_cache, k_new, v_new, slot_mapping)
+        step.window, step.soft_cap, step.scales = window, soft_cap, scales
+        expected, expected_cache = expected_of(step)
         self.emulator.run(step, on_host(plan), self.kernel, plan.rows, CALLS.total())
         error = float((step.out.double() - expected).norm() / expected.norm())
         assert error <= MOST_ERROR, error
         assert torch.equal(bits(cache), bits(expected_cache))
         out.copy_(step.out)
         CALLS[f"{self.kernel}, {plan.rows} rows"] += 1
+        if len(plan.groups):
+            GROUPS[int(plan.groups[:, 1].max())] += 1
 
 
 def on_host(plan: ops.DevicePlan) -> Plan:
@@ -117,7 +146,7 @@ def on_host(plan: ops.DevicePlan) -> Plan:
     return Plan(**arrays, num_slots=len(plan.partial_out))
 
 
-def play(folder: Path) -> dict[str, Any]:
+def play(folder: Path, kernel: str) -> dict[str, Any]:
     """Sessions whose turns run side by side, with chunks, decode and prefix hits."""
     write_config(folder, "tiny")
     write_weights(folder)
@@ -129,34 +158,56 @@ def play(folder: Path) -> dict[str, Any]:
         enforce_eager=True,
         max_model_len=512,
         max_num_batched_tokens=64,
-        block_size=32,
+        block_size=BLOCK,
         num_gpu_blocks_override=64,
+        kv_cache_dtype="fp8" if kernel == "fp8" else "auto",
         seed=0,
         **options,
-    )
-    params = SamplingParams(
-        temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False, logprobs=1
     )
     random, answers = Random(0), []
     histories: list[list[int]] = [[] for _ in range(SESSIONS)]
     for turn in range(TURNS):
         for history in histories:
-            added = FIRST if turn == 0 else ADDED
-            history += [random.randrange(3, NUM_TOKENS) for _ in range(added)]
-        prompts = [{"prompt_token_ids": list(history)} for history in histories]
-        for history, answer in zip(
-            histories, llm.generate(prompts, params, use_tqdm=False), strict=True
-        ):
-            token, *_ = answer.outputs[0].token_ids
-            logprob = answer.outputs[0].logprobs[0][token].logprob
-            answers.append([token, logprob, answer.num_cached_tokens])
+            history += text(random, FIRST if turn == 0 else ADDED)
+        answers += ask(llm, histories)
+        for history in histories:
             # The same text on all sides, whatever they answered: bfloat16 may differ.
-            history += [random.randrange(3, NUM_TOKENS) for _ in range(ANSWER)]
-    return {"answers": answers, "calls": dict(CALLS), "steps": dict(attention_backend.STEPS)}
+            history += text(random, ANSWER)
+    parent = text(random, PARENT)
+    answers += ask(llm, [parent])
+    answers += ask(llm, [parent + text(random, TAIL) for _ in range(AGENTS)])
+    begin = text(random, TWINS)
+    answers += ask(llm, [begin + text(random, TAIL) for _ in range(2)])
+    return {
+        "answers": answers,
+        "calls": dict(CALLS),
+        "writes": WRITES.total(),
+        "groups": dict(GROUPS),
+        "steps": dict(attention_backend.STEPS),
+    }
+
+
+def text(random: Random, num_tokens: int) -> list[int]:
+    return [random.randrange(3, NUM_TOKENS) for _ in range(num_tokens)]
+
+
+def ask(llm: LLM, prompts: list[list[int]]) -> list[list[Any]]:
+    """Of each answer the first token, its log-probability, and the cached tokens of the prompt."""
+    params = SamplingParams(
+        temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False, logprobs=1
+    )
+    found = []
+    for answer in llm.generate(
+        [{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False
+    ):
+        token, *_ = answer.outputs[0].token_ids
+        logprob = answer.outputs[0].logprobs[0][token].logprob
+        found.append([token, logprob, answer.num_cached_tokens])
+    return found
 
 
 if __name__ == "__main__":
     chosen_folder, chosen = Path(sys.argv[1]), sys.argv[2]
     if chosen != "stock":
         emulate(chosen_folder, chosen)
-    (chosen_folder / "answers.json").write_text(json.dumps(play(chosen_folder)))
+    (chosen_folder / "answers.json").write_text(json.dumps(play(chosen_folder, chosen)))

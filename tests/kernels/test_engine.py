@@ -16,6 +16,7 @@ from emulator import ROOT, cuda_headers
 pytestmark = pytest.mark.skipif(cuda_headers() is None, reason="the CUDA headers are not here")
 MOST_DIFFERENCE = 0.05  # of a log-probability in bfloat16
 LAYERS = 2
+AGENTS = 3
 STRICT = {"VLLM_STATEFUL_STRICT": "1", "VLLM_STATEFUL_CHECK_INVARIANTS": "1"}
 
 
@@ -63,3 +64,15 @@ def test_turns_through_the_backend(
     steps = ours["steps"]["taken"]
     assert set(ours["steps"]) == {"taken"}
     assert sum(ours["calls"].values()) == LAYERS * steps
+    assert 0 < ours["writes"] < LAYERS * steps / 2, "seldom, but for who hits what a step computes"
+    most = max(map(int, ours["groups"]), default=0)
+    assert most == (AGENTS if runner and plugin else 0), "only model runner V2 knows who shares"
+
+
+def test_turns_over_a_cache_in_fp8(stock: dict[str, Any], tmp_path: Path) -> None:
+    """Each layer is compared with float64 while it is played; the model's answers are others."""
+    ours = played(tmp_path, "fp8", VLLM_STATEFUL="1", **STRICT)
+    for (*_, cached), (*_, cached_here) in zip(stock["answers"], ours["answers"], strict=True):
+        assert cached_here >= cached
+    assert set(ours["steps"]) == {"taken"}
+    assert sum(ours["calls"].values()) == LAYERS * ours["steps"]["taken"]

@@ -35,6 +35,7 @@ from vllm_stateful.compat.v0_32 import (
     scheduler_class,
     session_identity,
     staged_ids,
+    worker_batch,
     worker_ids,
     worker_requests,
     worker_speculator,
@@ -126,6 +127,7 @@ def _patches_of(process_name: str) -> list[Patch]:
     off |= set() if config.history == "generated" else {"history"}
     off |= set() if config.response_cache_bytes else {"responses"}
     off |= {"tool-call-check"} if config.tool_call_check == "off" else set()
+    off |= {"shared-prefixes"} if config.attention == "off" else set()
     usable = [p for p in PATCHES if p is not cli_flags.PATCH and p.feature not in off]
     return [patch for patch in usable if patch.process in runs_here]
 
@@ -189,6 +191,7 @@ def _fill_hooks() -> None:
     staged_ids.hook.set(_write_ids)
     worker_speculator.hook.set(_make_speculator)
     worker_requests.hook.set(_note_requests)
+    worker_batch.hook.set(_note_batch)
     reasoning_end.hook.set(_is_reasoning_end)
     finished_answer.hook.set(_note_answer)
     message_parsing.hook.set(_parse_new_messages)
@@ -314,6 +317,12 @@ def _note_requests(runner: Any, scheduler_output: Any) -> None:
     from vllm_stateful.adapters.lookup_speculator import note_requests
 
     note_requests(runner, scheduler_output)
+
+
+def _note_batch(batch: Any, scheduler_output: Any) -> None:
+    from vllm_stateful.adapters.batch_prefixes import note_batch
+
+    note_batch(batch, scheduler_output)
 
 
 def _is_answered(client: Any, request: Any) -> bool:

@@ -2,8 +2,9 @@
 """vLLM's FlashAttention backend with our kernels for short new chunks over long caches.
 
 Everything is decided when a step's metadata is built. What is not taken runs as before: the
-parent's kernel behind the parent's write to the cache. Full CUDA graphs are captured with the
-parent's kernels and so replay these; batches of more than one new token run between the graphs.
+parent's kernel behind the parent's write to the cache. CUDA graphs that have the attention in them
+are captured with the parent's kernels and so replay these; but for those of steps that verify
+drafts (`_graphs`), which are captured with ours, over one place for the plans of all such steps.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
@@ -20,16 +23,28 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import KVQuantMode
 
 from vllm_stateful.adapters.attention_choice import STEPS
+from vllm_stateful.adapters.batch_prefixes import shared_in
 from vllm_stateful.attention import ops
-from vllm_stateful.attention.choice import Batch, Layers, tile_rows, why_never, why_not
+from vllm_stateful.attention.choice import (
+    Batch,
+    Graphs,
+    Layers,
+    tile_rows,
+    why_never,
+    why_not,
+)
 from vllm_stateful.attention.plan import Shape, make_plan
-from vllm_stateful.attention.workspace import Workspace
+from vllm_stateful.attention.same_step import may_read_what_is_written
+from vllm_stateful.attention.shared_prefixes import tiles_to_share
+from vllm_stateful.attention.workspace import GraphWorkspace, Workspace
 
 logger = init_logger("vllm.stateful")
 
 _HALVES = (torch.bfloat16, torch.float16)
+_FP8 = ("fp8", "fp8_e4m3")
 
 
 @dataclass
@@ -38,9 +53,11 @@ class StatefulMetadata(FlashAttentionMetadata):  # type: ignore[misc]
 
     Attributes:
         plan: None: vLLM's own kernel serves it.
+        writes_first: All K and V have to be in the cache before anybody attends.
     """
 
     plan: ops.DevicePlan | None = None
+    writes_first: bool = False
 
 
 class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[misc]
@@ -56,11 +73,18 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
             page_size=self.block_size,
             is_half_precision=self.kv_cache_dtype in _HALVES,
             capability=torch.cuda.get_device_capability(device),
+            is_fp8=kv_cache_spec.kv_quant_mode == KVQuantMode.FP8_PER_TENSOR,
             unusual=self._unusual(config),
         )
         self._why_never = why_never(self._layers) or ops.why_unavailable()
         self._workspace = Workspace(self.headdim, device)
         self._is_captured = False
+        self._graphs = _graphs(config)
+        self._in_graphs: GraphWorkspace | None = None
+        self._dtype = config.model_config.dtype
+        drafts = config.speculative_config
+        self._num_drafts = 0 if drafts is None else drafts.num_speculative_tokens or 0
+        self._most_requests = config.scheduler_config.max_num_seqs
         if self._why_never:
             logger.info("stateful: attention is left to vLLM: %s", self._why_never)
 
@@ -68,13 +92,15 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
         """Why no plan can be made; empty when one can."""
         if self.dcp_world_size > 1:
             return "decode context parallelism"
+        if config.model_config.dtype not in _HALVES:
+            return f"the model is {config.model_config.dtype}"
         drafts = config.speculative_config
         if drafts is not None and drafts.enable_adaptive_verification:
             return "adaptive verification: only the device knows how many rows a request has"
         return ""
 
     def build_for_cudagraph_capture(self, common: CommonAttentionMetadata) -> Any:
-        """The parent's kernels are what a graph replays."""
+        """The parent's kernels are what a graph replays, or ours."""
         self._is_captured = True
         try:
             return super().build_for_cudagraph_capture(common)
@@ -92,30 +118,107 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
         metadata = StatefulMetadata(
             **{each.name: getattr(stock, each.name) for each in fields(FlashAttentionMetadata)}
         )
-        if self._is_captured:
-            return metadata
-        reason = self._why_never or why_not(_batch(stock, common_attn_metadata))
-        STEPS[reason or "taken"] += 1
+        batch = _batch(stock, common_attn_metadata)
+        reason = self._why_never or why_not(self._layers, self._graphs, batch)
+        if not self._is_captured:
+            STEPS[reason or "taken"] += 1
+        elif not reason and not self._graphs.has_ours(batch.max_query_len):
+            reason = "it is captured for any step"
         if not reason:
             metadata.plan = self._plan(stock, common_attn_metadata)
+            # A graph replays other steps too.
+            metadata.writes_first = self._is_captured or self._may_hit(common_attn_metadata)
+        elif self._in_graphs is not None and self._graphs.has_ours(batch.max_query_len):
+            raise RuntimeError(f"a CUDA graph may replay this step, which has no plan: {reason}")
         return metadata
 
     def _plan(self, stock: FlashAttentionMetadata, common: CommonAttentionMetadata) -> Any:
-        num_reqs, rows = common.num_reqs, tile_rows(self._layers, stock.max_query_len)
-        starts = common.query_start_loc_cpu[: num_reqs + 1].numpy()
-        lengths = common.seq_lens_cpu_upper_bound
+        num_reqs, lengths = common.num_reqs, common.seq_lens_cpu_upper_bound
         assert lengths is not None, "checked in _batch"
+        starts, total = common.query_start_loc_cpu.numpy(), lengths[:num_reqs].numpy()
+        new = starts[1 : num_reqs + 1] - starts[:num_reqs]
+        graphs = self._graph_workspace(stock.max_query_len)
+        rows, prefixes = tiles_to_share(
+            shared_in(self, common),
+            new,
+            total,
+            stock.max_query_len,
+            self._layers,
+            rows=None if graphs is None else graphs.plan.rows,
+        )
+        shape = self._shape(rows)
+        # A group's layers may differ in their windows: the plan covers all keys, the kernels mask.
+        plan = make_plan(new, total, shape, prefixes=prefixes, exact=False)
+        if graphs is None:
+            return self._workspace.upload(plan, rows)
+        if not graphs.fits(plan):
+            plan = make_plan(new, total, shape, exact=False)
+        return graphs.upload(plan)
+
+    def _may_hit(self, common: CommonAttentionMetadata) -> bool:
+        """Whether a sequence may read what another one writes in this step."""
+        num_reqs, lengths = common.num_reqs, common.seq_lens_cpu_upper_bound
+        starts = common.query_start_loc_cpu.numpy()
+        is_new = None if common.is_prefilling is None else common.is_prefilling.numpy()
+        if is_new is not None and len(is_new) < num_reqs:  # padded to a graph's
+            is_new = np.pad(is_new, (0, num_reqs - len(is_new)))
+        return may_read_what_is_written(
+            starts[1 : num_reqs + 1] - starts[:num_reqs],
+            lengths[:num_reqs].numpy(),
+            self.block_size,
+            may_be_new=None if is_new is None else is_new[:num_reqs],
+            slack=2 * self._num_drafts,
+        )
+
+    def _shape(self, rows: int) -> Shape:
         device = self.device.index or 0
-        shape = Shape(
-            num_ctas=ops.num_ctas(self.kv_cache_dtype, self.headdim, rows, device),
+        return Shape(
+            num_ctas=ops.num_ctas(self._dtype, self.headdim, rows, device, fp8=self._layers.is_fp8),
             tile_rows=rows,
             block_keys=ops.block_keys(self.headdim, rows),
             num_kv_heads=self.num_heads_kv,
             group_size=self._layers.group_size,
         )
-        # A group's layers may differ in their windows: the plan covers all keys, the kernels mask.
-        plan = make_plan(starts[1:] - starts[:-1], lengths[:num_reqs].numpy(), shape, exact=False)
-        return self._workspace.upload(plan, rows)
+
+    def _graph_workspace(self, max_query_len: int) -> GraphWorkspace | None:
+        """Where the plan of such a step belongs if it may be replayed from a graph."""
+        if not self._graphs.has_ours(max_query_len):
+            return None
+        if self._in_graphs is None:
+            longest = self._graphs.most_query_len
+            shape = self._shape(tile_rows(self._layers, longest))
+            num_tiles = -(-longest * shape.group_size // shape.tile_rows)
+            most_units = self._most_requests * num_tiles * shape.num_kv_heads
+            self._in_graphs = GraphWorkspace(
+                shape.tile_rows, shape.num_ctas, most_units, self.headdim, self.device
+            )
+        return self._in_graphs
+
+
+def _graphs(config: Any) -> Graphs:
+    """What vLLM captures with the attention in it.
+
+    Ours are steps that verify drafts on model runner V2: there metadata is built for each step,
+    with lengths that the host knows, and nothing but a batch's shape decides whether a graph is
+    replayed. Left out are drafters that are models, which take steps of their own, and masks that
+    not every batch has.
+    """
+    mode = config.compilation_config.cudagraph_mode
+    if mode is None or not mode.has_full_cudagraphs():
+        return Graphs()
+    drafts = config.speculative_config
+    model, is_any = config.model_config, mode.mixed_mode() == CUDAGraphMode.FULL
+    has_masks = model.is_mm_prefix_lm or model.rswa_window is not None
+    return Graphs(
+        most_tokens=(config.compilation_config.max_cudagraph_capture_size or 0) if is_any else 0,
+        most_query_len=1 + (0 if drafts is None else drafts.num_speculative_tokens or 0),
+        are_ours=(
+            not (is_any or has_masks)
+            and drafts is not None
+            and drafts.method == "ngram_gpu"
+            and config.use_v2_model_runner
+        ),
+    )
 
 
 def _batch(stock: FlashAttentionMetadata, common: CommonAttentionMetadata) -> Batch:
@@ -126,7 +229,7 @@ def _batch(stock: FlashAttentionMetadata, common: CommonAttentionMetadata) -> Ba
         unusual = "a mask of its own"
     elif common.seq_lens_cpu_upper_bound is None:
         unusual = "lengths that the host does not know"
-    return Batch(stock.max_query_len, unusual)
+    return Batch(stock.max_query_len, stock.num_actual_tokens, unusual)
 
 
 class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
@@ -142,7 +245,7 @@ class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
             and self.sinks is None
             and self.kv_sharing_target_layer_name is None
             and right <= 0
-            and self.kv_cache_dtype == "auto"
+            and self.kv_cache_dtype in ("auto", "bfloat16", "float16", *_FP8)
             and not self.batch_invariant_enabled
         )
 
@@ -160,7 +263,11 @@ class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
     ) -> torch.Tensor:
         """As the parent's, and writes the new K and V."""
         plan = getattr(attn_metadata, "plan", None)
-        if plan is None or not self._is_plain or query.dtype != kv_cache.dtype:
+        cache, scales = kv_cache, None
+        if plan is not None and self.kv_cache_dtype in _FP8:
+            cache = kv_cache.view(torch.float8_e4m3fn)
+            scales = ops.Scales(layer._q_scale, layer._k_scale, layer._v_scale)
+        if plan is None or not self._is_plain or query.dtype != cache.dtype:
             if attn_metadata is not None and self.kv_sharing_target_layer_name is None:
                 self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
             return super().forward(
@@ -174,12 +281,14 @@ class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
                 output_scale,
                 output_block_scale,
             )
+        if attn_metadata.writes_first:
+            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
         count = attn_metadata.num_actual_tokens
         ops.delta_append_attention(
             query[:count],
             key[:count],
             value[:count],
-            kv_cache,
+            cache,
             output[:count],
             attn_metadata.block_table,
             attn_metadata.query_start_loc,
@@ -189,6 +298,7 @@ class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
             self.scale,
             soft_cap=float(self.logits_soft_cap),
             window=self._window,
+            scales=scales,
         )
         return output
 

@@ -78,3 +78,9 @@ def choose_attention(
         report_problem(reason)
     elif reason:
         logger.info("stateful: attention is left to vLLM: %s", reason)
+
+
+def is_cuda_backend_chosen() -> bool:
+    """Whether the backend with the kernels for CUDA stands in the place of one of vLLM's."""
+    stocks = (ON_CUDA.stock, ON_CPU.stock)  # that of the CPU: where its launches are emulated
+    return any(stock.get_path() == ON_CUDA.backend for stock in stocks)

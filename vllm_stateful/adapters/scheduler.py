@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
-from vllm_stateful.adapters.attention_choice import STEPS
+from vllm_stateful.adapters.attention_choice import STEPS, is_cuda_backend_chosen
 from vllm_stateful.adapters.called_tools import CalledTools
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
@@ -30,6 +30,7 @@ from vllm_stateful.adapters.message_boundaries import boundary_rules
 from vllm_stateful.adapters.offload_tier import OffloadTier, is_offloading, tier_of
 from vllm_stateful.adapters.prefill_groups import SchedulerPrefills
 from vllm_stateful.adapters.scheduler_lookup import SchedulerLookup
+from vllm_stateful.adapters.scheduler_prefixes import SchedulerPrefixes
 from vllm_stateful.adapters.speculation import is_asked_for, is_looked_up
 from vllm_stateful.adapters.turn import session_of
 from vllm_stateful.adapters.waiting_queue import ProgramQueue
@@ -101,6 +102,8 @@ class _StatefulMixin:
     """Drafts from sessions, where vLLM was told to take them."""
     lookup: SchedulerLookup | None = None
     """What the device looks drafts up in, where it does."""
+    prefixes: SchedulerPrefixes | None = None
+    """What requests share, where our kernels for CUDA attend."""
     vllm_config: Any
     connector: Any
     tier: OffloadTier | None = None
@@ -154,8 +157,15 @@ class _StatefulMixin:
             self.speculation = SchedulerDrafts(manager, rules, self.num_spec_tokens)
         if is_looked_up(self.vllm_config):
             self.lookup = SchedulerLookup(manager, rules)
+        if self._are_prefixes_shared():
+            self.prefixes = SchedulerPrefixes(manager)
         if self.config.order == "least-served":
             self._order_by_service()
+
+    def _are_prefixes_shared(self) -> bool:
+        """Whether the worker can attend from several requests to one prefix."""
+        is_wanted = "shared-prefixes" not in self.config.disable
+        return is_wanted and self.vllm_config.use_v2_model_runner and is_cuda_backend_chosen()
 
     # ---- the order of waiting turns, when asked for --------------------------------------
 
@@ -234,6 +244,8 @@ class _StatefulMixin:
             self.speculation.step_begins(output)
         if self.lookup is not None:
             self.lookup.step_begins(output)
+        if self.prefixes is not None:
+            self.prefixes.step_begins(output, self.requests)
         self._check()
         return output
 

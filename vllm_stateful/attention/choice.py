@@ -18,7 +18,9 @@ class Layers:
     """What all attention layers of a group have in common.
 
     Attributes:
+        is_half_precision: The cache is bfloat16 or float16.
         capability: Major and minor compute capability of the device.
+        is_fp8: The cache is fp8 (e4m3) with a scale for each layer or head; all else is not.
         unusual: What a layer asks for that the kernels do not know (sinks, ...).
     """
 
@@ -27,6 +29,7 @@ class Layers:
     page_size: int
     is_half_precision: bool
     capability: tuple[int, int]
+    is_fp8: bool = False
     unusual: str = ""
 
 
@@ -36,11 +39,39 @@ class Batch:
 
     Attributes:
         max_query_len: New tokens of the longest.
+        num_tokens: New tokens of all.
         unusual: What the batch asks for that the kernels do not know; empty: nothing.
     """
 
     max_query_len: int
+    num_tokens: int
     unusual: str = ""
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Which steps may be replayed from a CUDA graph that has the attention in it.
+
+    Attributes:
+        most_tokens: New tokens of a step of any kind that may be; 0: none.
+        most_query_len: New tokens of each sequence in a step where all have as many, as when drafts
+            are verified; 1: only decoding, 0: none.
+        are_ours: Our kernels are captured for these steps, if they have more than one token each.
+    """
+
+    most_tokens: int = 0
+    most_query_len: int = 0
+    are_ours: bool = False
+
+    def has_ours(self, max_query_len: int) -> bool:
+        """Whether a step with so many tokens at most may be replayed with our kernels."""
+        return self.are_ours and 2 <= max_query_len <= self.most_query_len
+
+    def has_theirs(self, batch: Batch) -> bool:
+        """Whether a batch may be replayed with vLLM's kernel, so that a plan is of no use."""
+        if batch.num_tokens <= self.most_tokens:
+            return True
+        return batch.max_query_len <= self.most_query_len and not self.are_ours
 
 
 def why_never(layers: Layers) -> str:
@@ -49,8 +80,8 @@ def why_never(layers: Layers) -> str:
         return layers.unusual
     if layers.head_size not in HEAD_SIZES:
         return f"head size {layers.head_size}"
-    if not layers.is_half_precision:
-        return "the KV cache is neither bfloat16 nor float16"
+    if not (layers.is_half_precision or layers.is_fp8):
+        return "the KV cache is neither bfloat16, float16 nor fp8"
     if layers.page_size % PAGE_MULTIPLE:
         return f"blocks of {layers.page_size} tokens"
     if layers.capability < (8, 0):
@@ -58,7 +89,7 @@ def why_never(layers: Layers) -> str:
     return ""
 
 
-def why_not(batch: Batch) -> str:
+def why_not(layers: Layers, graphs: Graphs, batch: Batch) -> str:
     """Why this batch is left to vLLM's own kernel; empty: it is taken."""
     if batch.unusual:
         return batch.unusual
@@ -66,6 +97,10 @@ def why_not(batch: Batch) -> str:
         return "decode"
     if batch.max_query_len > MOST_NEW_TOKENS:
         return "prefill"
+    if graphs.has_theirs(batch):
+        return "a CUDA graph of vLLM's"
+    if layers.is_fp8 and layers.group_size * batch.max_query_len > ROWS_OF_MMA[-1]:
+        return "fp8 and many rows"  # theirs multiplies in fp8
     return ""
 
 
@@ -75,4 +110,16 @@ def tile_rows(layers: Layers, max_query_len: int) -> int:
     for rows in ROWS_OF_MMA:
         if needed <= rows:
             return rows
-    return ROWS_OF_WGMMA if layers.capability[0] == HOPPER else ROWS_OF_MMA[-1]
+    has_wgmma = layers.capability[0] == HOPPER and not layers.is_fp8
+    return ROWS_OF_WGMMA if has_wgmma else ROWS_OF_MMA[-1]
+
+
+def tile_rows_of_groups(layers: Layers, max_query_len: int, group_rows: int) -> int:
+    """Rows of the tiles where sequences share one: for all rows of a group, as far as they go.
+
+    Args:
+        group_rows: Rows of the largest group; 0: there is none.
+    """
+    least = tile_rows(layers, max_query_len)
+    needed = max(least, min(group_rows, max(ROWS_OF_MMA, default=0)))
+    return next((rows for rows in ROWS_OF_MMA if rows >= needed), least)

@@ -8,7 +8,7 @@ sequence and KV head by KV head, and cut into as many contiguous ranges as there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,12 +178,15 @@ def _groups(
     """Pack the rows of sequences that share a prefix into tiles, KV head by KV head."""
     groups: list[tuple[int, int, int, int]] = []
     members: list[tuple[int, int]] = []
+    sizes = units.num_rows.tolist() if prefixes else []
     for prefix in prefixes:
+        chosen = sorted(prefix.sequences)
+        begins = np.searchsorted(units.sequence, chosen).tolist()
+        ends = np.searchsorted(units.sequence, chosen, side="right").tolist()
         for head in range(shape.num_kv_heads):
-            chosen = np.flatnonzero(np.isin(units.sequence, prefix.sequences))
             row, first = 0, len(members)
-            for unit in chosen[units.head[chosen] == head].tolist():
-                num_rows = int(units.num_rows[unit])
+            for unit in _units_of_head(begins, ends, head, shape.num_kv_heads):
+                num_rows = sizes[unit]
                 if row + num_rows > shape.tile_rows:
                     groups.append((first, len(members) - first, prefix.num_keys, 0))
                     row, first = 0, len(members)
@@ -192,6 +195,12 @@ def _groups(
             groups.append((first, len(members) - first, prefix.num_keys, 0))
     keys = np.asarray([group[2] for group in groups], dtype=np.int64)
     return groups, members, -(-keys // shape.block_keys)
+
+
+def _units_of_head(begins: list[int], ends: list[int], head: int, num_heads: int) -> Iterator[int]:
+    for begin, end in zip(begins, ends, strict=True):
+        num_tiles = (end - begin) // num_heads
+        yield from range(begin + head * num_tiles, begin + (head + 1) * num_tiles)
 
 
 def _cut(blocks: Longs, shape: Shape) -> tuple[Longs, Longs, Longs, Longs]:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of successive steps in device memory, over one set of buffers."""
+"""Plans of successive steps in device memory, over one set of buffers.
+
+`Workspace` grows with the steps. `GraphWorkspace` never moves: a CUDA graph that was captured over
+it replays whatever plan stands there.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import numpy as np
 import torch
 
 from vllm_stateful.attention.ops import DevicePlan
-from vllm_stateful.attention.plan import Plan
+from vllm_stateful.attention.plan import Ints, Plan
 
 
 class Workspace:
@@ -58,3 +62,67 @@ class Workspace:
             self._lse = torch.empty(num_rows, device=self._device)
         if len(self._arrivals) < num_units:
             self._arrivals = torch.zeros(num_units, dtype=torch.int32, device=self._device)
+
+
+class GraphWorkspace:
+    """One place for the plans of all steps that are replayed from CUDA graphs.
+
+    Args:
+        rows: Of the tiles, of every plan.
+        num_ctas: Of every plan.
+        most_units: Of a plan.
+    """
+
+    def __init__(
+        self, rows: int, num_ctas: int, most_units: int, head_size: int, device: torch.device
+    ) -> None:
+        # A cut adds a segment, and makes at most two parts of a unit that had one; a shared prefix
+        # is an item of its own, and each of its segments a part of every member.
+        capacity = {
+            "cta_segments": (num_ctas + 1,),
+            "segments": (2 * most_units + num_ctas, 8),
+            "units": (most_units, 8),
+            "groups": (most_units, 4),
+            "members": (most_units, 2),
+        }
+        ints = {"dtype": torch.int32, "device": device}
+        tables = {name: torch.zeros(shape, **ints) for name, shape in capacity.items()}
+        num_slots = 4 * num_ctas
+        self.plan = DevicePlan(
+            rows=rows,
+            **tables,
+            partial_out=torch.empty(num_slots, rows, head_size, device=device),
+            partial_lse=torch.empty(num_slots, rows, device=device),
+            arrivals=torch.zeros(most_units, **ints),
+        )
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether a plan finds room: always where it has no shared prefixes."""
+        return plan.num_slots <= len(self.plan.partial_lse) and all(
+            len(array) <= len(there) for array, there in self._pairs(plan)
+        )
+
+    def upload(self, plan: Plan) -> DevicePlan:
+        """Copy a plan to its place, without waiting: behind the launches that read the one before.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        if not self.fits(plan) or len(plan.cta_segments) != len(self.plan.cta_segments):
+            raise ValueError("a plan that does not fit the memory of the CUDA graphs")
+        for array, there in self._pairs(plan):
+            if len(array):
+                source = torch.from_numpy(array)
+                if there.is_cuda:
+                    source = source.pin_memory()
+                there[: len(array)].copy_(source, non_blocking=True)
+        return self.plan
+
+    def _pairs(self, plan: Plan) -> list[tuple[Ints, torch.Tensor]]:
+        return [
+            (plan.cta_segments, self.plan.cta_segments),
+            (plan.segments, self.plan.segments),
+            (plan.units, self.plan.units),
+            (plan.groups, self.plan.groups),
+            (plan.members, self.plan.members),
+        ]

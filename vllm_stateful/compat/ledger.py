@@ -27,6 +27,7 @@ from vllm_stateful.compat.v0_32 import (
     scheduler_class,
     session_identity,
     staged_ids,
+    worker_batch,
     worker_ids,
     worker_requests,
     worker_speculator,
@@ -57,6 +58,7 @@ PATCHES: tuple[Patch, ...] = (
     request_state.PATCH,
     worker_speculator.PATCH,
     worker_requests.PATCH,
+    worker_batch.PATCH,
 )
 
 _MARKDOWN_HEAD = """\
