@@ -28,18 +28,9 @@ from vllm.v1.kv_cache_interface import KVQuantMode
 from vllm_stateful.adapters.attention_choice import STEPS
 from vllm_stateful.adapters.batch_prefixes import shared_in
 from vllm_stateful.attention import ops
-from vllm_stateful.attention.choice import (
-    Batch,
-    Graphs,
-    Layers,
-    tile_rows,
-    why_never,
-    why_not,
-)
-from vllm_stateful.attention.plan import Shape, make_plan
+from vllm_stateful.attention.choice import Batch, Graphs, Layers, why_never, why_not
 from vllm_stateful.attention.same_step import may_read_what_is_written
-from vllm_stateful.attention.shared_prefixes import tiles_to_share
-from vllm_stateful.attention.workspace import GraphWorkspace, Workspace
+from vllm_stateful.attention.step_plans import StepPlans
 
 logger = init_logger("vllm.stateful")
 
@@ -77,14 +68,18 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
             unusual=self._unusual(config),
         )
         self._why_never = why_never(self._layers) or ops.why_unavailable()
-        self._workspace = Workspace(self.headdim, device)
         self._is_captured = False
         self._graphs = _graphs(config)
-        self._in_graphs: GraphWorkspace | None = None
-        self._dtype = config.model_config.dtype
         drafts = config.speculative_config
         self._num_drafts = 0 if drafts is None else drafts.num_speculative_tokens or 0
-        self._most_requests = config.scheduler_config.max_num_seqs
+        self._plans = StepPlans(
+            layers=self._layers,
+            graphs=self._graphs,
+            num_kv_heads=self.num_heads_kv,
+            dtype=config.model_config.dtype,
+            most_requests=config.scheduler_config.max_num_seqs,
+            device=self.device,
+        )
         if self._why_never:
             logger.info("stateful: attention is left to vLLM: %s", self._why_never)
 
@@ -125,74 +120,31 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
         elif not reason and not self._graphs.has_ours(batch.max_query_len):
             reason = "it is captured for any step"
         if not reason:
-            metadata.plan = self._plan(stock, common_attn_metadata)
+            new, total = self._lengths(common_attn_metadata)
+            shared = shared_in(self, common_attn_metadata)
+            metadata.plan = self._plans.of(new, total, batch.max_query_len, shared)
             # A graph replays other steps too.
-            metadata.writes_first = self._is_captured or self._may_hit(common_attn_metadata)
-        elif self._in_graphs is not None and self._graphs.has_ours(batch.max_query_len):
+            metadata.writes_first = self._is_captured or self._may_hit(
+                common_attn_metadata, new, total
+            )
+        elif self._plans.are_captured and self._graphs.has_ours(batch.max_query_len):
             raise RuntimeError(f"a CUDA graph may replay this step, which has no plan: {reason}")
         return metadata
 
-    def _plan(self, stock: FlashAttentionMetadata, common: CommonAttentionMetadata) -> Any:
+    def _lengths(self, common: CommonAttentionMetadata) -> tuple[Any, Any]:
+        """New tokens, and keys at most, of each sequence."""
         num_reqs, lengths = common.num_reqs, common.seq_lens_cpu_upper_bound
         assert lengths is not None, "checked in _batch"
-        starts, total = common.query_start_loc_cpu.numpy(), lengths[:num_reqs].numpy()
-        new = starts[1 : num_reqs + 1] - starts[:num_reqs]
-        graphs = self._graph_workspace(stock.max_query_len)
-        rows, prefixes = tiles_to_share(
-            shared_in(self, common),
-            new,
-            total,
-            stock.max_query_len,
-            self._layers,
-            rows=None if graphs is None else graphs.plan.rows,
-        )
-        shape = self._shape(rows)
-        # A group's layers may differ in their windows: the plan covers all keys, the kernels mask.
-        plan = make_plan(new, total, shape, prefixes=prefixes, exact=False)
-        if graphs is None:
-            return self._workspace.upload(plan, rows)
-        if not graphs.fits(plan):
-            plan = make_plan(new, total, shape, exact=False)
-        return graphs.upload(plan)
-
-    def _may_hit(self, common: CommonAttentionMetadata) -> bool:
-        """Whether a sequence may read what another one writes in this step."""
-        num_reqs, lengths = common.num_reqs, common.seq_lens_cpu_upper_bound
         starts = common.query_start_loc_cpu.numpy()
+        return starts[1 : num_reqs + 1] - starts[:num_reqs], lengths[:num_reqs].numpy()
+
+    def _may_hit(self, common: CommonAttentionMetadata, new: Any, total: Any) -> bool:
+        """Whether a sequence may read what another one writes in this step."""
         is_new = None if common.is_prefilling is None else common.is_prefilling.numpy()
-        if is_new is not None and len(is_new) < num_reqs:  # padded to a graph's
-            is_new = np.pad(is_new, (0, num_reqs - len(is_new)))
-        return may_read_what_is_written(
-            starts[1 : num_reqs + 1] - starts[:num_reqs],
-            lengths[:num_reqs].numpy(),
-            self.block_size,
-            may_be_new=None if is_new is None else is_new[:num_reqs],
-            slack=2 * self._num_drafts,
-        )
-
-    def _shape(self, rows: int) -> Shape:
-        device = self.device.index or 0
-        return Shape(
-            num_ctas=ops.num_ctas(self._dtype, self.headdim, rows, device, fp8=self._layers.is_fp8),
-            tile_rows=rows,
-            block_keys=ops.block_keys(self.headdim, rows),
-            num_kv_heads=self.num_heads_kv,
-            group_size=self._layers.group_size,
-        )
-
-    def _graph_workspace(self, max_query_len: int) -> GraphWorkspace | None:
-        """Where the plan of such a step belongs if it may be replayed from a graph."""
-        if not self._graphs.has_ours(max_query_len):
-            return None
-        if self._in_graphs is None:
-            longest = self._graphs.most_query_len
-            shape = self._shape(tile_rows(self._layers, longest))
-            num_tiles = -(-longest * shape.group_size // shape.tile_rows)
-            most_units = self._most_requests * num_tiles * shape.num_kv_heads
-            self._in_graphs = GraphWorkspace(
-                shape.tile_rows, shape.num_ctas, most_units, self.headdim, self.device
-            )
-        return self._in_graphs
+        if is_new is not None:  # a step that a graph replays is padded by sequences without tokens
+            is_new = np.pad(is_new[: len(new)], (0, max(0, len(new) - len(is_new))))
+        slack = 2 * self._num_drafts
+        return may_read_what_is_written(new, total, self.block_size, may_be_new=is_new, slack=slack)
 
 
 def _graphs(config: Any) -> Graphs:
