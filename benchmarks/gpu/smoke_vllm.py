@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,26 +32,33 @@ EAGER = {"SMOKE_EAGER": "1"}
 FP8 = {"SMOKE_KV_CACHE": "fp8"}
 DRAFTS = {"SMOKE_DRAFTS": '{"method": "ngram_gpu", "num_speculative_tokens": 8}'}
 ADAPTIVE = {"SMOKE_DRAFTS": DRAFTS["SMOKE_DRAFTS"][:-1] + ', "enable_adaptive_verification": true}'}
+FEW = {"SMOKE_DRAFTS": '{"method": "ngram_gpu", "num_speculative_tokens": 3}'}
+ATTENTION = {**PLUGIN, "VLLM_STATEFUL_ATTENTION": "on"}
+TOGETHER = {"SMOKE_TOGETHER": "1"}
 CONFIGURATIONS: dict[str, dict[str, str]] = {
     "stock": {},
     "plugin": PLUGIN,
-    "plugin+attention": {**PLUGIN, "VLLM_STATEFUL_ATTENTION": "on"},
+    "plugin+attention": ATTENTION,
     "plugin, checked": {**PLUGIN, "VLLM_STATEFUL_CHECK_INVARIANTS": "1"},
     "stock+ngram_gpu": DRAFTS,
     "plugin+drafts": {**PLUGIN, **DRAFTS},
-    "plugin+drafts+attention": {**PLUGIN, **DRAFTS, "VLLM_STATEFUL_ATTENTION": "on"},
-    "plugin+adaptive": {**PLUGIN, **ADAPTIVE},
+    "plugin+drafts+attention": {**ATTENTION, **DRAFTS},
+    "stock, agents together": TOGETHER,
+    "plugin+few drafts+attention, agents together": {**ATTENTION, **FEW, **EAGER, **TOGETHER},
     "stock, fp8": FP8,
-    "plugin+attention, fp8": {**PLUGIN, **FP8, "VLLM_STATEFUL_ATTENTION": "on"},
+    "plugin+drafts+attention, fp8": {**ATTENTION, **DRAFTS, **FP8},
+    "plugin+adaptive": {**PLUGIN, **ADAPTIVE},
     "stock-v1": V1,
     "plugin-v1": {**V1, **PLUGIN},
     "plugin-eager": {**PLUGIN, **EAGER},
 }
+"""What each adds to the environment. Answers are compared with the last stock that played the same
+turns over the same cache."""
 
 
 def play(folder: Path, num_tokens: int) -> dict[str, Any]:
-    """All turns, session after session in each; random text, greedy answers."""
-    from vllm import LLM, SamplingParams
+    """All turns; random text, greedy answers."""
+    from vllm import LLM
 
     from vllm_stateful.adapters.attention_choice import STEPS
 
@@ -67,30 +75,7 @@ def play(folder: Path, num_tokens: int) -> dict[str, Any]:
         seed=0,
     )
     started = time.perf_counter() - began
-    random, turns = Random(0), []
-    histories: list[list[int]] = [[] for _ in range(SESSIONS)]
-    for turn in range(TURNS):
-        for session, history in enumerate(histories):
-            added = FIRST_TOKENS if turn == 0 else ADDED_TOKENS
-            history += [random.randrange(3, num_tokens) for _ in range(added)]
-            params = SamplingParams(
-                temperature=0,
-                max_tokens=ANSWER_TOKENS,
-                ignore_eos=True,
-                detokenize=False,
-                extra_args={"session_id": f"smoke-session-{session}"},
-            )
-            begin = time.perf_counter()
-            (answer,) = llm.generate({"prompt_token_ids": list(history)}, params, use_tqdm=False)
-            turns.append(
-                {
-                    "seconds": time.perf_counter() - begin,
-                    "prompt": len(history),
-                    "cached": answer.num_cached_tokens or 0,
-                    "answer": list(answer.outputs[0].token_ids),
-                }
-            )
-            history += turns[-1]["answer"]
+    turns = list(play_turns(llm, num_tokens))
     is_v2 = llm.llm_engine.vllm_config.use_v2_model_runner
     return {
         "start_s": started,
@@ -98,6 +83,61 @@ def play(folder: Path, num_tokens: int) -> dict[str, Any]:
         "turns": turns,
         "ours": STEPS["taken"],
     }
+
+
+def play_turns(llm: Any, num_tokens: int) -> Iterator[dict[str, Any]]:
+    """Session after session in each turn, or all of a turn at once, with one beginning."""
+    from vllm import SamplingParams
+
+    random, is_together = Random(0), "SMOKE_TOGETHER" in os.environ
+    begin = text(random, num_tokens, FIRST_TOKENS if is_together else 0)
+    histories = [list(begin) for _ in range(SESSIONS)]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=ANSWER_TOKENS,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"session_id": f"smoke-session-{session}"},
+        )
+        for session in range(SESSIONS)
+    ]
+    every = list(range(SESSIONS))
+    for turn in range(TURNS):
+        for history in histories:
+            is_first = turn == 0 and not is_together
+            history += text(random, num_tokens, FIRST_TOKENS if is_first else ADDED_TOKENS)
+        for asked in [every] if is_together else [[session] for session in every]:
+            began = time.perf_counter()
+            prompts = [{"prompt_token_ids": list(histories[session])} for session in asked]
+            answers = llm.generate(prompts, [params[session] for session in asked], use_tqdm=False)
+            seconds = time.perf_counter() - began
+            for session, answer in zip(asked, answers, strict=True):
+                tokens = list(answer.outputs[0].token_ids)
+                yield {
+                    "seconds": seconds,
+                    "prompt": len(histories[session]),
+                    "cached": answer.num_cached_tokens or 0,
+                    "answer": tokens,
+                }
+                histories[session] += tokens
+
+
+def text(random: Random, num_tokens: int, length: int) -> list[int]:
+    """Random tokens."""
+    return [random.randrange(3, num_tokens) for _ in range(length)]
+
+
+def is_wrong(name: str, played: dict[str, Any]) -> str:
+    """What a configuration that ended well did not show; empty: nothing."""
+    is_asked = CONFIGURATIONS[name].get("VLLM_STATEFUL_ATTENTION") == "on"
+    return "our kernels served no step" if is_asked and not played["ours"] else ""
+
+
+def of_stock(name: str) -> str:
+    """The configuration of stock that plays the same turns over the same cache."""
+    kept = {k: v for k, v in CONFIGURATIONS[name].items() if k in TOGETHER or k in FP8}
+    return next(stock for stock, added in CONFIGURATIONS.items() if added == kept)
 
 
 def run(name: str, shape: str, folder: Path, seconds: float) -> dict[str, Any] | str:
@@ -155,7 +195,8 @@ def main() -> int:
         return 0
     lines = ["| configuration | runner | start (s) | computed | later turns (ms) | equal | ours |"]
     lines.append("|---|---|---|---|---|---|---|")
-    failed, stock, longest = 0, None, 0.0
+    failed, longest = 0, 0.0
+    stocks: dict[str, dict[str, Any]] = {}
     until = time.monotonic() + args.seconds
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -172,8 +213,11 @@ def main() -> int:
                 lines.append(f"| {name} | failed | | | | | |")
                 print(f"--- {name}\n{played}\n---", flush=True)
                 continue
-            stock = played if name == "stock" else stock
-            lines.append(row(name, played, stock))
+            stocks |= {name: played} if of_stock(name) == name else {}
+            lines.append(row(name, played, stocks.get(of_stock(name))))
+            if problem := is_wrong(name, played):
+                failed += 1
+                lines[-1] += f" {problem} |"
             print(lines[-1], flush=True)
     print("\n".join(["", *lines]))
     return 1 if failed else 0

@@ -9,6 +9,7 @@ are used: one that is missing is that side's failure, not the benchmark's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,13 +20,20 @@ Call = Callable[[Tensors], None]
 WORKSPACE_BYTES = 256 << 20
 
 
+@cache
+def _one() -> torch.Tensor:
+    """vLLM's scale of a layer without any, made once."""
+    return torch.ones(1, device="cuda")
+
+
 def _append(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
 
     k_cache, v_cache = t.cache.transpose(1, 2).split(HEAD_SIZE, dim=-1)
-    one = torch.ones(1, device=t.q.device)
-    kind = "fp8" if t.cache.dtype == torch.float8_e4m3fn else "auto"
-    reshape_and_cache_flash(t.k, t.v, k_cache, v_cache, t.slot_mapping, kind, one, one)
+    kind, to = "auto", (k_cache, v_cache)
+    if t.cache.dtype == torch.float8_e4m3fn:
+        kind, to = "fp8", (k_cache.view(torch.uint8), v_cache.view(torch.uint8))  # as in vLLM
+    reshape_and_cache_flash(t.k, t.v, *to, t.slot_mapping, kind, _one(), _one())
     return k_cache, v_cache
 
 

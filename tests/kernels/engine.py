@@ -76,7 +76,7 @@ def emulate(folder: Path, kernel: str) -> None:
     attention_backend.StatefulImpl.do_kv_cache_update = write
     if V2:  # as if its steps with drafts were captured
         graphs = choice.Graphs(most_query_len=1 + NUM_DRAFTS, are_ours=True)
-        attention_backend._graphs = lambda _: graphs
+        attention_backend._graphs = lambda *_: graphs
     if kernel == "fp8":
         flash_attn.flash_attn_supports_kv_cache_dtype = lambda *_, **__: True
     shared_prefixes.MIN_KEYS = BLOCK

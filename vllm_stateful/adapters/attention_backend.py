@@ -28,7 +28,14 @@ from vllm.v1.kv_cache_interface import KVQuantMode
 from vllm_stateful.adapters.attention_choice import STEPS
 from vllm_stateful.adapters.batch_prefixes import shared_in
 from vllm_stateful.attention import ops
-from vllm_stateful.attention.choice import Batch, Graphs, Layers, why_never, why_not
+from vllm_stateful.attention.choice import (
+    Batch,
+    Graphs,
+    Layers,
+    may_be_captured,
+    why_never,
+    why_not,
+)
 from vllm_stateful.attention.same_step import may_read_what_is_written
 from vllm_stateful.attention.step_plans import StepPlans
 
@@ -69,7 +76,9 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
         )
         self._why_never = why_never(self._layers) or ops.why_unavailable()
         self._is_captured = False
-        self._graphs = _graphs(config)
+        self._graphs = _graphs(config, self._layers)
+        self._are_captured = False
+        self._is_v2 = config.use_v2_model_runner
         drafts = config.speculative_config
         self._num_drafts = 0 if drafts is None else drafts.num_speculative_tokens or 0
         self._plans = StepPlans(
@@ -127,7 +136,8 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
             metadata.writes_first = self._is_captured or self._may_hit(
                 common_attn_metadata, new, total
             )
-        elif self._plans.are_captured and self._graphs.has_ours(batch.max_query_len):
+            self._are_captured |= self._is_captured
+        elif self._are_captured and self._graphs.has_ours(batch.max_query_len):
             raise RuntimeError(f"a CUDA graph may replay this step, which has no plan: {reason}")
         return metadata
 
@@ -140,20 +150,22 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
 
     def _may_hit(self, common: CommonAttentionMetadata, new: Any, total: Any) -> bool:
         """Whether a sequence may read what another one writes in this step."""
-        is_new = None if common.is_prefilling is None else common.is_prefilling.numpy()
-        if is_new is not None:  # a step that a graph replays is padded by sequences without tokens
+        is_new = None  # model runner V1 does not count a request that resumes behind its prompt
+        if self._is_v2 and common.is_prefilling is not None:
+            is_new = common.is_prefilling.numpy()
+            # A step that a graph replays is padded by sequences without tokens.
             is_new = np.pad(is_new[: len(new)], (0, max(0, len(new) - len(is_new))))
         slack = 2 * self._num_drafts
         return may_read_what_is_written(new, total, self.block_size, may_be_new=is_new, slack=slack)
 
 
-def _graphs(config: Any) -> Graphs:
+def _graphs(config: Any, layers: Layers) -> Graphs:
     """What vLLM captures with the attention in it.
 
     Ours are steps that verify drafts on model runner V2: there metadata is built for each step,
     with lengths that the host knows, and nothing but a batch's shape decides whether a graph is
-    replayed. Left out are drafters that are models, which take steps of their own, and masks that
-    not every batch has.
+    replayed. Left out are drafters that are models, which take steps of their own, masks that not
+    every batch has, microbatches, and steps of which only some would be ours.
     """
     mode = config.compilation_config.cudagraph_mode
     if mode is None or not mode.has_full_cudagraphs():
@@ -161,11 +173,13 @@ def _graphs(config: Any) -> Graphs:
     drafts = config.speculative_config
     model, is_any = config.model_config, mode.mixed_mode() == CUDAGraphMode.FULL
     has_masks = model.is_mm_prefix_lm or model.rswa_window is not None
+    longest = 1 + (0 if drafts is None else drafts.num_speculative_tokens or 0)
     return Graphs(
         most_tokens=(config.compilation_config.max_cudagraph_capture_size or 0) if is_any else 0,
-        most_query_len=1 + (0 if drafts is None else drafts.num_speculative_tokens or 0),
+        most_query_len=longest,
         are_ours=(
-            not (is_any or has_masks)
+            not (is_any or has_masks or config.parallel_config.use_ubatching)
+            and may_be_captured(layers, longest)
             and drafts is not None
             and drafts.method == "ngram_gpu"
             and config.use_v2_model_runner

@@ -104,6 +104,12 @@ def why_not(layers: Layers, graphs: Graphs, batch: Batch) -> str:
     return ""
 
 
+def may_be_captured(layers: Layers, max_query_len: int) -> bool:
+    """Whether all steps of up to so many tokens a sequence can be ours, as graphs ask."""
+    few = not layers.is_fp8 or layers.group_size * max_query_len <= ROWS_OF_MMA[-1]
+    return few and max_query_len <= MOST_NEW_TOKENS
+
+
 def tile_rows(layers: Layers, max_query_len: int) -> int:
     """Rows of the tiles: the smallest that holds the longest chunk, or the largest there is."""
     needed = layers.group_size * max_query_len

@@ -36,16 +36,11 @@ class StepPlans:
     device: torch.device
     num_made: int = 0
     _shapes: dict[int, Shape] = field(default_factory=dict)
-    _in_graphs: GraphWorkspace | None = None
+    _in_graphs: dict[int, GraphWorkspace] = field(default_factory=dict)
     _last: tuple[object, ops.DevicePlan] | None = None
 
     def __post_init__(self) -> None:
         self._workspace = Workspace(self.layers.head_size, self.device)
-
-    @property
-    def are_captured(self) -> bool:
-        """Whether a step that may be replayed from a CUDA graph was planned."""
-        return self._in_graphs is not None
 
     def of(
         self,
@@ -99,15 +94,18 @@ class StepPlans:
         return self._shapes[rows]
 
     def _graph_workspace(self, max_query_len: int) -> GraphWorkspace | None:
-        """Where the plan of such a step belongs if it may be replayed from a graph."""
+        """Where the plan of such a step belongs if it may be replayed from a graph.
+
+        One for each tile: in a graph all sequences have as many tokens as when it was captured.
+        """
         if not self.graphs.has_ours(max_query_len):
             return None
-        if self._in_graphs is None:
-            longest = self.graphs.most_query_len
-            shape = self._shape(tile_rows(self.layers, longest))
-            num_tiles = -(-longest * shape.group_size // shape.tile_rows)
+        rows = tile_rows(self.layers, max_query_len)
+        if rows not in self._in_graphs:
+            shape = self._shape(rows)
+            num_tiles = -(-self.graphs.most_query_len * shape.group_size // rows)
             most_units = self.most_requests * num_tiles * shape.num_kv_heads
-            self._in_graphs = GraphWorkspace(
-                shape.tile_rows, shape.num_ctas, most_units, self.layers.head_size, self.device
+            self._in_graphs[rows] = GraphWorkspace(
+                rows, shape.num_ctas, most_units, self.layers.head_size, self.device
             )
-        return self._in_graphs
+        return self._in_graphs[rows]

@@ -5,7 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_stateful.attention.choice import Batch, Graphs, Layers, tile_rows, why_never, why_not
+from vllm_stateful.attention.choice import (
+    Batch,
+    Graphs,
+    Layers,
+    may_be_captured,
+    tile_rows,
+    why_never,
+    why_not,
+)
 
 LLAMA = Layers(head_size=128, group_size=4, page_size=16, is_half_precision=True, capability=(9, 0))
 
@@ -48,6 +56,8 @@ def test_fp8_takes_few_rows() -> None:
         "fp8 and many rows",
     ]
     assert tile_rows(fp8, 512) == 64, "there is no kernel B for it"
+    assert [may_be_captured(fp8, each) for each in (16, 17)] == [True, False]
+    assert [may_be_captured(LLAMA, each) for each in (17, 512, 513)] == [True, True, False]
 
 
 @pytest.mark.parametrize(

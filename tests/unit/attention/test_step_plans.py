@@ -70,13 +70,15 @@ def test_shared_prefixes_are_part_of_it() -> None:
 def test_steps_of_a_graph_lie_in_one_place_and_others_elsewhere() -> None:
     made = plans(Graphs(most_query_len=5, are_ours=True))
     captured = made.of(*step((5, 0), (5, 0)), 5)
-    assert made.are_captured
     other = made.of(*step((200, 1000)), 200)
     again = made.of(*step((5, 700), (5, 900), (0, 0)), 5)
     assert again is captured
     assert other is not captured
     assert other.cta_segments.data_ptr() != captured.cta_segments.data_ptr()
-    assert captured.rows == again.rows == 32, "5 tokens of 4 heads, whatever the step has"
+    short = made.of(*step((3, 700), (3, 900)), 3)
+    assert (captured.rows, short.rows) == (32, 16)
+    assert short.cta_segments.data_ptr() != captured.cta_segments.data_ptr()
+    assert made.of(*step((3, 70_000), (1, 9)), 3) is short
 
 
 def test_a_step_that_comes_back_is_copied_again_after_another() -> None:
