@@ -9,14 +9,16 @@ using namespace stateful;
 using T16 = Mma16<__nv_bfloat16, 128>;
 using T32 = Mma32<__nv_bfloat16, 128>;
 using T64 = Mma64<__nv_bfloat16, 128>;
+#ifdef STATEFUL_FP8
 using F16 = Mma16<__nv_bfloat16, 128, Fp8>;
 using F32 = Mma32<__nv_bfloat16, 128, Fp8>;
 using F64 = Mma64<__nv_bfloat16, 128, Fp8>;
-MMA(T16);
-MMA(T32);
-MMA(T64);
 MMA(F16);
 MMA(F32);
 MMA(F64);
+#endif
+MMA(T16);
+MMA(T32);
+MMA(T64);
 template __global__ void stateful::delta_append_wgmma<WgmmaShape<__nv_bfloat16, 128>>(
     const __grid_constant__ Params, const __grid_constant__ TensorMaps);

@@ -10,9 +10,9 @@
 The backend, its metadata, the plan, the workspace and the op's arguments are those of a GPU; only
 the launch goes to the emulator, and there every step is taken, since vLLM's own kernels are not
 here. FOLDER gets the model and answers.json: of each turn the first token, its log-probability,
-and how much of the prompt was cached. The last turns are those of agents that share their parent's
-prompt, which is computed before them; and two that come at once and have their first block in
-common, which the second one hits in the step that computes it.
+and how much of the prompt was cached. ``stock`` and ``mma`` go on with two prompts that come at
+once and have their first block in common, which the second one hits in the step that computes it;
+``stock`` and ``v2`` with agents that share their parent's prompt, which is computed before them.
 """
 
 import json
@@ -173,11 +173,13 @@ def play(folder: Path, kernel: str) -> dict[str, Any]:
         for history in histories:
             # The same text on all sides, whatever they answered: bfloat16 may differ.
             history += text(random, ANSWER)
-    parent = text(random, PARENT)
-    answers += ask(llm, [parent])
-    answers += ask(llm, [parent + text(random, TAIL) for _ in range(AGENTS)])
-    begin = text(random, TWINS)
-    answers += ask(llm, [begin + text(random, TAIL) for _ in range(2)])
+    if kernel in ("stock", "mma"):
+        begin = text(random, TWINS)
+        answers += ask(llm, [begin + text(random, TAIL) for _ in range(2)])
+    if kernel == "stock" or V2:
+        parent = text(random, PARENT)
+        answers += ask(llm, [parent])
+        answers += ask(llm, [parent + text(random, TAIL) for _ in range(AGENTS)])
     return {
         "answers": answers,
         "calls": dict(CALLS),

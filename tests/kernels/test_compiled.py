@@ -15,6 +15,7 @@ from emulator import CSRC
 
 from vllm_stateful.attention import ops
 
+FP8_ARCH = "90a"  # vLLM's backend has fp8 there and later; the others take as long to compile
 NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not here")
 
@@ -23,6 +24,7 @@ def compiled(arch: str, folder: Path) -> tuple[Path, str]:
     """The object of head size 128, and what ptxas says of it."""
     made = folder / f"budget_{arch}.o"
     command = [NVCC, "-std=c++17", "-O3", f"-I{CSRC / 'include'}", "-Xptxas", "-v"]
+    command += ["-DSTATEFUL_FP8"] if arch == FP8_ARCH else []
     command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     source = Path(__file__).parent / "budget.cu"
     done = subprocess.run(
@@ -45,10 +47,10 @@ def disassembler() -> Path | None:
 def test_nothing_is_spilled_at_head_size_128(arch: str, tmp_path: Path) -> None:
     made, said = compiled(arch, tmp_path)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert len(spills) == 7
+    assert len(spills) == (7 if arch == FP8_ARCH else 4)
     assert set(spills) == {("0", "0")}, said
     assert "warning" not in said
-    if arch == "90a" and (tool := disassembler()):
+    if arch == FP8_ARCH and (tool := disassembler()):
         shown = subprocess.run([tool, "-sass", made], capture_output=True, text=True, check=True)
         assert "HGMMA.64x128x16.F32.BF16" in shown.stdout
         assert "UTMALDG.4D" in shown.stdout
