@@ -14,7 +14,9 @@ import pytest
 from emulator import ROOT, cuda_headers
 
 pytestmark = pytest.mark.skipif(cuda_headers() is None, reason="the CUDA headers are not here")
-MOST_DIFFERENCE = 0.05  # of a log-probability in bfloat16
+MOST_DIFFERENCE = (
+    0.1  # of a log-probability in bfloat16, of random weights; each layer is held to 4e-3
+)
 LAYERS = 2
 AGENTS = 3
 STRICT = {"VLLM_STATEFUL_STRICT": "1", "VLLM_STATEFUL_CHECK_INVARIANTS": "1"}
