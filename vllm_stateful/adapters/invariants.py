@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The books of the block pool: ``free + used + pinned == total``, checked block by block."""
 
-from collections import Counter
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.errors import InvariantError
+
+Counts = NDArray[np.int64]
+"""``[num_blocks]``: how often each block is held."""
 
 
 def check_pool(scheduler: Scheduler) -> dict[str, int]:
@@ -27,47 +34,54 @@ def check_pool(scheduler: Scheduler) -> dict[str, int]:
     """
     manager = scheduler.kv_cache_manager
     assert isinstance(manager, StatefulKVCacheManager)
+    blocks, pins = manager.block_pool.blocks, manager.store.pins
     used = _used_by_requests(manager)
     pinned = _pinned_by_residencies(manager)
-    deferred = Counter(b.block_id for _, blocks in scheduler.deferred_frees for b in blocks)
+    deferred = _counted((held for _, held in scheduler.deferred_frees), len(blocks))
+    counted = np.fromiter(map(attrgetter("ref_cnt"), blocks), np.int64, len(blocks))
     held = used + pinned + deferred
-    for block in manager.block_pool.blocks:
-        if block.is_null:
-            continue
-        if block.ref_cnt != held[block.block_id]:
-            raise InvariantError(
-                f"block {block.block_id}: ref_cnt {block.ref_cnt}, but requests hold it "
-                f"{used[block.block_id]} times and residencies {pinned[block.block_id]} times"
-            )
-        if manager.store.pins.users(block.block_id) > used[block.block_id]:
-            raise InvariantError(f"block {block.block_id}: the pin ledger miscounts its users")
-        if pinned[block.block_id] != manager.store.pins.holders(block.block_id):
-            raise InvariantError(f"block {block.block_id}: the pin ledger miscounts its holders")
+    held[manager.block_pool.null_block.block_id] = counted[manager.block_pool.null_block.block_id]
+    for block_id in np.flatnonzero(counted != held):
+        raise InvariantError(
+            f"block {block_id}: ref_cnt {counted[block_id]}, but requests hold it "
+            f"{used[block_id]} times and residencies {pinned[block_id]} times"
+        )
+    for block_id in np.flatnonzero(pins.users_of_all > used):
+        raise InvariantError(f"block {block_id}: the pin ledger miscounts its users")
+    for block_id in np.flatnonzero(pins.holders_of_all != pinned):
+        raise InvariantError(f"block {block_id}: the pin ledger miscounts its holders")
     return _totals(manager, used + deferred, pinned)
 
 
-def _used_by_requests(manager: StatefulKVCacheManager) -> Counter[int]:
+def _counted(tables: Iterable[Iterable[Any]], num_blocks: int) -> Counts:
+    ids = [block.block_id for blocks in tables for block in blocks]
+    return np.bincount(np.asarray(ids, np.int64), minlength=num_blocks)
+
+
+def _used_by_requests(manager: StatefulKVCacheManager) -> Counts:
+    pool = manager.block_pool
     tables = manager.coordinator.single_type_managers[0].req_to_blocks.values()
-    return Counter(block.block_id for blocks in tables for block in blocks if not block.is_null)
+    used = _counted(tables, len(pool.blocks))
+    used[pool.null_block.block_id] = 0
+    return used
 
 
-def _pinned_by_residencies(manager: StatefulKVCacheManager) -> Counter[int]:
-    idle = (r for r in manager.store.residencies() if r.borrower is None)
-    return Counter(block.block_id for residency in idle for block in residency.blocks)
+def _pinned_by_residencies(manager: StatefulKVCacheManager) -> Counts:
+    idle = (r.blocks for r in manager.store.residencies() if r.borrower is None)
+    return _counted(idle, len(manager.block_pool.blocks))
 
 
-def _totals(
-    manager: StatefulKVCacheManager, used: Counter[int], pinned: Counter[int]
-) -> dict[str, int]:
+def _totals(manager: StatefulKVCacheManager, used: Counts, pinned: Counts) -> dict[str, int]:
     num_free = manager.block_pool.get_num_free_blocks()
-    num_pinned_only = sum(1 for block_id in pinned if block_id not in used)
+    num_used, num_pinned = int(np.count_nonzero(used)), int(np.count_nonzero(pinned))
+    num_pinned_only = int(np.count_nonzero((pinned > 0) & (used == 0)))
     total = manager.block_pool.num_gpu_blocks - 1
-    if num_free + len(used) + num_pinned_only != total:
+    if num_free + num_used + num_pinned_only != total:
         raise InvariantError(
-            f"free {num_free} + used {len(used)} + pinned {num_pinned_only} != total {total}"
+            f"free {num_free} + used {num_used} + pinned {num_pinned_only} != total {total}"
         )
-    if len(pinned) != manager.store.pins.num_pinned:
+    if num_pinned != manager.store.pins.num_pinned:
         raise InvariantError(
-            f"the pin ledger counts {manager.store.pins.num_pinned} blocks, not {len(pinned)}"
+            f"the pin ledger counts {manager.store.pins.num_pinned} blocks, not {num_pinned}"
         )
-    return {"free": num_free, "used": len(used), "pinned": num_pinned_only, "total": total}
+    return {"free": num_free, "used": num_used, "pinned": num_pinned_only, "total": total}

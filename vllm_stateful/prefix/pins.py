@@ -2,6 +2,7 @@
 """How many distinct blocks idle sessions keep from the free pool, against a budget."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_stateful.types import BlockIds
 
@@ -58,6 +59,16 @@ class PinLedger:
         return int(self._users[block_id])
 
     @property
+    def holders_of_all(self) -> NDArray[np.int32]:
+        """``[num_blocks]``: `holders` of each block, a view."""
+        return _read_only(self._holders)
+
+    @property
+    def users_of_all(self) -> NDArray[np.int32]:
+        """``[num_blocks]``: `users` of each block, a view."""
+        return _read_only(self._users)
+
+    @property
     def num_freeable(self) -> int:
         """Blocks that would be free if all idle residencies were given up."""
         return self.num_pinned - self.num_pinned_used
@@ -67,3 +78,9 @@ class PinLedger:
         self.num_pinned += sign * int(np.count_nonzero(pinned))
         used = pinned & (self._users[block_ids] > 0)
         self.num_pinned_used += sign * int(np.count_nonzero(used))
+
+
+def _read_only(array: NDArray[np.int32]) -> NDArray[np.int32]:
+    view = array.view()
+    view.flags.writeable = False
+    return view
