@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from vllm.config import CUDAGraphMode
+from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -43,6 +44,7 @@ logger = init_logger("vllm.stateful")
 
 _HALVES = (torch.bfloat16, torch.float16)
 _FP8 = ("fp8", "fp8_e4m3")
+_CACHES = ("auto", "bfloat16", "float16", *_FP8)
 
 
 @dataclass
@@ -72,7 +74,7 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
             is_half_precision=self.kv_cache_dtype in _HALVES,
             capability=torch.cuda.get_device_capability(device),
             is_fp8=kv_cache_spec.kv_quant_mode == KVQuantMode.FP8_PER_TENSOR,
-            unusual=self._unusual(config),
+            unusual=self._unusual(config, layer_names),
         )
         self._why_never = why_never(self._layers) or ops.why_unavailable()
         self._is_captured = False
@@ -92,8 +94,8 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
         if self._why_never:
             logger.info("stateful: attention is left to vLLM: %s", self._why_never)
 
-    def _unusual(self, config: Any) -> str:
-        """Why no plan can be made; empty when one can."""
+    def _unusual(self, config: Any, layer_names: list[str]) -> str:
+        """Why a plan is of no use, or cannot be made; empty when one can."""
         if self.dcp_world_size > 1:
             return "decode context parallelism"
         if config.model_config.dtype not in _HALVES:
@@ -101,7 +103,7 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
         drafts = config.speculative_config
         if drafts is not None and drafts.enable_adaptive_verification:
             return "adaptive verification: only the device knows how many rows a request has"
-        return ""
+        return what_all_ask_for(config, layer_names)
 
     def build_for_cudagraph_capture(self, common: CommonAttentionMetadata) -> Any:
         """The parent's kernels are what a graph replays, or ours."""
@@ -187,6 +189,14 @@ def _graphs(config: Any, layers: Layers) -> Graphs:
     )
 
 
+def what_all_ask_for(config: Any, layer_names: list[str]) -> str:
+    """What the kernels do not know although each of these layers asks for it; empty: nothing."""
+    layers = get_layers_from_vllm_config(config, Attention, layer_names).values()
+    impls = [impl for layer in layers for impl in layer.impl.get_impl_variants()]
+    unknown = [impl.unknown for impl in impls if isinstance(impl, StatefulImpl)]
+    return unknown[0] if unknown and all(unknown) else ""
+
+
 def _batch(stock: FlashAttentionMetadata, common: CommonAttentionMetadata) -> Batch:
     unusual = ""
     if stock.causal is not True:
@@ -205,15 +215,21 @@ class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         left, right = self.sliding_window
         self._window = left + 1 if left >= 0 else 0
-        self._is_plain = (
-            self.attn_type == AttentionType.DECODER
-            and self.alibi_slopes is None
-            and self.sinks is None
-            and self.kv_sharing_target_layer_name is None
-            and right <= 0
-            and self.kv_cache_dtype in ("auto", "bfloat16", "float16", *_FP8)
-            and not self.batch_invariant_enabled
-        )
+        self.unknown = self._what_is_unknown(right)
+
+    def _what_is_unknown(self, window_right: int) -> str:
+        """What this layer asks for that the kernels do not know; empty: nothing."""
+        unknown = {
+            f"{AttentionType(self.attn_type).value} attention": self.attn_type
+            != AttentionType.DECODER,
+            "ALiBi": self.alibi_slopes is not None,
+            "sinks": self.sinks is not None,
+            "KV of another layer": self.kv_sharing_target_layer_name is not None,
+            "a window to the right": window_right > 0,
+            f"a KV cache in {self.kv_cache_dtype}": self.kv_cache_dtype not in _CACHES,
+            "batch invariance": self.batch_invariant_enabled,
+        }
+        return next((what for what, is_asked in unknown.items() if is_asked), "")
 
     def forward(
         self,
@@ -233,7 +249,7 @@ class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
         if plan is not None and self.kv_cache_dtype in _FP8:
             cache = kv_cache.view(torch.float8_e4m3fn)
             scales = ops.Scales(layer._q_scale, layer._k_scale, layer._v_scale)
-        if plan is None or not self._is_plain or query.dtype != cache.dtype:
+        if plan is None or self.unknown or query.dtype != cache.dtype:
             if attn_metadata is not None and self.kv_sharing_target_layer_name is None:
                 self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
             return super().forward(
