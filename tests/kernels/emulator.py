@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 CUDA_HEADERS = (Path("/usr/local/cuda/include"), Path("/usr/include"))
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
+FEW = ("-DSTATEFUL_EMULATE_FEW", "-O1")  # head size 64 and bfloat16 only
+WATCHED = (*FEW, "-g", "-fsanitize=address")  # see random_steps.py
 POINTERS = ("q", "k_new", "v_new", "out", "cache", "partial_out", "partial_lse", "arrivals")
 TABLES = ("block_table", "query_start", "seq_lens", "slot_mapping")
 SCALES = ("q_scale", "k_scale", "v_scale")
@@ -113,20 +115,30 @@ class HangError(Exception):
     """No thread of the kernel can go on."""
 
 
-class Emulator:
-    """The kernels of a folder of sources."""
+def build(folder: Path, sources: Path = CSRC, flags: tuple[str, ...] = ()) -> Path:
+    """Compile the kernels of a folder of sources.
 
-    def __init__(self, folder: Path, sources: Path = CSRC, flags: tuple[str, ...] = ()) -> None:
-        headers = cuda_headers()
-        assert headers is not None
-        library = folder / "emulator.so"
-        includes = [f"-I{sources / 'include'}", f"-I{sources / 'emulator'}", "-isystem", headers]
-        command = ["g++", *FLAGS, *flags, *includes, sources / "emulator" / "emulate.cpp"]
-        done = subprocess.run(
-            [*map(str, command), "-o", str(library)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(done.stderr[-4000:])
+    Args:
+        flags: `FEW`, `WATCHED` or none.
+
+    Raises:
+        RuntimeError: what the compiler says.
+    """
+    library = folder / "emulator.so"
+    includes = [f"-I{sources / 'include'}", f"-I{sources / 'emulator'}", "-isystem", cuda_headers()]
+    command = ["g++", *FLAGS, *flags, *includes, sources / "emulator" / "emulate.cpp"]
+    done = subprocess.run(
+        [*map(str, command), "-o", str(library)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return library
+
+
+class Emulator:
+    """The kernels of a library that `build` made."""
+
+    def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self.sizes = [self._library.stateful_sizes(index) for index in range(5)]
 

@@ -2,8 +2,10 @@
 # ruff: noqa: E402
 """vLLM's engine on the host, its attention computed by the emulated kernels.
 
-    python engine.py FOLDER stock|mma|wgmma|fp8 [v2]
+    python engine.py FOLDER stock
+    python engine.py FOLDER mma|wgmma|fp8 LIBRARY [v2]
 
+LIBRARY: the emulator; head size 64 and bfloat16 are enough.
 ``fp8``: the kernels of ``mma`` over a KV cache in fp8.
 ``v2``: model runner V2 with async scheduling and drafts from the device, as on CUDA.
 
@@ -31,12 +33,13 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 
-V2 = __name__ == "__main__" and sys.argv[3:] == ["v2"]
+V2 = __name__ == "__main__" and sys.argv[4:] == ["v2"]
 if V2:
     sys.path.insert(0, str(Path(__file__).parents[1] / "model_runner_v2"))
     import on_host
 
     on_host.allow_async_scheduling()
+    on_host.skip_overflow_checks()
 
 import torch
 from cases import MOST_ERROR, bits, expected_of
@@ -61,9 +64,9 @@ GROUPS: Counter[int] = Counter()  # launches, by how many sequences have rows in
 LIBRARY = torch.library.Library("vllm_stateful", "DEF")  # its operators live as long as it does
 
 
-def emulate(folder: Path, kernel: str) -> None:
+def emulate(library: Path, kernel: str) -> None:
     """Put the backend in the place of the CPU's, and the emulator in the place of the library."""
-    emulator = Emulator(folder)
+    emulator = Emulator(library)
     LIBRARY.define("num_ctas(bool half, bool fp8, int head_size, int rows, int device) -> int")
     LIBRARY.impl("num_ctas", lambda *_: NUM_CTAS, "CompositeExplicitAutograd")
     ops.why_unavailable = lambda: ""
@@ -211,5 +214,5 @@ def ask(llm: LLM, prompts: list[list[int]]) -> list[list[Any]]:
 if __name__ == "__main__":
     chosen_folder, chosen = Path(sys.argv[1]), sys.argv[2]
     if chosen != "stock":
-        emulate(chosen_folder, chosen)
+        emulate(Path(sys.argv[3]), chosen)
     (chosen_folder / "answers.json").write_text(json.dumps(play(chosen_folder, chosen)))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 import pytest
 from cases import WGMMA_BLOCK_KEYS, random_case
-from emulator import Emulator, Params, cuda_headers
+from emulator import WATCHED, Emulator, Params, build, cuda_headers
+from random_steps import play, sanitizer
 
 pytestmark = pytest.mark.skipif(cuda_headers() is None, reason="the CUDA headers are not here")
 BATCHES = 8
@@ -22,7 +24,7 @@ CASES = int(os.environ.get("STATEFUL_EMULATED_CASES", "40"))
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("emulator"))
+    return Emulator(build(tmp_path_factory.mktemp("emulator")))
 
 
 def test_both_sides_have_the_same_structures(emulated: Emulator) -> None:
@@ -51,3 +53,12 @@ def test_wgmma_against_the_oracle(emulated: Emulator, batch: int) -> None:
         case = random_case(seed, rows=(128,), block_keys=WGMMA_BLOCK_KEYS)
         emulated.run(case.step, case.plan, "wgmma", case.rows, seed)
         assert not case.failure()
+
+
+@pytest.mark.skipif(not sanitizer(), reason="g++ has no address sanitizer here")
+def test_nothing_outside_of_an_allocation_is_touched(tmp_path: Path) -> None:
+    """Of tensors, of the plan, or of shared memory: what masks hide from the comparison."""
+    library = build(tmp_path, flags=WATCHED)
+    for kernel in ("mma", "fp8", "wgmma"):
+        done = play(library, kernel, CASES // 10, watched=True)
+        assert done.returncode == 0, done.stdout + done.stderr

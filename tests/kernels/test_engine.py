@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emulator import ROOT, cuda_headers
+from emulator import FEW, ROOT, build, cuda_headers
 
 pytestmark = pytest.mark.skipif(cuda_headers() is None, reason="the CUDA headers are not here")
 MOST_DIFFERENCE = (
@@ -22,7 +22,7 @@ AGENTS = 3
 STRICT = {"VLLM_STATEFUL_STRICT": "1", "VLLM_STATEFUL_CHECK_INVARIANTS": "1"}
 
 
-def played(folder: Path, kernel: str, *more: str, **environment: str) -> dict[str, Any]:
+def played(folder: Path, kernel: str, *more: Path | str, **environment: str) -> dict[str, Any]:
     folder = folder / kernel
     folder.mkdir()
     done = subprocess.run(
@@ -42,6 +42,11 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return played(tmp_path_factory.mktemp("stock"), "stock")
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("emulator"), flags=FEW)
+
+
 @pytest.mark.parametrize(
     ("kernel", "runner", "plugin"),
     [
@@ -55,9 +60,10 @@ def test_turns_through_the_backend(
     runner: tuple[str, ...],
     plugin: dict[str, str],
     stock: dict[str, Any],
+    library: Path,
     tmp_path: Path,
 ) -> None:
-    ours = played(tmp_path, kernel, *runner, **plugin)
+    ours = played(tmp_path, kernel, library, *runner, **plugin)
     for (_, expected, cached), (_, logprob, cached_here) in zip(
         stock["answers"], ours["answers"], strict=False
     ):
@@ -72,9 +78,9 @@ def test_turns_through_the_backend(
     assert most == (AGENTS if runner and plugin else 0), "only model runner V2 knows who shares"
 
 
-def test_turns_over_a_cache_in_fp8(stock: dict[str, Any], tmp_path: Path) -> None:
+def test_turns_over_a_cache_in_fp8(stock: dict[str, Any], library: Path, tmp_path: Path) -> None:
     """Each layer is compared with float64 while it is played; the model's answers are others."""
-    ours = played(tmp_path, "fp8", VLLM_STATEFUL="1", **STRICT)
+    ours = played(tmp_path, "fp8", library, VLLM_STATEFUL="1", **STRICT)
     for (*_, cached), (*_, cached_here) in zip(stock["answers"], ours["answers"], strict=False):
         assert cached_here >= cached
     assert set(ours["steps"]) == {"taken"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, random_case
-from emulator import Emulator, cuda_headers
+from emulator import FEW, Emulator, build, cuda_headers
 
 from vllm_stateful.attention.ops import DevicePlan
 from vllm_stateful.attention.plan import Plan, Shape, make_plan
@@ -39,7 +39,7 @@ def addresses(plan: DevicePlan) -> list[int]:
 
 @pytest.mark.skipif(cuda_headers() is None, reason="the CUDA headers are not here")
 def test_each_plan_is_what_a_replayed_launch_follows(tmp_path: Path) -> None:
-    emulator, cases = Emulator(tmp_path, flags=("-DSTATEFUL_EMULATE_FEW",)), alike(12)
+    emulator, cases = Emulator(build(tmp_path, flags=FEW)), alike(12)
     cases = [case for case in cases if case.step.out.dtype == torch.bfloat16]
     assert {bool(len(case.plan.groups)) for case in cases} == {True, False}
     most_units = max(len(case.plan.units) for case in cases)

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from emulator import CSRC, ROOT, cuda_headers
-from mutated import WRONG
+from emulator import CSRC, FEW, WATCHED, build, cuda_headers
+from random_steps import WRONG, play, sanitizer
 
 pytestmark = pytest.mark.skipif(cuda_headers() is None, reason="the CUDA headers are not here")
 CASES = 200
@@ -33,6 +31,7 @@ class Mutation:
     before: str
     after: str
     often: bool = False  # tried each time
+    watched: bool = False  # no number shows it, the address sanitizer does
 
 
 MMA, WGMMA = "delta_append_mma.cuh", "delta_append_wgmma.cuh"
@@ -88,6 +87,14 @@ MUTATIONS = [
         "tile.cuh",
         "unit.slot) + tile.segment.part)",
         "unit.slot))",
+    ),
+    Mutation(
+        "a part behind the last is looked at",
+        "mma",
+        "tile.cuh",
+        "part < unit.num_parts; ++part)\n      most =",
+        "part <= unit.num_parts; ++part)\n      most =",
+        watched=True,
     ),
     Mutation("counters stay counted", "mma", "tile.cuh", "if (last) p.arrivals[index] = 0;", ";"),
     Mutation(
@@ -246,24 +253,19 @@ TRIED = [mutation for mutation in MUTATIONS if ALL or mutation.often]
 
 @pytest.mark.parametrize("mutation", TRIED, ids=lambda mutation: mutation.name)
 def test_the_emulator_notices(mutation: Mutation, tmp_path: Path) -> None:
+    if mutation.watched and not sanitizer():
+        pytest.skip("g++ has no address sanitizer here")
     sources = tmp_path / "csrc"
     shutil.copytree(CSRC, sources)
     file = sources / "include" / "stateful" / mutation.file
     text = file.read_text()
     assert text.count(mutation.before) == 1
     file.write_text(text.replace(mutation.before, mutation.after))
-    script = Path(__file__).parent / "mutated.py"
-    command = [sys.executable, script, sources, tmp_path, mutation.kernel, CASES]
-    done = subprocess.run(
-        [*map(str, command)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-        timeout=300,
-    )
+    library = build(tmp_path, sources, WATCHED if mutation.watched else FEW)
+    done = play(library, mutation.kernel, CASES, watched=mutation.watched)
     crashed = done.returncode < 0  # outside of all memory, or an operand is
-    assert done.returncode == WRONG or crashed, done.stdout + done.stderr
+    outside = mutation.watched and "AddressSanitizer" in done.stderr
+    assert done.returncode == WRONG or crashed or outside, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
