@@ -100,6 +100,7 @@ class Player:
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.tokenizer = self.llm.get_tokenizer()
         self.max_tokens = args.max_tokens
+        self.logprobs = args.logprobs
         self.turns: list[Turn] = []
         self._preemptions: dict[str, int] = {}
         self._watch_preemptions()
@@ -143,7 +144,7 @@ class Player:
 
         prompt = self.pinned_prompts.get(name) or agent.history + self.encode(next(agent.messages))
         turn = Turn(name, prompt, [], 0, {})
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=5)
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=self.logprobs)
         tokens: dict[str, Any] = {"prompt_token_ids": prompt}
         if agent.cache_salt:
             tokens["cache_salt"] = agent.cache_salt
@@ -201,8 +202,8 @@ def scenario_main(player: Player) -> None:
     """48 recorded turns interleaved; then an edit, a fork in three, an abort, two tenants."""
     playing = agents(lambda index: index % 2 == 0)
     for number in range(7):
-        for agent in playing:
-            player.play((agent, f"{agent.name}/{number}"))
+        for together in (playing[:3], playing[3:]):
+            player.play(*((agent, f"{agent.name}/{number}") for agent in together))
     player.play(*((agent, f"{agent.name}/7") for agent in playing))
 
     edited, forked, aborted = playing[0], playing[2], playing[4]
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--num-blocks", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=12)
+    parser.add_argument("--logprobs", type=int, help="of so many tokens; compiles for some seconds")
     parser.add_argument("--prompts", help="replay the prompts of this earlier result")
     parser.add_argument("--offload", type=int, default=0, help="bytes of a CPU offload tier")
     parser.add_argument("--session-drafts", action="store_true", help="with the plugin's drafts")

@@ -32,7 +32,7 @@ BASE_BYTES = "60K"
 
 OPTIONS = (
     *("--plugin", "stateful", "--stateful-check-invariants", "--stateful-verify-tokens", "1"),
-    *("--stateful-base-bytes", BASE_BYTES, "--api-server-count", "2"),
+    *("--stateful-base-bytes", BASE_BYTES),
     *("--served-model-name", "tiny", "--max-model-len", "2048", "--block-size", "32"),
 )
 
@@ -71,7 +71,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(logs: Path) -> Iterator[LiveServer]:
-    with LiveServer(TINY, logs / "first.log", *OPTIONS) as live:
+    with LiveServer(TINY, logs / "first.log", *OPTIONS, "--api-server-count", "2") as live:
         yield live
 
 

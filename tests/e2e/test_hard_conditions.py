@@ -76,6 +76,7 @@ def test_drafts_from_sessions_change_no_answer(play: Play) -> None:
 def test_bf16_first_token_logprobs_are_within_tolerance(play: Play, recorded: str) -> None:
     """bf16 rounds differently when a prompt is cut differently, so compare probabilities."""
     arguments = ("--dtype", "bfloat16", "--prompts", recorded, "--max-tokens", "1")
+    arguments += ("--logprobs", "5")
     stock = by_name(play(TINY, *arguments))
     plugin = by_name(play(TINY, "--plugin", *arguments))
     worst = 0.0

@@ -8,6 +8,7 @@ slow, and exact. Streams and events do nothing on a CPU, so what is not seen her
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ os.environ |= {
 }
 
 from triton.backends import backends
-from triton.runtime.interpreter import InterpreterBuilder
+from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 
 NO_DRIVER = SimpleNamespace(is_active=lambda: False)
 backends["cpu"] = SimpleNamespace(driver=NO_DRIVER, compiler=None)
@@ -45,6 +46,12 @@ def take_any_mask() -> None:
 
 
 take_any_mask()
+
+
+def skip_overflow_checks() -> None:
+    """A third of the interpreter's time; `lookup.py` has our own kernels checked."""
+    options = interpreter_builder.options
+    interpreter_builder.options = replace(options, sanitize_overflow=False)
 
 
 def allow_async_scheduling() -> None:
