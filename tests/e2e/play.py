@@ -201,7 +201,9 @@ def agents(with_ids: Callable[[int], bool]) -> list[Agent]:
 def scenario_main(player: Player) -> None:
     """48 recorded turns interleaved; then an edit, a fork in three, an abort, two tenants."""
     playing = agents(lambda index: index % 2 == 0)
-    for number in range(7):
+    for agent in playing:  # the first prompts of some are alike: forks
+        player.play((agent, f"{agent.name}/0"))
+    for number in range(1, 7):
         for together in (playing[:3], playing[3:]):
             player.play(*((agent, f"{agent.name}/{number}") for agent in together))
     player.play(*((agent, f"{agent.name}/7") for agent in playing))
