@@ -49,7 +49,7 @@ take_any_mask()
 
 
 def skip_overflow_checks() -> None:
-    """A third of the interpreter's time; `lookup.py` has our own kernels checked."""
+    """A quarter of the interpreter's time; `lookup.py` has our own kernels checked."""
     options = interpreter_builder.options
     interpreter_builder.options = replace(options, sanitize_overflow=False)
 

@@ -219,9 +219,9 @@ class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
 
     def _what_is_unknown(self, window_right: int) -> str:
         """What this layer asks for that the kernels do not know; empty: nothing."""
+        kind = AttentionType(self.attn_type)
         unknown = {
-            f"{AttentionType(self.attn_type).value} attention": self.attn_type
-            != AttentionType.DECODER,
+            f"{kind.value} attention": kind != AttentionType.DECODER,
             "ALiBi": self.alibi_slopes is not None,
             "sinks": self.sinks is not None,
             "KV of another layer": self.kv_sharing_target_layer_name is not None,
