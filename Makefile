@@ -13,6 +13,8 @@ PYTEST_ARGS ?=
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_OFFLINE ?= 1
+# The environment is installed without byte code: whoever imports a module first leaves it for the rest.
+export PYTHONDONTWRITEBYTECODE :=
 
 BENCH_ARGS ?=
 

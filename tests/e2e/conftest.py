@@ -2,7 +2,6 @@
 """Real models through real vLLM. `make model` builds the models; without them the tests skip."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from forked import with_vllm
 from local_models import ROOT, TINY
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -31,10 +31,8 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Played]:
         key = (model.name, *arguments)
         if key not in done:
             out = folder / f"{len(done)}.json"
-            command = [sys.executable, str(ROOT / "tests" / "e2e" / "play.py")]
-            command += ["--model", str(model), "--out", str(out), *arguments]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-            assert result.returncode == 0, result.stderr[-4000:]
+            program = ROOT / "tests" / "e2e" / "play.py"
+            with_vllm().run(program, "--model", model, "--out", out, *arguments)
             done[key] = json.loads(out.read_text())
         return done[key]
 

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import with_vllm
 from local_models import ROOT, TINY
 
 pytestmark = pytest.mark.e2e
@@ -19,15 +18,8 @@ LOGPROB_TOLERANCE = 1e-3
 
 def ask(folder: Path, *options: str) -> dict[str, Any]:
     out = folder / "out.json"
-    command = [sys.executable, str(ROOT / "tests" / "e2e" / "drafted.py"), "--model", str(TINY)]
-    done = subprocess.run(
-        [*command, "--out", str(out), *options],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    program = ROOT / "tests" / "e2e" / "drafted.py"
+    with_vllm().run(program, "--model", TINY, "--out", out, *options)
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 

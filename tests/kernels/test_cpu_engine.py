@@ -2,12 +2,11 @@
 """vLLM's engine on our CPU kernel: the answers of vLLM's own, with drafts and chunked prompts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import with_vllm
 
 from vllm_stateful.attention import cpu_ops
 
@@ -22,10 +21,8 @@ pytestmark = [
 
 
 def played(choice: str) -> dict[str, Any]:
-    program = [sys.executable, str(Path(__file__).with_name("cpu_engine.py")), str(TINY), choice]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    said = with_vllm().run(Path(__file__).with_name("cpu_engine.py"), TINY, choice)
+    answer: dict[str, Any] = json.loads(said.splitlines()[-1])
     return answer
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What runs on CUDA, model runner V2 with async scheduling, serves the same answers with us.
 
-Each engine is a process of its own (`engine.py`); Triton's interpreter stands in for a GPU. The
-distribution of sampled tokens over 300 answers instead of 100:
+Each engine is a process of its own (`engine.py`, forked); Triton's interpreter stands in for a
+GPU. The distribution of sampled tokens over 300 answers instead of 100:
 
     STATEFUL_SAMPLED=300 pytest tests/model_runner_v2/test_engine_v2.py
 """
@@ -10,16 +10,14 @@ distribution of sampled tokens over 300 answers instead of 100:
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forked import Forks
 
 ROOT = Path(__file__).parents[2]
 SIDES = ("stock", "plugin", "drafts", "adaptive", "crowded", "grammar")
@@ -28,25 +26,19 @@ MOST_CHI_SQUARE = 3.0  # for each degree of freedom; seeds are fixed
 Played = dict[str, dict[str, Any]]
 
 
-def play(folder: Path, side: str) -> dict[str, Any]:
+def play(forks: Forks, folder: Path, side: str) -> dict[str, Any]:
     (folder / side).mkdir()
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "engine.py", folder / side, side],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    forks.run(Path(__file__).with_name("engine.py"), folder / side, side, PYTHONPATH=str(ROOT))
     return dict(json.loads((folder / side / "answers.json").read_text()))
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
     folder = tmp_path_factory.mktemp("v2")
+    forks = Forks("on_host", "vllm.entrypoints.llm", path=(Path(__file__).parent,))
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SIDES, pool.map(lambda side: play(folder, side), SIDES), strict=True))
+        sides = pool.map(lambda side: play(forks, folder, side), SIDES)
+        return dict(zip(SIDES, sides, strict=True))
 
 
 @pytest.mark.parametrize("side", OURS)
