@@ -39,12 +39,12 @@ format: setup ## let ruff fix and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# Two processes, each with one thread for the model. Hypothesis plays the same examples each time;
-# look for new ones with PYTEST_ARGS="--hypothesis-profile=default".
+# One process more than CI has cores, since servers are waited for; each with one thread for the
+# model. Hypothesis plays the same examples each time; look for new ones with PYTEST_ARGS="--hypothesis-profile=default".
 test: export VLLM_CPU_OMP_THREADS_BIND := nobind
 test: export OMP_NUM_THREADS := 1
 test: setup model lint ## everything: setup, model, lint, pytest (PYTEST_ARGS="-k name")
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --hypothesis-profile=ci \
+	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --hypothesis-profile=ci \
 	    --durations=15 $(PYTEST_ARGS)
 
 demo: setup model ## three agents with tools, stock against plugin, table and plot

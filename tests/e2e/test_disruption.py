@@ -8,8 +8,6 @@ stock vLLM (``tests/e2e/ask.py``) can be asked the same.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import httpx
 import psutil
 import pytest
 from ask import MAX_TOKENS
+from forked import with_vllm
 from live_server import LiveServer
 from local_models import ROOT, SMOLLM2, TINY
 
@@ -26,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not (TINY / "config.json").exists(), reason="run `make model`"),
 ]
 
+ASK = ROOT / "tests" / "e2e" / "ask.py"
 NUM_SESSIONS, NUM_TURNS = 5, 6
 BASE_BYTES = "60K"
 """About six prompts; the API servers refer to up to twenty."""
@@ -56,10 +56,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], 
     folder = tmp_path_factory.mktemp("expected")
     names = [(s, t) for t in range(1, NUM_TURNS + 1) for s in range(NUM_SESSIONS)]
     (folder / "in.json").write_text(json.dumps([messages_of(s, t) for s, t in names]))
-    command = [sys.executable, str(ROOT / "tests" / "e2e" / "ask.py"), "--model", str(TINY)]
-    command += ["--conversations", str(folder / "in.json"), "--out", str(folder / "out.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    files = ("--conversations", folder / "in.json", "--out", folder / "out.json")
+    with_vllm().run(ASK, "--model", TINY, *files)
     answers = json.loads((folder / "out.json").read_text())
     return dict(zip(names, answers, strict=True))
 
@@ -144,11 +142,8 @@ def test_kept_answers_cost_nothing(tmp_path: Path) -> None:
     question = {"role": "user", "content": "Say it once more."}
     second = [*first, {"role": "assistant", "content": None}, question]
     (tmp_path / "in.json").write_text(json.dumps([first, second]))
-    command = [sys.executable, str(ROOT / "tests" / "e2e" / "ask.py"), "--model", str(SMOLLM2)]
-    command += ["--conversations", str(tmp_path / "in.json"), "--out", str(tmp_path / "out.json")]
-    command += ["--history", "generated"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    files = ("--conversations", tmp_path / "in.json", "--out", tmp_path / "out.json")
+    with_vllm().run(ASK, "--model", SMOLLM2, *files, "--history", "generated")
     one, two = json.loads((tmp_path / "out.json").read_text())
     context = [*one["prompt"], *one["answer"]]
     assert two["prompt"][: len(context)] == context

@@ -44,9 +44,9 @@ from vllm_stateful.adapters.turn import WORKER_ARRAY
 from vllm_stateful.compat.v0_32 import staged_ids
 
 NUM_TOKENS, BLOCK = 64, 32
-SESSIONS, TURNS, SYSTEM, FIRST, ADDED, ANSWER = 3, 3, 40, 30, 20, 14
+SESSIONS, TURNS, SYSTEM, FIRST, ADDED, ANSWER, SAID = 3, 3, 40, 30, 20, 14, 24
 NUM_DRAFTS, TEMPERATURE = 6, 0.5
-NUM_SAMPLED = int(os.environ.get("STATEFUL_SAMPLED", "100"))
+NUM_SAMPLED = int(os.environ.get("STATEFUL_SAMPLED", "60"))
 SHAPES["small"] = SHAPES["tiny"] | {"hidden_size": 128, "vocab_size": NUM_TOKENS}
 STEPS: list[int] = []
 """Drafts that each step verifies."""
@@ -204,7 +204,7 @@ def said_before(llm: LLM) -> dict[str, Any]:
         ("elsewhere", "them", None),
     ):
         before = len(STEPS)
-        *tokens, _ = ask(llm, [prompt], greedy(40, extra_args=wish), cache_salt=salt)[0]
+        *tokens, _ = ask(llm, [prompt], greedy(SAID, extra_args=wish), cache_salt=salt)[0]
         answers.append(tokens)
         steps[name] = [len(STEPS) - before, sum(STEPS[before:])]
     return {"answers": answers, "steps": steps}
@@ -213,7 +213,7 @@ def said_before(llm: LLM) -> dict[str, Any]:
 def long_answers(llm: LLM) -> list[list[int]]:
     """More tokens at once than a crowded cache holds."""
     random = Random(3)
-    return ask(llm, [text(random, 62) for _ in range(4)], greedy(60))
+    return ask(llm, [text(random, 62) for _ in range(4)], greedy(45))
 
 
 def sampled(llm: LLM) -> list[list[int]]:

@@ -2,7 +2,7 @@
 """What runs on CUDA, model runner V2 with async scheduling, serves the same answers with us.
 
 Each engine is a process of its own (`engine.py`, forked); Triton's interpreter stands in for a
-GPU. The distribution of sampled tokens over 300 answers instead of 100:
+GPU. The distribution of sampled tokens over 300 answers instead of 60:
 
     STATEFUL_SAMPLED=300 pytest tests/model_runner_v2/test_engine_v2.py
 """
