@@ -18,19 +18,22 @@ export PYTHONDONTWRITEBYTECODE :=
 
 BENCH_ARGS ?=
 
-.PHONY: help setup model lint format test demo bench serve clean
+.PHONY: help environment setup model lint format test demo bench serve clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: ## build .venv: CPU torch, vLLM, tools, this package
-	@.ci/setup.sh
+environment:
+	@.ci/setup.sh environment
 
-model: setup ## build the two local models in .cache/models
+setup: environment ## build .venv: CPU torch, vLLM, tools, this package
+	@.ci/setup.sh package
+
+model: environment ## build the two local models in .cache/models
 	@$(PY) -m benchmarks.models.smollm2
 	@$(PY) -m benchmarks.models.tiny
 
-lint: setup ## ruff and mypy
+lint: environment ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy

