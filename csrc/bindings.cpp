@@ -118,7 +118,7 @@ void delta_append_attention(const Tensor& q, const Tensor& k_new, const Tensor& 
             partial_out.numel() == partial_lse.numel() * q.size(2),
         "partial_out and partial_lse must be contiguous float32, [slots, rows, D] and "
         "[slots, rows]");
-  check(arrivals.numel() >= units.size(0), "arrivals must have a counter for each unit");
+  check(arrivals.numel() * rows >= partial_lse.numel(), "arrivals must have a counter for each slot");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   stateful::Params p{};
   p.plan = {ints(cta_segments), structures<stateful::Segment>(segments),

@@ -5,13 +5,15 @@
 // and for how long, is drawn at random. Copies without a waiter (cp.async) happen at
 // once or as late as their wait allows, drawn at random too: a missing wait, a missing barrier or a
 // stage freed too early shows as wrong numbers for some seeds. Shared memory is filled with NaN
-// before each CTA. Not covered: speed, weak memory, proxy fences.
+// before each CTA. Weak memory: emulator_memory.h. Not covered: speed.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
 #include <vector_functions.h>
 #include <vector_types.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -39,6 +41,12 @@ inline uint32_t random_bits() {
   return static_cast<uint32_t>(random_state >> 33);
 }
 
+}  // namespace emulator
+
+#include "emulator_memory.h"
+
+namespace emulator {
+
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr long kMostIdleRounds = 20'000;  // so long and no barrier was passed: a deadlock
@@ -59,6 +67,7 @@ struct Copy {
 // An mbarrier: a phase ends when all have arrived and all bytes are there.
 struct ByteBarrier {
   int count = 0, pending = 0;
+  bool is_fenced = false;  // copies see that it was initialized
   long bytes = 0;
   int phase = 0;
   void settle() {
@@ -85,6 +94,7 @@ struct Thread {
   bool started = false, done = false;
   int index = 0;
   Cta* cta = nullptr;
+  View view;
   std::vector<std::vector<Copy>> copies;  // by commit group, the open one last
   std::vector<std::vector<std::function<void()>>> products{1};  // of wgmma, likewise
 #ifdef STATEFUL_ASAN
@@ -106,6 +116,7 @@ struct Cta {
   unsigned char* shared = nullptr;  // aligned to 1024
   size_t shared_bytes = 0;
   int alive = 0;
+  Shared told;
   std::map<const void*, ByteBarrier> byte_barriers;
   std::vector<std::function<void()>> boxes;  // TMA copies that have not happened yet
 };
@@ -188,6 +199,13 @@ inline void join(Barrier& barrier, int num_threads) {
   while (barrier.generation == generation) yield();
 }
 
+// The same, of a barrier that orders memory too.
+inline void meet(Barrier& barrier, int num_threads) {
+  current->cta->told.tell(current->view);
+  join(barrier, num_threads);
+  current->cta->told.hear(current->view);
+}
+
 inline Warp& warp() { return current->cta->warps[current->index / kLanes]; }
 inline int lane() { return current->index % kLanes; }
 inline void join_warp() { join(warp().barrier, kLanes); }
@@ -238,6 +256,12 @@ inline void run_some(Cta& cta) {
     cta.boxes[chosen]();
     cta.boxes.erase(cta.boxes.begin() + static_cast<long>(chosen));
   }
+  if (random_bits() % 16 < flush_odds) {
+    flush_some(cta.told.known);
+    Thread& thread = cta.threads[random_bits() % cta.threads.size()];
+    flush_some(thread.view.own);
+    thread.view.fence_async();
+  }
   const int first = static_cast<int>(random_bits() % cta.warps.size()) * kLanes;
   const int rounds = 1 + static_cast<int>(random_bits() % 200);
   for (int round = 0; round < rounds && cta.alive > 0; ++round)
@@ -251,8 +275,11 @@ inline void launch(unsigned grid, int num_threads, size_t shared_bytes, int most
   kernel = std::move(body);
   const uint32_t odds[] = {1, 8, 15};
   copy_odds = odds[random_bits() % 3];
+  flush_odds = odds[random_bits() % 3] - 1;
+  past.clear();
   std::vector<std::unique_ptr<Cta>> alive;
   std::vector<unsigned> waiting;
+  std::vector<Words> last_words;  // of CTAs that have ended: they arrive with the launch's end
   for (unsigned i = 0; i < grid; ++i) waiting.insert(waiting.begin() + random_bits() % (i + 1), i);
   idle_rounds = 0;
   while (!alive.empty() || !waiting.empty()) {
@@ -263,9 +290,14 @@ inline void launch(unsigned grid, int num_threads, size_t shared_bytes, int most
     }
     const size_t chosen = random_bits() % alive.size();
     run_some(*alive[chosen]);
-    if (alive[chosen]->alive == 0) alive.erase(alive.begin() + static_cast<long>(chosen));
+    if (alive[chosen]->alive == 0) {
+      for (Thread& thread : alive[chosen]->threads) alive[chosen]->told.tell(thread.view);
+      last_words.push_back(std::move(alive[chosen]->told.known));
+      alive.erase(alive.begin() + static_cast<long>(chosen));
+    }
     if (++idle_rounds > kMostIdleRounds) throw std::runtime_error("deadlock");
   }
+  for (Words& words : last_words) flush(words);
 }
 
 struct ThreadIndex {
@@ -285,9 +317,8 @@ static emulator::ThreadIndex threadIdx;
 static emulator::BlockIndex blockIdx;
 
 inline void __syncthreads() {
-  emulator::join(emulator::current->cta->barriers[0],
+  emulator::meet(emulator::current->cta->barriers[0],
                  static_cast<int>(emulator::current->cta->threads.size()));
 }
-inline void __threadfence() {}
 
 #include "emulator_prim.h"

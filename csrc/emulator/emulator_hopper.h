@@ -36,7 +36,9 @@ inline void barrier_init(uint64_t* barrier, int count) {
   auto& b = emulator::current->cta->byte_barriers[barrier];
   b.count = b.pending = count;
 }
-inline void barrier_fence() {}
+inline void barrier_fence() {
+  for (auto& [_, barrier] : emulator::current->cta->byte_barriers) barrier.is_fenced = true;
+}
 inline void barrier_expect(uint64_t* barrier, int bytes) {
   auto& b = byte_barrier(barrier);
   b.bytes += bytes;
@@ -57,6 +59,7 @@ inline void copy_box(void* to, const TensorMap* map, int column, int row, int he
                      uint64_t* barrier) {
   emulator::Cta& cta = *emulator::current->cta;
   auto& b = byte_barrier(barrier);
+  if (!b.is_fenced) std::abort();
   auto* const base = static_cast<unsigned char*>(to);
   const int64_t from[4] = {column, row, head, block};
   cta.boxes.push_back([=, &cta, &b, map = *map] {
@@ -80,9 +83,14 @@ inline void copy_box(void* to, const TensorMap* map, int column, int row, int he
   });
 }
 
-inline void fence_shared_async() {}
+inline void store_for_async(void* to, uint4 value) {
+  std::array<unsigned char, 16> bytes;
+  memcpy(bytes.data(), &value, bytes.size());
+  emulator::current->view.for_async.emplace_back(to, bytes);
+}
+inline void fence_shared_async() { emulator::current->view.fence_async(); }
 inline void named_barrier(int name, int num_threads) {
-  emulator::join(emulator::current->cta->barriers[name], num_threads);
+  emulator::meet(emulator::current->cta->barriers[name], num_threads);
 }
 inline void join_lanes() { emulator::join_warp(); }
 template <int kRegisters>

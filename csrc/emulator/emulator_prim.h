@@ -81,8 +81,19 @@ inline float shuffle_xor(float value, int mask) {
   return emulator::exchange(value, [&](auto theirs) { return theirs(other); });
 }
 
-inline float load_fresh(const float* from) { return *from; }
-inline float4 load_fresh(const float4* from) { return *from; }
+template <class V>
+inline V load_fresh(const V* from) {
+  return emulator::load(emulator::current->view, emulator::current->cta->told, from);
+}
+template <class V>
+inline void store_fresh(V* to, V value) {
+  emulator::store(emulator::current->view, to, value);
+}
+inline void fence_release() {
+  emulator::flush(emulator::current->view.own);
+  emulator::flush(emulator::current->cta->told.known);
+}
+inline void fence_acquire() { emulator::current->view.acquired = emulator::now; }
 
 inline uint32_t add_atomically(uint32_t* to, uint32_t value) {
   const uint32_t before = *to;

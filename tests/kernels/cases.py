@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -82,8 +83,17 @@ def random_case(
     head_sizes: tuple[int, ...] = (64, 64, 128, 128, 256),
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.bfloat16, torch.float16),
     fp8: bool = False,
+    shared: bool = False,
+    longest: int = 0,
+    grid: Callable[..., int] | None = None,
 ) -> Case:
-    """The same one for the same seed."""
+    """The same one for the same seed.
+
+    Args:
+        shared: Some sequences share a prefix in any case.
+        longest: Cached keys of some sequences; 0: a few hundred, which the emulator can bear.
+        grid: Thread blocks, from dtype, head size, rows and ``fp8=``; where not given, a few.
+    """
     random = Random(seed)
     torch.manual_seed(seed)
     head_size = random.choice(head_sizes)
@@ -94,6 +104,9 @@ def random_case(
     tile_rows = random.choice(rows)
     num_shared = random.choice((0, 0, 1)) and random.choice((2, 3, 5))
     prefix_keys = random.choice((16, 64, 112)) // page * page
+    if shared:
+        pages = 1 + prefix_keys // 16 + (random.randrange(longest // 2 // page) if longest else 0)
+        num_shared, prefix_keys = num_shared or 3, pages * page
     window = 0 if num_shared and prefix_keys else random.choice((0, 0, 0, 7, 40))
     soft_cap = random.choice((0.0, 0.0, 0.0, 5.0))
     is_wide = max(rows) == 128  # its blocks are large: fewer sequences, longer ones
@@ -104,6 +117,8 @@ def random_case(
     cached = [random.choice((0, random.randint(0, long), 64, 16)) for _ in new]
     if is_wide and random.random() < 0.25:  # a ring of blocks goes round
         cached[0] = random.randint(500, 900)
+    if longest:
+        cached = [random.choice((each, random.randint(each, longest))) for each in cached]
     prefixes = []
     if num_shared and prefix_keys:
         for sequence in range(num_shared):
@@ -114,7 +129,9 @@ def random_case(
     )
     step.window, step.soft_cap = window, soft_cap
     shape = Shape(
-        num_ctas=random.choice((1, 2, 4) if is_wide else (1, 2, 5, 9)),
+        num_ctas=grid(dtype, head_size, tile_rows, fp8=fp8)
+        if grid
+        else random.choice((1, 2, 4) if is_wide else (1, 2, 5, 9)),
         tile_rows=tile_rows,
         block_keys=block_keys[head_size],
         num_kv_heads=num_kv_heads,
@@ -226,9 +243,9 @@ def make_step(
             table[sequence, :whole] = table[prefix.sequences[0], :whole]
     slots: list[int] = []
     for sequence, (added, old) in enumerate(zip(new, cached, strict=True)):
-        for key in range(old):
-            block = int(table[sequence, key // page])
-            cache[block, :, key % page] = torch.randn(num_kv_heads, width).to(dtype)
+        keys = torch.arange(old)
+        normal = torch.randn(old, num_kv_heads, width)
+        cache[table[sequence].long()[keys // page], :, keys % page] = normal.to(dtype)
         for key in range(old, old + added):
             slot = int(table[sequence, key // page]) * page + key % page
             slots.append(-1 if random.random() < 0.1 else slot)

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 CUDA_HEADERS = (Path("/usr/local/cuda/include"), Path("/usr/include"))
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
-FEW = ("-DSTATEFUL_EMULATE_FEW", "-O1")  # head size 64 and bfloat16 only
+# Head size 64 and bfloat16 only, and a tree of nodes already where a unit has few parts.
+FEW = ("-DSTATEFUL_EMULATE_FEW", "-DSTATEFUL_FAN_IN=3", "-O1")
 WATCHED = (*FEW, "-g", "-fsanitize=address")  # see random_steps.py
 POINTERS = ("q", "k_new", "v_new", "out", "cache", "partial_out", "partial_lse", "arrivals")
 TABLES = ("block_table", "query_start", "seq_lens", "slot_mapping")
@@ -165,7 +166,7 @@ def _params(step: Step, plan: Plan, rows: int) -> tuple[Params, dict[str, torch.
     kept = {
         "partial_out": torch.full((num_slots, rows, step.head_size), float("nan")),
         "partial_lse": torch.full((num_slots, rows), float("nan")),
-        "arrivals": torch.zeros(max(1, len(plan.units)), dtype=torch.int32),
+        "arrivals": torch.zeros(num_slots, dtype=torch.int32),
     }
     tensors = {name: kept[name] if name in kept else getattr(step, name) for name in POINTERS}
     tensors |= {name: getattr(step, name) for name in TABLES}

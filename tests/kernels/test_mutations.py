@@ -35,6 +35,7 @@ class Mutation:
 
 
 MMA, WGMMA = "delta_append_mma.cuh", "delta_append_wgmma.cuh"
+PARTS, HOPPER = "parts.cuh", "hopper.cuh"
 OPERANDS, QUANTIZED = "mma_operands.cuh", "quantized.cuh"
 MUTATIONS = [
     Mutation("a row does not see itself", "mma", "softmax.cuh", "key <= self;", "key < self;"),
@@ -91,18 +92,76 @@ MUTATIONS = [
     Mutation(
         "a part behind the last is looked at",
         "mma",
-        "tile.cuh",
-        "part < unit.num_parts; ++part)\n      most =",
-        "part <= unit.num_parts; ++part)\n      most =",
+        PARTS,
+        "k < num_children && row < num_rows\n",
+        "k <= num_children && row < num_rows\n",
         watched=True,
     ),
-    Mutation("counters stay counted", "mma", "tile.cuh", "if (last) p.arrivals[index] = 0;", ";"),
+    Mutation("counters stay counted", "mma", PARTS, "if (last) *counter = 0;", ";"),
+    Mutation(
+        "two nodes have one counter",
+        "mma",
+        PARTS,
+        "node.first_part() + node.stride",
+        "node.first_part()",
+    ),
     Mutation(
         "a part is counted before it is written",
         "mma",
-        "tile.cuh",
-        "  __threadfence();\n  sync();\n  for (int i = thread; i < tile.num_members",
-        "  __threadfence();\n  for (int i = thread; i < tile.num_members",
+        PARTS,
+        "  sync();\n  for (int i = thread; i < tile.num_members",
+        "  for (int i = thread; i < tile.num_members",
+    ),
+    Mutation(
+        "a part is counted before other SMs can see it",
+        "mma",
+        PARTS,
+        "  fence_release();\n",
+        "",
+        often=True,
+    ),
+    Mutation("parts of before are summed", "mma", PARTS, "  fence_acquire();\n", "", often=True),
+    Mutation(
+        "not all know who was last",
+        "mma",
+        PARTS,
+        "  sync();\n  for (int i = 0; i < tile.num_members; ++i) {",
+        "  for (int i = 0; i < tile.num_members; ++i) {",
+    ),
+    Mutation(
+        "what a part weighs is overwritten before all have read it",
+        "mma",
+        PARTS,
+        "  sync();  // all have read what is written now\n",
+        "",
+    ),
+    Mutation(
+        "a sum is counted before it is written",
+        "mma",
+        PARTS,
+        "      node = node.above();\n      sync();\n",
+        "      node = node.above();\n",
+    ),
+    Mutation(
+        "not all know who was last to a node",
+        "mma",
+        PARTS,
+        "arrive(p, unit, node);\n      sync();\n",
+        "arrive(p, unit, node);\n",
+    ),
+    Mutation(
+        "the children of a node are taken for parts",
+        "mma",
+        PARTS,
+        "static_cast<int64_t>(node.stride) * kRows;",
+        "static_cast<int64_t>(1) * kRows;",
+    ),
+    Mutation(
+        "a block that ends early counts as full",
+        "mma",
+        "softmax.cuh",
+        "b.is_full = b.first + kKeys <= end;",
+        "b.is_full = b.first < end;",
     ),
     Mutation(
         "the last new token is not appended",
@@ -219,17 +278,41 @@ MUTATIONS = [
         "what stands behind the end is multiplied",
         "wgmma",
         WGMMA,
-        "if (b.num_valid >= S::kKeys ||",
+        "if (b.is_full ||",
         "if (b.num_valid >= 0 ||",
     ),
     Mutation(
         "queries are read before all are there",
         "wgmma",
         WGMMA,
-        "    *reinterpret_cast<uint4*>(line + (((chunk & 7) ^ (row & 7)) << 4)) = value;\n  }\n"
+        "    store_for_async(line + (((chunk & 7) ^ (row & 7)) << 4), value);\n  }\n"
         "  fence_shared_async();\n  named_barrier(kOneConsumer + consumer, kWarpgroup);",
-        "    *reinterpret_cast<uint4*>(line + (((chunk & 7) ^ (row & 7)) << 4)) = value;\n  }\n"
+        "    store_for_async(line + (((chunk & 7) ^ (row & 7)) << 4), value);\n  }\n"
         "  fence_shared_async();",
+    ),
+    Mutation(
+        "wgmma does not see the queries",
+        "wgmma",
+        WGMMA,
+        "    store_for_async(line + (((chunk & 7) ^ (row & 7)) << 4), value);\n  }\n"
+        "  fence_shared_async();\n",
+        "    store_for_async(line + (((chunk & 7) ^ (row & 7)) << 4), value);\n  }\n",
+        often=True,
+    ),
+    Mutation(
+        "wgmma does not see what was cleared",
+        "wgmma",
+        WGMMA,
+        "                    make_uint4(0, 0, 0, 0));\n  }\n  fence_shared_async();\n",
+        "                    make_uint4(0, 0, 0, 0));\n  }\n",
+    ),
+    Mutation("copies do not see the barriers", "wgmma", WGMMA, "    barrier_fence();\n", ""),
+    Mutation(
+        "parts of kernel B are counted before other SMs can see them",
+        "wgmma",
+        PARTS,
+        "  fence_release();\n",
+        "",
     ),
     Mutation(
         "queries are not swizzled",
@@ -241,7 +324,7 @@ MUTATIONS = [
     Mutation(
         "the strides of a descriptor change places",
         "wgmma",
-        "hopper.cuh",
+        HOPPER,
         "static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32",
         "static_cast<uint64_t>(stride >> 4) << 16 | static_cast<uint64_t>(leading >> 4) << 32",
         often=True,

@@ -90,7 +90,7 @@ class DevicePlan:
     Attributes:
         partial_out: ``[slots, rows, D]`` float32.
         partial_lse: ``[slots, rows]`` float32, base 2.
-        arrivals: ``[units]`` int32: zero, and left zero by each launch.
+        arrivals: ``[slots]`` int32: zero, and left zero by each launch.
     """
 
     rows: int
@@ -119,7 +119,7 @@ class DevicePlan:
     @classmethod
     def of(cls, plan: Plan, rows: int, head_size: int, device: torch.device) -> DevicePlan:
         """Copy a plan, and allocate what it needs."""
-        slots, units = max(1, plan.num_slots), max(1, len(plan.units))
+        slots = max(1, plan.num_slots)
         return cls(
             rows=rows,
             cta_segments=torch.from_numpy(plan.cta_segments).to(device),
@@ -129,7 +129,7 @@ class DevicePlan:
             members=torch.from_numpy(plan.members).to(device),
             partial_out=torch.empty(slots, rows, head_size, device=device),
             partial_lse=torch.empty(slots, rows, device=device),
-            arrivals=torch.zeros(units, dtype=torch.int32, device=device),
+            arrivals=torch.zeros(slots, dtype=torch.int32, device=device),
         )
 
 

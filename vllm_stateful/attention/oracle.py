@@ -78,18 +78,19 @@ def attention_oracle(
         num_cached = int(seq_lens[sequence]) - (end - begin)
         places = torch.arange(num_cached, device=q.device)
         blocks = block_table[sequence].long()[places // page]
-        old = cache[blocks, :, places % page].double()  # [cached, KV heads, 2 D]
-        k = torch.cat([old[..., :head_size], k_new[begin:end].double()])
-        v = torch.cat([old[..., head_size:], v_new[begin:end].double()])
-        k, v = (each.repeat_interleave(group_size, dim=1) for each in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q[begin:end].double(), k) * scale
-        if soft_cap:
-            scores = torch.tanh(scores / soft_cap) * soft_cap
         self_key = torch.arange(num_cached, num_cached + end - begin, device=q.device)[:, None]
         key = torch.arange(num_cached + end - begin, device=q.device)[None]
         hidden = key > self_key
         if window:
             hidden |= key + window <= self_key
-        scores = scores.masked_fill(hidden, float("-inf"))
-        out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+        for head in range(k_new.shape[1]):  # one by one: scores take much memory
+            old = cache[blocks, head, places % page].double()  # [cached, 2 D]
+            k = torch.cat([old[:, :head_size], k_new[begin:end, head].double()])
+            v = torch.cat([old[:, head_size:], v_new[begin:end, head].double()])
+            heads = slice(head * group_size, (head + 1) * group_size)
+            scores = torch.einsum("qhd,kd->hqk", q[begin:end, heads].double(), k) * scale
+            if soft_cap:
+                scores = torch.tanh(scores / soft_cap) * soft_cap
+            scores = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+            out[begin:end, heads] = torch.einsum("hqk,kd->qhd", scores, v)
     return out

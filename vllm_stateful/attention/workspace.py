@@ -42,7 +42,7 @@ class Workspace:
             for array, start in zip(arrays, starts, strict=False)
         )
         slots = max(1, plan.num_slots)
-        self._reserve(slots * rows, len(plan.units))
+        self._reserve(slots, rows)
         size = self._head_size
         return DevicePlan(
             rows=rows,
@@ -56,12 +56,12 @@ class Workspace:
             arrivals=self._arrivals,
         )
 
-    def _reserve(self, num_rows: int, num_units: int) -> None:
-        if len(self._lse) < num_rows:
-            self._partials = torch.empty(num_rows * self._head_size, device=self._device)
-            self._lse = torch.empty(num_rows, device=self._device)
-        if len(self._arrivals) < num_units:
-            self._arrivals = torch.zeros(num_units, dtype=torch.int32, device=self._device)
+    def _reserve(self, slots: int, rows: int) -> None:
+        if len(self._lse) < slots * rows:
+            self._partials = torch.empty(slots * rows * self._head_size, device=self._device)
+            self._lse = torch.empty(slots * rows, device=self._device)
+        if len(self._arrivals) < slots:
+            self._arrivals = torch.zeros(slots, dtype=torch.int32, device=self._device)
 
 
 class GraphWorkspace:
@@ -93,7 +93,7 @@ class GraphWorkspace:
             **tables,
             partial_out=torch.empty(num_slots, rows, head_size, device=device),
             partial_lse=torch.empty(num_slots, rows, device=device),
-            arrivals=torch.zeros(most_units, **ints),
+            arrivals=torch.zeros(num_slots, **ints),
         )
 
     def fits(self, plan: Plan) -> bool:

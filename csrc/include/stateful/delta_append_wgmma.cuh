@@ -152,7 +152,7 @@ STATEFUL_DEVICE void hold_queries(const Params& p, const WgmmaShared<S>& shared,
       value = *reinterpret_cast<const uint4*>(
           query_row<T>(p, unit, shared.rows->row[consumer * 64 + row]) + chunk * kChunk);
     unsigned char* const line = base + (chunk / 8) * S::kQueryHalfBytes + row * kBoxColumns * 2;
-    *reinterpret_cast<uint4*>(line + (((chunk & 7) ^ (row & 7)) << 4)) = value;
+    store_for_async(line + (((chunk & 7) ^ (row & 7)) << 4), value);
   }
   fence_shared_async();
   named_barrier(kOneConsumer + consumer, kWarpgroup);
@@ -161,13 +161,13 @@ STATEFUL_DEVICE void hold_queries(const Params& p, const WgmmaShared<S>& shared,
 // Values behind the last valid row of its box are whatever the page holds: weight 0 times NaN.
 template <class S>
 STATEFUL_DEVICE void clear_tail(const KeyBlock& b, unsigned char* values, int consumer, int thread) {
-  if (b.num_valid >= S::kKeys || b.num_valid % kBoxRows == 0) return;
+  if (b.is_full || b.num_valid % kBoxRows == 0) return;
   const int num_rows = kBoxRows - b.num_valid % kBoxRows;
   STATEFUL_NO_UNROLL
   for (int i = thread; i < num_rows * S::kHalves * 8; i += kWarpgroup) {
     const int row = b.num_valid + i / (S::kHalves * 8), chunk = i % (S::kHalves * 8);
-    *reinterpret_cast<uint4*>(values + (chunk / 8) * S::kHalfBytes + row * kBoxColumns * 2 +
-                              (chunk & 7) * 16) = make_uint4(0, 0, 0, 0);
+    store_for_async(values + (chunk / 8) * S::kHalfBytes + row * kBoxColumns * 2 + (chunk & 7) * 16,
+                    make_uint4(0, 0, 0, 0));
   }
   fence_shared_async();
   named_barrier(kOneConsumer + consumer, kWarpgroup);
@@ -303,11 +303,11 @@ STATEFUL_DEVICE void store_rows(const Params& p, const Tile& tile, const WgmmaSh
     }
     const int64_t at = (static_cast<int64_t>(unit.slot) + tile.segment.part) * S::kRows + inside;
     if ((lane & 3) == 0)
-      p.partial_lse[at] = total > 0.f ? state.most[h] + log2f(total) : -INFINITY;
+      store_fresh(p.partial_lse + at, total > 0.f ? state.most[h] + log2f(total) : -INFINITY);
     STATEFUL_UNROLL
     for (int i = 0; i < S::D / 8; ++i)
-      *reinterpret_cast<float2*>(p.partial_out + at * S::D + i * 8 + column) =
-          make_float2(state.out[i][2 * h] * inverse, state.out[i][2 * h + 1] * inverse);
+      store_fresh(reinterpret_cast<float2*>(p.partial_out + at * S::D + i * 8 + column),
+                  make_float2(state.out[i][2 * h] * inverse, state.out[i][2 * h + 1] * inverse));
   }
 }
 

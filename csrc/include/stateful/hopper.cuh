@@ -81,6 +81,11 @@ STATEFUL_DEVICE void copy_box(void* to, const TensorMap* map, int column, int ro
       : "memory");
 }
 
+// For wgmma to read: seen by it behind fence_shared_async.
+STATEFUL_DEVICE void store_for_async(void* to, uint4 value) {
+  *reinterpret_cast<uint4*>(to) = value;
+}
+
 // Stores of this thread to shared memory come before later reads by TMA and wgmma.
 STATEFUL_DEVICE void fence_shared_async() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");

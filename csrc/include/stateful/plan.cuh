@@ -67,7 +67,7 @@ struct Params {
   void* cache;        // of this layer
   float* partial_out;       // [slots, tile_rows, D]
   float* partial_lse;       // [slots, tile_rows], base 2
-  uint32_t* arrivals;       // [units], zero before and after each launch
+  uint32_t* arrivals;       // [slots], zero before and after each launch
   const int32_t* block_table;    // [sequences, table_stride]
   const int32_t* query_start;    // [sequences + 1]
   const int32_t* seq_lens;       // [sequences], cached and new

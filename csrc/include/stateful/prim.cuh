@@ -98,6 +98,17 @@ STATEFUL_DEVICE float shuffle_xor(float value, int mask) {
 STATEFUL_DEVICE float load_fresh(const float* from) { return __ldcg(from); }
 STATEFUL_DEVICE float4 load_fresh(const float4* from) { return __ldcg(from); }
 
+// For other SMs: seen there by who acquires what this CTA released.
+STATEFUL_DEVICE void store_fresh(float* to, float value) { __stcg(to, value); }
+STATEFUL_DEVICE void store_fresh(float2* to, float2 value) { __stcg(to, value); }
+STATEFUL_DEVICE void store_fresh(float4* to, float4 value) { __stcg(to, value); }
+
+// Around an atomic operation that says that something is written, or finds out. What other threads
+// of the CTA wrote before a barrier in front of the first is released with it; what is behind a
+// barrier after the second sees it. PTX ISA, "Memory Consistency Model": fences are cumulative.
+STATEFUL_DEVICE void fence_release() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
+STATEFUL_DEVICE void fence_acquire() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
+
 STATEFUL_DEVICE uint32_t add_atomically(uint32_t* to, uint32_t value) {
   return atomicAdd(to, value);
 }

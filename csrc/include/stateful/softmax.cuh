@@ -2,13 +2,14 @@
 // Scores to weights, in the fragments that mma.m16n8k16 and wgmma share: a thread holds two rows
 // (lane / 4, and 8 below it) and in each eight columns two neighbours, (lane % 4) * 2.
 #pragma once
-#include "tile.cuh"
+#include "parts.cuh"
 
 namespace stateful {
 
 // A block of keys: all cached, or all new.
 struct KeyBlock {
   bool is_new;
+  bool is_full;       // no key lies behind the end
   int32_t first;      // key of the sequence, or new token
   int32_t num_valid;  // of the block; 0: all of them lie behind the end
 };
@@ -16,14 +17,18 @@ struct KeyBlock {
 template <int kKeys>
 STATEFUL_DEVICE KeyBlock key_block(const Tile& tile, int block) {
   KeyBlock b;
+  int32_t end;
   b.is_new = block >= tile.num_cached_blocks;
   if (b.is_new) {
     b.first = (block - tile.num_cached_blocks) * kKeys;
-    b.num_valid = tile.num_new - b.first;
+    end = tile.num_new;
   } else {
     b.first = tile.first_key + block * kKeys;
-    b.num_valid = tile.end_key - b.first;
+    end = tile.end_key;
   }
+  // Never compare num_valid with its bounds: ptxas gets that wrong (csrc/ptxas-vimnmx.md).
+  b.is_full = b.first + kKeys <= end;
+  b.num_valid = end - b.first;
   if (b.num_valid > kKeys) b.num_valid = kKeys;
   if (b.num_valid < 0) b.num_valid = 0;  // planned too long
   return b;
@@ -37,7 +42,7 @@ template <int kKeys, int kTiles>
 STATEFUL_DEVICE void mask_scores(const Params& p, const Tile& tile, const KeyBlock& b, float scale,
                                  const int32_t (&step)[2], int first_column, int lane,
                                  float (&scores)[kTiles][4]) {
-  const bool all_seen = !b.is_new && b.num_valid == kKeys && p.window == 0;
+  const bool all_seen = !b.is_new && b.is_full && p.window == 0;
   STATEFUL_UNROLL
   for (int n = 0; n < kTiles; ++n)
     STATEFUL_UNROLL

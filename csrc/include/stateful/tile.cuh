@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both kernels share: which rows a segment works on, the append, and the sum over parts.
+// What both kernels share: which rows a segment works on, the append, and where results go.
 #pragma once
 #include "plan.cuh"
 #include "prim.cuh"
@@ -163,64 +163,8 @@ STATEFUL_DEVICE void store_part(const Params& p, const Tile& tile, const TileRow
   }
   const int64_t at =
       (static_cast<int64_t>(unit.slot) + tile.segment.part) * kRows + rows.row[row];
-  *reinterpret_cast<float4*>(p.partial_out + at * D + column) = value;
-  if (column == 0) p.partial_lse[at] = lse;
-}
-
-// Sum the parts of a unit. All of them are in memory.
-template <class T, int D, int kRows>
-STATEFUL_DEVICE void sum_parts(const Params& p, const Unit& unit, int thread, int num_threads) {
-  const int num_rows = rows_of<kRows>(p, unit);
-  for (int i = thread; i < num_rows * (D / 4); i += num_threads) {
-    const int row = i / (D / 4);
-    const int column = (i % (D / 4)) * 4;
-    const int64_t first = static_cast<int64_t>(unit.slot) * kRows + row;
-    float most = -INFINITY;
-    for (int part = 0; part < unit.num_parts; ++part)
-      most = fmaxf(most, load_fresh(p.partial_lse + first + static_cast<int64_t>(part) * kRows));
-    if (most == -INFINITY) most = 0.f;
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    float weights = 0.f;
-    for (int part = 0; part < unit.num_parts; ++part) {
-      const int64_t at = first + static_cast<int64_t>(part) * kRows;
-      const float weight = exp2_fast(load_fresh(p.partial_lse + at) - most);
-      if (weight == 0.f) continue;  // nothing of it was visible to this row
-      const float4 value =
-          load_fresh(reinterpret_cast<const float4*>(p.partial_out + at * D + column));
-      weights += weight;
-      sum.x += weight * value.x;
-      sum.y += weight * value.y;
-      sum.z += weight * value.z;
-      sum.w += weight * value.w;
-    }
-    const float inverse = weights > 0.f ? 1.f / weights : 0.f;
-    store4<T>(out_row<T>(p, unit, row) + column,
-              make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse));
-  }
-}
-
-// Say that this segment's part is written; whoever comes last to a unit sums it. Every thread of
-// the group that `sync` joins calls this, after its stores.
-template <class T, int D, int kRows, class Sync>
-STATEFUL_DEVICE void finish(const Params& p, const Tile& tile, TileRows<kRows>& rows, int thread,
-                            int num_threads, Sync sync) {
-  __threadfence();
-  sync();
-  for (int i = thread; i < tile.num_members; i += num_threads) {
-    const int index = member_of(p, tile, i).unit;
-    const int num_parts = p.plan.units[index].num_parts;
-    bool last = false;
-    if (num_parts > 1) {
-      last = add_atomically(p.arrivals + index, 1u) + 1u == static_cast<uint32_t>(num_parts);
-      if (last) p.arrivals[index] = 0;  // for the next launch
-    }
-    rows.is_last[i] = last;
-  }
-  __threadfence();
-  sync();
-  for (int i = 0; i < tile.num_members; ++i)
-    if (rows.is_last[i])
-      sum_parts<T, D, kRows>(p, p.plan.units[member_of(p, tile, i).unit], thread, num_threads);
+  store_fresh(reinterpret_cast<float4*>(p.partial_out + at * D + column), value);
+  if (column == 0) store_fresh(p.partial_lse + at, lse);
 }
 
 }  // namespace stateful
