@@ -40,10 +40,10 @@ def _version(distribution: str) -> str:
 
 
 def _commit() -> str:
-    """Short hash of the checkout, marked when tracked or new files differ from it."""
+    """Short hash of the checkout, marked when files differ; without git what COMMIT says."""
     head = _git("rev-parse", "--short", "HEAD")
     if not head:
-        return "none"
+        return os.environ.get("COMMIT") or "none"
     return f"{head} with changes" if _git("status", "--porcelain") else head
 
 

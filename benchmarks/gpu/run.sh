@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, in a checkout with _C.abi3.so built: are the kernels right, how fast are
-# they, and does vLLM serve with the plugin? The tables come last; files go to OUT.
+# On a machine with a GPU, in a checkout: three commands, each worth it alone, most valuable first.
 #
-#   OUT=out benchmarks/gpu/run.sh [check] [sanitize] [kernels] [vllm]      (all but sanitize)
+#   OUT=out PACK=pack benchmarks/gpu/run.sh A    are the kernels right, and how fast are they?
+#   OUT=out PACK=pack benchmarks/gpu/run.sh B    vLLM over HTTP, stock against plugin
+#   OUT=out PACK=pack benchmarks/gpu/run.sh C    what the kernels' constants should be
 #
-#   SECONDS_IN_ALL  of check, kernels and vllm together  (530); what does not fit is named
-#   PACK    a folder of pack_vllm.py, where vLLM is not installed
-#   PYTHON  the interpreter            (python3)
+#   SECONDS_IN_ALL  it ends after them, with what there is until then   (265)
+#   PACK            a folder of pack_vllm.py, where vLLM or this package is not installed
+#   PYTHON          the interpreter                                     (python3)
+#   COMMIT          of the checkout, where git cannot say it
+#
+# Results are in OUT as soon as they exist; tables are printed last, and again by
+# `python -m benchmarks.gpu.kernels --tables OUT` and `python -m benchmarks.gpu.serving --tables FILE`.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-OUT=${OUT:-out}
+export OUT=${OUT:-out} COMMIT=${COMMIT:-}
 PY=${PYTHON:-python3}
-SECONDS_IN_ALL=${SECONDS_IN_ALL:-530}
-mkdir -p "$OUT"
+SECONDS_IN_ALL=${SECONDS_IN_ALL:-265}
 rest() { echo $((SECONDS_IN_ALL - SECONDS)); }
+mkdir -p "$OUT"
 if [[ -n ${PACK:-} ]]; then source benchmarks/gpu/unpack.sh || exit 1; fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if ! "$PY" -c 'import importlib.metadata as m; m.version("vllm-stateful")' 2>/dev/null; then
@@ -21,24 +26,15 @@ if ! "$PY" -c 'import importlib.metadata as m; m.version("vllm-stateful")' 2>/de
     "$PY" -m benchmarks.gpu.as_installed "$FOUND" || exit 1
     export PYTHONPATH="$PYTHONPATH:$FOUND"
 fi
-status=0
-for what in "${@:-check kernels vllm}"; do
-    for one in $what; do
-        case $one in
-        check) "$PY" -m benchmarks.gpu.check_kernels --seconds $((SECONDS_IN_ALL / 6)) >"$OUT/check.txt" 2>&1 || status=1 ;;
-        sanitize)
-            for tool in memcheck racecheck synccheck; do
-                compute-sanitizer --tool "$tool" --error-exitcode 9 \
-                    "$PY" -m benchmarks.gpu.check_kernels --cases 6 || status=1
-            done >"$OUT/sanitize.txt" 2>&1 ;;
-        kernels) "$PY" -m benchmarks.kernels.bench_kernels --seconds $((SECONDS_IN_ALL / 4)) \
-            --out "$OUT/kernels.json" >"$OUT/kernels.txt" 2>&1 || status=1 ;;
-        vllm) "$PY" -m benchmarks.gpu.smoke_vllm --seconds "$(rest)" >"$OUT/vllm.txt" 2>&1 || status=1 ;;
-        *) echo "unknown: $one" >&2; exit 2 ;;
-        esac
-    done
+echo "ready after $SECONDS s"
+libraries=()
+for built in "${PACK:-build}"/tuning/*.so; do
+    [[ -f $built ]] && libraries+=(--library "$(basename "$built" .so)=$built")
 done
-for file in check sanitize kernels vllm; do
-    [[ -f $OUT/$file.txt ]] && { echo "== $file"; tail -n 45 "$OUT/$file.txt"; }
-done
-exit $status
+case ${1:-} in
+A) "$PY" -m benchmarks.gpu.kernels --seconds "$(rest)" --out "$OUT" ;;
+B) "$PY" -m benchmarks.gpu.serving --seconds "$(rest)" --out "$OUT" ;;
+C) "$PY" -m benchmarks.gpu.kernels --no-checks --steps sweeps "${libraries[@]}" \
+    --seconds "$(rest)" --out "$OUT" ;;
+*) sed -n '2,6p' "$0" >&2; exit 2 ;;
+esac

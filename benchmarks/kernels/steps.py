@@ -43,34 +43,80 @@ class Regime:
         return max(moved / H200_BYTES_S, 4 * HEADS * HEAD_SIZE * pairs / H200_FLOP_S)
 
 
-def regimes() -> list[Regime]:
-    """Those of the goals: latency, memory, crossover, compute, ragged, shared."""
-    made = []
-    for batch, cached, new in (
-        (1, 4096, 1),
-        (1, 4096, 16),
-        (1, 4096, 64),
-        (1, 32768, 16),
-        (1, 131072, 16),
-        (8, 32768, 16),
-        (8, 32768, 32),
-        (8, 32768, 64),
-        (1, 32768, 256),
-        (8, 32768, 256),
-        (8, 32768, 512),
-    ):
-        name = f"{batch} x {new} new, {cached // 1024}k cached"
-        made.append(Regime(name, (new,) * batch, (cached,) * batch))
+def _alike(batch: int, new: int, cached: int, **options: bool) -> Regime:
+    """Sequences of one length."""
+    kind = ", fp8" if options.get("fp8") else ""
+    name = f"{batch} x {new} new, {cached // 1024}k cached{kind}"
+    return Regime(name, (new,) * batch, (cached,) * batch, **options)
+
+
+def _sharing(agents: int, new: int, shared: int, own: int = 1024) -> Regime:
+    """Sequences with one beginning."""
+    length = f"{shared // 1024}k" if shared >= 1024 else str(shared)
+    name = f"{agents} agents x {new}, {length} shared"
+    return Regime(name, (new,) * agents, (shared + own,) * agents, shared)
+
+
+def of_agents() -> list[Regime]:
+    """What agents do, most common first: a turn, turns at once, decode, drafts, sub-agents."""
+    return [
+        _alike(1, 700, 102400),
+        _alike(8, 200, 32768),
+        _alike(64, 1, 8192),
+        _alike(8, 6, 32768),
+        _sharing(8, 16, 6144),
+        _sharing(8, 16, 32768),
+    ]
+
+
+def of_goals() -> list[Regime]:
+    """Those of the goals: latency, memory, crossover, compute, ragged, shared, fp8."""
+    made = [
+        _alike(1, 16, 32768),
+        _alike(1, 16, 4096),
+        _alike(8, 16, 32768),
+        _alike(8, 64, 32768),
+        _alike(8, 512, 32768),
+        _alike(1, 256, 32768),
+        _alike(1, 1, 4096),
+        _alike(1, 64, 4096),
+        _alike(1, 16, 131072),
+        _alike(8, 32, 32768),
+        _alike(8, 256, 32768),
+    ]
     random = Random(0)
     ragged = tuple(random.choice((1024, 4096, 16384, 65536, 131072)) for _ in range(31))
     few = tuple(random.randint(1, 16) for _ in range(31))
     made.append(Regime("ragged: 1 x 512 and 31 x 1 to 16", (512, *few), (16384, *ragged)))
-    for new in (1, 16):
-        made.append(Regime(f"8 agents x {new}, 32k shared", (new,) * 8, (33792,) * 8, 32768))
-    for batch, new in ((1, 16), (8, 2), (8, 16)):
-        name = f"{batch} x {new} new, 32k cached, fp8"
-        made.append(Regime(name, (new,) * batch, (32768,) * batch, fp8=True))
+    made.append(_sharing(8, 1, 32768))
+    made += [_alike(batch, new, 32768, fp8=True) for batch, new in ((1, 16), (8, 2), (8, 16))]
     return made
+
+
+def of_sweeps() -> list[tuple[Regime, list[str]]]:
+    """What is compared to tune the choice of tiles, the plan, groups and the sum over parts."""
+    tiles = ["mma 16", "mma 32", "mma 64", "wgmma"]
+    made = [(_alike(8, new, 32768), tiles) for new in (4, 8, 12, 16, 24, 32, 48, 128)]
+    made += [(_alike(1, new, 102400), tiles) for new in (4, 16, 32, 128)]
+    cuts = [
+        f"mma 64, {name}" for name in ("overhead 0", "overhead 2", "least_cost 1", "least_cost 8")
+    ]
+    sums = ["mma 64", "mma 64 with fan16", "mma 64 with fan64", "mma 64, num_ctas 132"]
+    made += [(_alike(1, 16, cached), [*sums, *cuts]) for cached in (4096, 32768)]
+    pairs = ["mma 32", "mma 64, grouped", "wgmma", "wgmma, grouped"]
+    made += [(_sharing(8, 4, shared), pairs) for shared in (128, 256, 512, 2048)]
+    made += [(_sharing(8, new, 8192), pairs) for new in (1, 2, 8, 12)]
+    return made
+
+
+def of_a_cpu() -> list[Regime]:
+    """Small enough to try the benchmark itself."""
+    return [_alike(1, 16, 1024), _alike(1, 3, 2048)]
+
+
+def all_regimes() -> list[Regime]:
+    """Every one that has a name."""
+    return [*of_agents(), *of_goals(), *(regime for regime, _ in of_sweeps()), *of_a_cpu()]
 
 
 @dataclass
