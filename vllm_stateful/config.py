@@ -203,7 +203,7 @@ OPTIONS: tuple[Option, ...] = (
         "'off', 'auto' or 'on'",
         "Who attends from short chunks of new tokens to a long cache: auto takes the kernels of "
         "this package where they were built and seen to be faster, so far on x86 CPUs (chunks of "
-        "up to 64); on also takes those for CUDA (2 to 512), which have not run on a GPU yet, and "
+        "up to 64); on also takes those for CUDA (2 to 512), whose speed was not measured yet, and "
         "says so where they were not built; off leaves all to vLLM. Default: auto.",
     ),
     Option(

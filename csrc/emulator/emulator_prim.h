@@ -81,6 +81,12 @@ inline float shuffle_xor(float value, int mask) {
   return emulator::exchange(value, [&](auto theirs) { return theirs(other); });
 }
 
+inline uint4 load_constant(const void* from) {
+  uint4 value;
+  memcpy(&value, from, sizeof(value));
+  return value;
+}
+
 template <class V>
 inline V load_fresh(const V* from) {
   return emulator::load(emulator::current->view, emulator::current->cta->told, from);

@@ -94,6 +94,11 @@ STATEFUL_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// 16 bytes of what nobody writes in this launch: such loads need not wait for stores before them.
+STATEFUL_DEVICE uint4 load_constant(const void* from) {
+  return __ldg(static_cast<const uint4*>(from));
+}
+
 // Past the first level cache, which does not see what other SMs have written.
 STATEFUL_DEVICE float load_fresh(const float* from) { return __ldcg(from); }
 STATEFUL_DEVICE float4 load_fresh(const float4* from) { return __ldcg(from); }

@@ -36,7 +36,7 @@ STATEFUL_DEVICE uint32_t by_parity(uint32_t four) {
 // As vLLM's reshape_and_cache_flash (csrc/quantization/w8a8/fp8/nvidia/quant_utils.cuh).
 template <class T>
 STATEFUL_DEVICE uint2 quantize(const T* from, float scale) {
-  const uint4 loaded = *reinterpret_cast<const uint4*>(from);
+  const uint4 loaded = load_constant(from);
   T values[8];
   memcpy(static_cast<void*>(values), &loaded, 16);
   uint2 eight = make_uint2(0, 0);
@@ -55,7 +55,7 @@ STATEFUL_DEVICE void store_cached(C* to, const T* from, const float* scale) {
   if constexpr (kIsFp8<C>)
     *reinterpret_cast<uint2*>(to) = quantize(from, *scale);
   else
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    *reinterpret_cast<uint4*>(to) = load_constant(from);
 }
 
 // What one unit of the products of a KV head's queries and keys stands for, times p.scale.
