@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
+
 #include "stateful/launch.h"
 
 // Null in builds of torch without CUDA, which could otherwise not load this library.
@@ -19,11 +21,11 @@ void check(bool fits, const char* what) {
   STD_TORCH_CHECK(fits, "vllm_stateful::delta_append_attention: ", what);
 }
 
-void check_ints(const Tensor& tensor, int64_t width, const char* name) {
-  const bool fits = tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous() &&
+void check_ints(const Tensor& tensor, int64_t width, const char* name, int32_t device) {
+  const bool fits = tensor.get_device_index() == device && tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous() &&
                     (width == 0 || (tensor.dim() == 2 && tensor.size(1) == width));
   STD_TORCH_CHECK(fits, "vllm_stateful::delta_append_attention: ", name,
-                  " must be contiguous int32 of its documented shape");
+                  " must be contiguous int32 of its documented shape, on the device of q");
 }
 
 const int32_t* ints(const Tensor& tensor) {
@@ -100,19 +102,24 @@ void delta_append_attention(const Tensor& q, const Tensor& k_new, const Tensor& 
                             const Tensor& v_scale, int64_t rows, double scale, double soft_cap,
                             int64_t window) {
   check_tensors(q, k_new, v_new, cache, out);
-  check_ints(cta_segments, 0, "cta_segments");
-  check_ints(segments, 8, "segments");
-  check_ints(units, 8, "units");
-  check_ints(groups, 4, "groups");
-  check_ints(members, 2, "members");
-  check_ints(query_start, 0, "query_start");
-  check_ints(seq_lens, 0, "seq_lens");
-  check_ints(arrivals, 0, "arrivals");
+  const int32_t device = q.get_device_index();
+  check_ints(cta_segments, 0, "cta_segments", device);
+  check_ints(segments, 8, "segments", device);
+  check_ints(units, 8, "units", device);
+  check_ints(groups, 4, "groups", device);
+  check_ints(members, 2, "members", device);
+  check_ints(query_start, 0, "query_start", device);
+  check_ints(seq_lens, 0, "seq_lens", device);
+  check_ints(arrivals, 0, "arrivals", device);
+  for (const Tensor* each : std::initializer_list<const Tensor*>{&block_table, &slot_mapping,
+                                                                 &partial_out, &partial_lse})
+    check(each->get_device_index() == device, "all must be on one device");
   check(block_table.scalar_type() == ScalarType::Int && block_table.dim() == 2 &&
             block_table.stride(1) == 1,
         "block_table must be int32 [sequences, pages]");
-  check(slot_mapping.scalar_type() == ScalarType::Long && slot_mapping.is_contiguous(),
-        "slot_mapping must be contiguous int64");
+  check(slot_mapping.scalar_type() == ScalarType::Long && slot_mapping.is_contiguous() &&
+            slot_mapping.numel() >= q.size(0),
+        "slot_mapping must be contiguous int64, one for each token");
   check(partial_out.scalar_type() == ScalarType::Float && partial_out.is_contiguous() &&
             partial_lse.scalar_type() == ScalarType::Float && partial_lse.is_contiguous() &&
             partial_out.numel() == partial_lse.numel() * q.size(2),
@@ -169,6 +176,7 @@ void delta_append_attention(const Tensor& q, const Tensor& k_new, const Tensor& 
 }
 
 int64_t num_ctas(bool half, bool fp8, int64_t head_size, int64_t rows, int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   const StatefulKernel kernel = {half, fp8, static_cast<int32_t>(head_size),
                                  static_cast<int32_t>(rows), static_cast<int32_t>(device)};
   int count = 0;
