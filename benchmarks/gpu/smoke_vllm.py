@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three sessions of six turns through vLLM with dummy weights, stock against plugin.
+"""Three sessions of six turns through vLLM with dummy weights: are the answers those of stock?
 
-    python -m benchmarks.gpu.smoke_vllm [--shape llama-8b|tiny] [--only NAME;...] [--seconds 300]
+    python -m benchmarks.gpu.smoke_vllm [--shape llama-8b|tiny] [--layers 8] [--only NAME;...]
+        [--side-by-side 4] [--seconds 300] [--out FILE]
+    python -m benchmarks.gpu.smoke_vllm --tables FILE
 
-Each configuration is a process of its own, what matters most first; one checks the plugin's
-invariants after every step, which takes time for every block of the cache. No tokenizer is
-needed. Works on a CPU too (--shape tiny).
+Each configuration is a process of its own with a time limit, what matters most first; one checks
+the plugin's invariants after every step. What it played is in FILE as soon as it ended. Beside
+each other they say nothing of how fast they are. No tokenizer is needed. Works on a CPU too
+(--shape tiny).
 """
 
 from __future__ import annotations
@@ -13,18 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks.gpu.limited import append_row, read_rows, run_limited
+from benchmarks.gpu.serving_sides import bytes_of_token
 from benchmarks.models.dummy import SHAPES, write_config
 
-MOST_SECONDS = 240  # of one configuration
+MOST_SECONDS = 150  # of one configuration
+CACHE_TOKENS, GRAPH_SIZES = 24576, (1, 2, 4, 9, 18, 27)
 SESSIONS, TURNS, FIRST_TOKENS, ADDED_TOKENS, ANSWER_TOKENS = 3, 6, 2000, 300, 32
 PLUGIN = {"VLLM_STATEFUL": "1", "VLLM_STATEFUL_STRICT": "1"}
 V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -56,23 +63,30 @@ CONFIGURATIONS: dict[str, dict[str, str]] = {
 turns over the same cache."""
 
 
-def play(folder: Path, num_tokens: int) -> dict[str, Any]:
+def play(folder: Path, num_tokens: int, cache_bytes: int) -> dict[str, Any]:
     """All turns; random text, greedy answers."""
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     from vllm_stateful.adapters.attention_choice import STEPS
 
     began = time.perf_counter()
+    # The share of the memory is asked for at the start only, when others may have theirs already.
+    on_gpu = {
+        "kv_cache_memory_bytes": cache_bytes,
+        "gpu_memory_utilization": 0.05,
+        "compilation_config": {"cudagraph_capture_sizes": list(GRAPH_SIZES)},
+    }
     llm = LLM(
         str(folder),
         load_format="dummy",
         skip_tokenizer_init=True,
         enforce_eager="SMOKE_EAGER" in os.environ,
         max_model_len=8192,
-        gpu_memory_utilization=0.6,
         kv_cache_dtype=os.environ.get("SMOKE_KV_CACHE", "auto"),
         speculative_config=json.loads(os.environ.get("SMOKE_DRAFTS", "null")),
         seed=0,
+        **(on_gpu if current_platform.is_cuda() else {}),
     )
     started = time.perf_counter() - began
     turns = list(play_turns(llm, num_tokens))
@@ -140,34 +154,38 @@ def of_stock(name: str) -> str:
     return next(stock for stock, added in CONFIGURATIONS.items() if added == kept)
 
 
-def run(name: str, shape: str, folder: Path, seconds: float) -> dict[str, Any] | str:
-    """One configuration in its own process: what it played, or the end of what it said."""
-    out = folder / "played.json"
-    out.unlink(missing_ok=True)
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **CONFIGURATIONS[name]}
-    command = [sys.executable, "-m", "benchmarks.gpu.smoke_vllm", "--shape", shape]
-    said = folder / "said.txt"
-    with said.open("w") as log:
-        try:
-            done = subprocess.run(
-                [*command, "--play", str(folder)],
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                check=False,
-                timeout=seconds,
-            )
-        except subprocess.TimeoutExpired:
-            return said.read_text()[-3000:] + f"\nended after {seconds:.0f} s"
-    if done.returncode or not out.exists():
-        return said.read_text()[-3000:]
-    return dict(json.loads(out.read_text()))
+def run(name: str, args: argparse.Namespace, until: float) -> dict[str, Any]:
+    """One configuration in its own process: what it played, or why it did not."""
+    left = until - time.monotonic()
+    if left <= 0:
+        return {"name": name, "failed": "not played, time was up"}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        layers = {"num_hidden_layers": args.layers} if args.layers else {}
+        write_config(folder, args.shape, **layers)
+        command = [sys.executable, "-m", "benchmarks.gpu.smoke_vllm", "--shape", args.shape]
+        command += ["--play", str(folder)]
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CACHE_ROOT": str(folder / "cache"),
+            **CONFIGURATIONS[name],
+        }
+        began = time.monotonic()
+        problem = run_limited(command, min(left, args.each), folder / "said.txt", environment)
+        row = {"name": name, "wall_s": time.monotonic() - began}
+        if problem:
+            return {**row, "failed": problem}
+        row |= json.loads((folder / "played.json").read_text())
+        wrong = is_wrong(name, row)
+        return {**row, "failed": wrong} if wrong else row
 
 
-def row(name: str, played: dict[str, Any], stock: dict[str, Any] | None) -> str:
+def line(row: dict[str, Any], stock: dict[str, Any] | None) -> str:
     """Tokens computed, the median of the later turns, how many answers equal stock's, and steps
     that our kernels attended in."""
-    turns = played["turns"]
+    if "turns" not in row:
+        return f"| {row['name']} | failed | | | | | |"
+    turns = row["turns"]
     later = sorted(turn["seconds"] for turn in turns[SESSIONS:])
     computed = sum(turn["prompt"] - turn["cached"] for turn in turns)
     equal = ""
@@ -175,52 +193,75 @@ def row(name: str, played: dict[str, Any], stock: dict[str, Any] | None) -> str:
         pairs = zip(turns, stock["turns"], strict=True)
         equal = f"{sum(a['answer'] == b['answer'] for a, b in pairs)} of {len(turns)}"
     median = later[len(later) // 2] * 1000
-    start = f"{played['runner']} | {played['start_s']:.0f}"
-    return f"| {name} | {start} | {computed} | {median:.1f} | {equal} | {played['ours']} |"
+    start = f"{row['runner']} | {row['start_s']:.0f}"
+    return f"| {row['name']} | {start} | {computed} | {median:.1f} | {equal} | {row['ours']} |"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each configuration, in their order, and the end of what failed."""
+    played = {row["name"]: row for row in rows if "turns" in row}
+    order = list(CONFIGURATIONS)
+    made = ["| configuration | runner | start (s) | computed | later turns (ms) | equal | ours |"]
+    made.append("|---|---|---|---|---|---|---|")
+    for row in sorted(rows, key=lambda row: order.index(row["name"])):
+        made.append(line(row, played.get(of_stock(row["name"]))))
+    failed = [f"--- {row['name']}: {row['failed']}" for row in rows if "failed" in row]
+    return "\n".join([*failed, "", *made])
+
+
+def is_right(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether all played, and answered as stock where stock played."""
+    played = {row["name"]: row for row in rows if "turns" in row}
+    for name, row in played.items():
+        stock = played.get(of_stock(name), row)
+        pairs = zip(row["turns"], stock["turns"], strict=True)
+        if not all(a["answer"] == b["answer"] for a, b in pairs):
+            return False
+    return bool(rows) and not any("failed" in row for row in rows)
 
 
 def main() -> int:
-    """Run the configurations and print a table; 1 when one of them failed."""
+    """Run the configurations and print a table; 1 when one failed or answered unlike stock."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
-    parser.add_argument("--only", default=";".join(CONFIGURATIONS))
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="none begins that may end after them"
-    )
-    parser.add_argument("--play", type=Path, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="llama-8b")
+    add("--layers", type=int, help="instead of the shape's: 8 are enough where equality counts")
+    add("--only", default=";".join(CONFIGURATIONS))
+    add("--side-by-side", type=int, default=1, help="processes at once (%(default)s)")
+    add("--seconds", type=float, default=1e6, help="of all together")
+    add("--each", type=float, default=MOST_SECONDS, help="of each at most (%(default)s)")
+    add("--out", type=Path, default=Path("out/smoke.jsonl"), help="(%(default)s)")
+    add("--tables", type=Path, help="only print the table of such a file")
+    add("--play", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.play:
-        played = play(args.play, SHAPES[args.shape]["vocab_size"])
+        config = json.loads((args.play / "config.json").read_text())
+        cache = CACHE_TOKENS * config["num_hidden_layers"] * bytes_of_token(args.shape)
+        played = play(args.play, config["vocab_size"], cache)
         (args.play / "played.json").write_text(json.dumps(played))
         return 0
-    lines = ["| configuration | runner | start (s) | computed | later turns (ms) | equal | ours |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    failed, longest = 0, 0.0
-    stocks: dict[str, dict[str, Any]] = {}
-    until = time.monotonic() + args.seconds
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write_config(folder, args.shape)
-        for name in args.only.split(";"):
-            began = time.monotonic()
-            if began + longest > until:
-                lines.append(f"| {name} | not played, time was up | | | | | |")
-                continue
-            played = run(name, args.shape, folder, min(until - began, MOST_SECONDS))
-            longest = max(longest, time.monotonic() - began)
-            if isinstance(played, str):
-                failed += 1
-                lines.append(f"| {name} | failed | | | | | |")
-                print(f"--- {name}\n{played}\n---", flush=True)
-                continue
-            stocks |= {name: played} if of_stock(name) == name else {}
-            lines.append(row(name, played, stocks.get(of_stock(name))))
-            if problem := is_wrong(name, played):
-                failed += 1
-                lines[-1] += f" {problem} |"
-            print(lines[-1], flush=True)
-    print("\n".join(["", *lines]))
-    return 1 if failed else 0
+    if not args.tables:
+        play_all(args)
+    rows = list(read_rows(args.tables or args.out))
+    print(table(rows))
+    return 0 if is_right(rows) else 1
+
+
+def play_all(args: argparse.Namespace) -> None:
+    """So many at once; a row for each when it ends."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    began = time.monotonic()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.unlink(missing_ok=True)
+
+    def one(name: str) -> None:
+        row = run(name, args, began + args.seconds - 1)
+        append_row(args.out, row)
+        said = row.get("failed", "played")[:200]
+        print(f"[{time.monotonic() - began:.0f} s] {name}: {said}", flush=True)
+
+    with ThreadPoolExecutor(args.side_by_side) as pool:
+        list(pool.map(one, args.only.split(";")))
 
 
 if __name__ == "__main__":

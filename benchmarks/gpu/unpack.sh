@@ -1,15 +1,16 @@
-# To be sourced: unpacks what pack_vllm.py made into a scratch folder and points Python at it.
+# To be sourced: unpacks what pack_vllm.py made and points Python at it. Ends with status 1 and a message
+# where that is not possible. A second call finds what the first one made.
 #
 #   PACK    the folder that was packed
-#   SITE    where to unpack            (a new folder under the system's temporary one)
-SITE=${SITE:-$(mktemp -d)}
-python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-    --target "$SITE" "$PACK"/wheels/*.whl
-tar -C "$SITE" -xJf "$PACK/vllm_py.tar.xz"
-xz -dc "$PACK/_C_stable_libtorch.abi3.so.xz" >"$SITE/vllm/_C_stable_libtorch.abi3.so"
-xz -dc "$PACK/_vllm_fa3_C.abi3.so.xz" >"$SITE/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
-if [[ -f $PACK/flashinfer.tar.xz ]]; then tar -C "$SITE" -xJf "$PACK/flashinfer.tar.xz"; fi
+#   SITE    where to unpack            (stateful-site in the system's temporary folder)
+#   PYTHON  the interpreter            (python3)
+#
+# Sets REPLAY, the folder with a tokenizer and recorded traces, beside what Python and vLLM read.
+SITE=${SITE:-${TMPDIR:-/tmp}/stateful-site}
+PACK=$(cd "$PACK" && pwd) || return 1
+"${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/unpack.py" "$PACK" "$SITE" || return 1
 # Where vLLM says "UnspecifiedPlatform", libnvidia-ml.so was not found: its folder belongs here too.
 export LD_LIBRARY_PATH="/usr/local/nvidia/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}"
+export REPLAY=$PACK/replay
 export VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from benchmarks.models import CACHE, published, smollm2
 
@@ -33,8 +34,12 @@ SHAPES: dict[str, dict[str, int]] = {
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def write_config(folder: Path, shape: str) -> None:
-    """The config alone: for requests that are token ids."""
+def write_config(folder: Path, shape: str, **changes: Any) -> None:
+    """The config alone: for requests that are token ids.
+
+    Args:
+        changes: What is to differ from the shape, `num_hidden_layers` or `max_position_embeddings`.
+    """
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -47,6 +52,7 @@ def write_config(folder: Path, shape: str) -> None:
         "bos_token_id": 1,
         "eos_token_id": 2,
         **SHAPES[shape],
+        **changes,
     }
     (folder / "config.json").write_text(json.dumps(config))
 
