@@ -66,13 +66,15 @@ export LD_LIBRARY_PATH="$CACHE/out/driver:$LD_LIBRARY_PATH"
 
 RESULTS=$CACHE/out/results.jsonl
 status=0
+# torch takes NVML's word then that a device is here, and with it Triton and vLLM do.
+export PYTORCH_NVML_BASED_CUDA_CHECK=1
 export VLLM_CACHE_ROOT=$CACHE/out/vllm TRITON_CACHE_DIR=$CACHE/out/triton
 check() { # NAME PART [VARIABLE=VALUE...]: one process
     say "$1"
     env "${@:3}" timeout 300 "$PYTHON" -m benchmarks.gpu.rehearsal.check "$2" --out "$RESULTS" >"$CACHE/out/$1.log" 2>&1 || {
-        status=1
         say "$1 ended with status $?; the end of $CACHE/out/$1.log:"
         tail -n 15 "$CACHE/out/$1.log"
+        status=1
     }
 }
 check libraries libraries

@@ -4,6 +4,7 @@
 #   OUT=out PACK=pack benchmarks/gpu/run.sh A    are the kernels right, and how fast are they?
 #   OUT=out PACK=pack benchmarks/gpu/run.sh B    vLLM over HTTP, stock against plugin
 #   OUT=out PACK=pack benchmarks/gpu/run.sh C    what the kernels' constants should be
+#   OUT=out PACK=pack benchmarks/gpu/run.sh D    vLLM's answers in many configurations: those of stock?
 #
 #   SECONDS_IN_ALL  it ends after them, with what there is until then   (265)
 #   PACK            a folder of pack_vllm.py, where vLLM or this package is not installed
@@ -36,5 +37,7 @@ A) "$PY" -m benchmarks.gpu.kernels --seconds "$(rest)" --out "$OUT" ;;
 B) "$PY" -m benchmarks.gpu.serving --seconds "$(rest)" --out "$OUT" ;;
 C) "$PY" -m benchmarks.gpu.kernels --no-checks --steps sweeps "${libraries[@]}" \
     --seconds "$(rest)" --out "$OUT" ;;
-*) sed -n '2,6p' "$0" >&2; exit 2 ;;
+D) "$PY" -m benchmarks.gpu.smoke_vllm --layers 8 --side-by-side 4 \
+    --seconds "$(rest)" --out "$OUT/smoke.jsonl" ;;
+*) sed -n '2,7p' "$0" >&2; exit 2 ;;
 esac

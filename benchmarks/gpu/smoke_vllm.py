@@ -76,17 +76,17 @@ def play(folder: Path, num_tokens: int, cache_bytes: int) -> dict[str, Any]:
         "kv_cache_memory_bytes": cache_bytes,
         "gpu_memory_utilization": 0.05,
         "compilation_config": {"cudagraph_capture_sizes": list(GRAPH_SIZES)},
+        "enforce_eager": "SMOKE_EAGER" in os.environ,
     }
     llm = LLM(
         str(folder),
         load_format="dummy",
         skip_tokenizer_init=True,
-        enforce_eager="SMOKE_EAGER" in os.environ,
         max_model_len=8192,
         kv_cache_dtype=os.environ.get("SMOKE_KV_CACHE", "auto"),
         speculative_config=json.loads(os.environ.get("SMOKE_DRAFTS", "null")),
         seed=0,
-        **(on_gpu if current_platform.is_cuda() else {}),
+        **(on_gpu if current_platform.is_cuda() else {"dtype": "float32", "enforce_eager": True}),
     )
     started = time.perf_counter() - began
     turns = list(play_turns(llm, num_tokens))
@@ -168,6 +168,7 @@ def run(name: str, args: argparse.Namespace, until: float) -> dict[str, Any]:
         environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CACHE_ROOT": str(folder / "cache"),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
             **CONFIGURATIONS[name],
         }
         began = time.monotonic()

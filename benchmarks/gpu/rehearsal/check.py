@@ -25,6 +25,9 @@ MODULES = (
     "vllm.entrypoints.llm",
     "vllm.entrypoints.cli.main",
     "vllm.entrypoints.cli.serve",
+    "vllm.entrypoints.launchers.api_server.routers",
+    "vllm.entrypoints.launchers.app",
+    "vllm.entrypoints.launchers.cli_args",
     "vllm.entrypoints.openai.api_server",
     "vllm.entrypoints.anthropic.api_router",
     "vllm.tool_parsers.hermes_tool_parser",
@@ -135,8 +138,13 @@ def all_modules() -> list[str]:
     for package in PACKAGES:
         names.append(package)
         module = importlib.import_module(package)
-        names += [each.name for each in pkgutil.walk_packages(module.__path__, f"{package}.")]
+        walked = pkgutil.walk_packages(module.__path__, f"{package}.", onerror=_is_found_later)
+        names += [each.name for each in walked]
     return [name for name in names if not name.endswith("__main__")]
+
+
+def _is_found_later(name: str) -> None:
+    """A package that does not import is a finding of `import_all`, which comes to it too."""
 
 
 def import_all(found: Findings) -> None:
@@ -311,15 +319,15 @@ def server(found: Findings) -> None:
 
 def application(folder: Path, plugin: list[str]) -> None:
     """What `vllm serve` would listen with."""
-    from vllm.entrypoints.openai import api_server
-    from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     arguments = ["--model", str(folder), "--load-format", "dummy", *plugin]
     arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     validate_parsed_serve_args(parsed)
-    app = api_server.build_app(parsed, ("generate",))
+    app = build_app(parsed, ("generate",), configured(folder).model_config)
     print(len(app.routes), "routes", flush=True)
 
 
