@@ -62,6 +62,8 @@ def _walk(
         elif isinstance(node, ast.Try) and any(map(_catches_imports, node.handlers)):
             rest = [part for each in node.handlers for part in each.body]
             yield from _walk([*rest, *node.orelse, *node.finalbody], module, is_package, is_lazy)
+        elif isinstance(node, ast.With) and any(map(_suppresses_imports, node.items)):
+            continue
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             yield from _walk(node.orelse, module, is_package, is_lazy)
         else:
@@ -75,6 +77,15 @@ def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
     parents = module.split(".")
     kept = parents[: len(parents) - node.level + is_package]
     return ".".join([*kept, *([node.module] if node.module else [])])
+
+
+def _suppresses_imports(item: ast.withitem) -> bool:
+    called = item.context_expr
+    return (
+        isinstance(called, ast.Call)
+        and ast.unparse(called.func).endswith("suppress")
+        and any(ast.unparse(each) in CAUGHT for each in called.args)
+    )
 
 
 def _catches_imports(handler: ast.ExceptHandler) -> bool:
