@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Types that several stages share."""
 
+import re
+from collections.abc import Hashable
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -14,6 +16,25 @@ BlockIds = NDArray[np.int32]
 """Physical KV cache block ids in sequence order, shape ``[num_blocks]``, int32."""
 
 
+SALT_PREFIX = "vllm-stateful."
+TENANT_HEX_CHARS = 16
+"""A tenant's name, and how a salt begins that holds one (``api.scoped_salt``)."""
+
+_SCOPED_SALT = re.compile(
+    rf"{re.escape(SALT_PREFIX)}((?:[0-9a-f]{{{TENANT_HEX_CHARS}}})?)\.[0-9a-f]{{64}}"
+)
+
+
+def tenant_of_salt(cache_salt: str | None) -> str:
+    """Whose salt it is, read back from what ``api.scoped_salt`` made.
+
+    The name that ``api.tenant_of`` gave; "" for all that was sent without one, whatever its salt.
+    It says who shares with whom, never what may be reused: that takes the whole salt.
+    """
+    found = _SCOPED_SALT.fullmatch(cache_salt) if isinstance(cache_salt, str) else None
+    return found.group(1) if found is not None else ""
+
+
 class Identity(NamedTuple):
     """What must be equal, beside the tokens, before KV may be reused.
 
@@ -23,8 +44,15 @@ class Identity(NamedTuple):
 
     cache_salt: str | None = None
     """The request's cache salt; the tenant is folded into it (``api.scoped_salt``)."""
-    lora: tuple[str, int, str] | None = None
-    """Name, integer id and path of the LoRA adapter, or None for the base model."""
+    lora: tuple[Hashable, ...] | None = None
+    """All that names the LoRA adapter (``adapters.model_input``), or None for the base model."""
+    hash_keys: tuple[Hashable, Hashable] = (None, None)
+    """What vLLM hashes beside the tokens, with the first block and with a later one."""
+
+    @property
+    def tenant(self) -> str:
+        """Who shares with others; "" without an API key."""
+        return tenant_of_salt(self.cache_salt)
 
 
 class SessionKey(NamedTuple):
@@ -57,6 +85,8 @@ class Bypass(StrEnum):
     MULTIMODAL = "multimodal"
     PROMPT_EMBEDS = "prompt_embeds"
     PROMPT_LOGPROBS = "prompt_logprobs"
+    NO_CACHE_READ = "skip_reading_prefix_cache"
+    """It asks not to use what is cached, and not for the log-probabilities of its prompt."""
     POOLING = "pooling"
     STREAMING_INPUT = "streaming_input"
     PREFIX_CACHING_OFF = "prefix_caching_off"
@@ -76,6 +106,8 @@ class Demotion(StrEnum):
     PREEMPTED = "preempted"
     """Its turn was preempted by vLLM."""
     RESET = "reset"
-    """``reset_prefix_cache``, sleep, a weight update, or an error during generation."""
+    """``reset_prefix_cache``, sleep or a weight update."""
+    ERROR = "error"
+    """An error during generation."""
     CLOSED = "closed"
     """The session was closed by its client."""

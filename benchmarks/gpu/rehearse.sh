@@ -39,6 +39,7 @@ if [[ ! -f $ENV/.made || $(<"$ENV/.made") != "$(<"$MACHINE")" ]]; then
 fi
 
 say "pack"
+[[ -d .cache/models/smollm2-135m ]] || "$VENV/bin/python" -m benchmarks.models.smollm2 >"$CACHE/model.log" 2>&1
 read -ra more <<<"${PACK_ARGS:-}"
 "$VENV/bin/python" -m benchmarks.gpu.pack_vllm "$CACHE/pack" --kernels "${more[@]}" 2>&1 | { grep -v WARNING || true; }
 

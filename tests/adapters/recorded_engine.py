@@ -35,6 +35,18 @@ class Engine(SimulatedEngine):
             return output
 
         self.scheduler.schedule = recorded
+        self.created = 0
+        """``created_cache_tokens`` of the last turn that gave a token."""
+        update = self.scheduler.update_from_output
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            made = update(*args, **kwargs)
+            for output in (each for outputs in made.values() for each in outputs.outputs):
+                if output.prefill_stats is not None:
+                    self.created = output.prefill_stats.num_cache_creation_tokens
+            return made
+
+        self.scheduler.update_from_output = noted
 
     def turn(
         self, request_id: str, prompt: list[int], session_id: str | None = ALICE, **options: Any

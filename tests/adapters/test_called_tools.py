@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vllm_stateful.adapters import called_tools
 from vllm_stateful.adapters.called_tools import NUM_TOKENS, CalledTools
 
 MARKER, NAME = 1, 2
@@ -65,7 +66,9 @@ def test_without_a_tokenizer_every_wait_is_for_the_user() -> None:
     assert called(None, MARKER, NAME) is None
 
 
-def test_a_tokenizer_that_fails_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_answer_that_cannot_be_decoded_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OverflowError("id 70000 is beyond the vocabulary")
 
@@ -74,10 +77,14 @@ def test_a_tokenizer_that_fails_is_not_asked_again(monkeypatch: pytest.MonkeyPat
     request: Any = SimpleNamespace(output_token_ids=[MARKER, NAME])
     assert tools(request) == "grep"
     monkeypatch.setattr(tokenizer, "decode", fail)
-    assert tools(request) is None
+    said: list[str] = []
+    monkeypatch.setattr(called_tools.logger, "warning", lambda text, *_: said.append(text))
+    assert [tools(request) for _ in range(5)] == [None] * 5
+    assert tools.num_failed == 5
+    assert len(said) == 1
     monkeypatch.undo()
-    assert tools(request) is None
+    assert tools(request) == "grep"
 
 
-def test_a_tokenizer_without_a_vocabulary_is_not_asked() -> None:
+def test_a_tokenizer_without_a_vocabulary_ends_nothing() -> None:
     assert called(SimpleNamespace(), MARKER, NAME) is None

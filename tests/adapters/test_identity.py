@@ -23,7 +23,7 @@ from vllm_stateful.adapters.identity import (
 )
 from vllm_stateful.adapters.turn import CLOSE_ACTION, RETAIN_ACTION, is_final, retention_wish
 from vllm_stateful.api import ResponseChain
-from vllm_stateful.api.session_identity import SALT_PREFIX
+from vllm_stateful.types import SALT_PREFIX
 
 SESSION = "0d3a9c52-6f1e-4b7a-8a55-2f6d0c9e7b11"
 ALICE = {"authorization": "Bearer key-of-alice"}
@@ -141,6 +141,12 @@ def test_routes_that_ask_for_no_session_separate_tenants_all_the_same() -> None:
     assert alice == sent(ALICE).cache_salt
     assert bob == sent(BOB).cache_salt
     assert through_middleware({}).cache_salt is None
+
+
+def test_a_websocket_belongs_to_its_tenant() -> None:
+    alice, bob = (through_middleware(key, kind="websocket") for key in (ALICE, BOB))
+    assert alice.cache_salt == sent(ALICE).cache_salt
+    assert bob.cache_salt == sent(BOB).cache_salt
 
 
 def test_the_middleware_leaves_what_is_no_http_request_alone() -> None:

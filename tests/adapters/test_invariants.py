@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from recorded_engine import ALICE, BOB, HISTORY, Engine
 
+from vllm_stateful.adapters.hash_check import HashCheck
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.errors import InvariantError
 
@@ -78,3 +79,41 @@ def test_a_block_that_is_lost(idle_and_running: Engine) -> None:
     lost = queue.popleft()
     assert "!= total 40" in wrong(idle_and_running)
     queue.append(lost)
+
+
+# ---- block hashes --------------------------------------------------------------------------------
+
+
+def hash_check(engine: Engine) -> HashCheck:
+    return HashCheck(engine.scheduler.hash_block_size, "sha256")
+
+
+def hashes_are_wrong(engine: Engine) -> str:
+    with pytest.raises(InvariantError) as raised:
+        hash_check(engine).check(engine.manager, engine.scheduler.requests)
+    return str(raised.value)
+
+
+def test_hashes_are_those_of_tokens_and_identity(idle_and_running: Engine) -> None:
+    engine = idle_and_running
+    check = hash_check(engine)
+    check.check(engine.manager, engine.scheduler.requests)
+    engine.add("third", [*HISTORY, 7, 7], session_id=ALICE, max_tokens=9, cache_salt="salt")
+    while engine.scheduler.requests:
+        engine.step()
+        check.check(engine.manager, engine.scheduler.requests)
+
+
+def test_a_hash_that_was_inherited_from_another_identity(idle_and_running: Engine) -> None:
+    request = idle_and_running.scheduler.requests["second"]
+    request.cache_salt = "another"
+    assert hashes_are_wrong(idle_and_running).startswith("request second: the hash of its block 0")
+    request.cache_salt = None
+
+
+def test_a_block_that_bears_the_hash_of_something_else(idle_and_running: Engine) -> None:
+    group = idle_and_running.manager.coordinator.single_type_managers[0]
+    first, second, *_ = group.req_to_blocks["second"]
+    first._block_hash, second._block_hash = second._block_hash, first._block_hash
+    assert "bears the hash of something else" in hashes_are_wrong(idle_and_running)
+    first._block_hash, second._block_hash = second._block_hash, first._block_hash

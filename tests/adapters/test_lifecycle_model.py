@@ -149,7 +149,7 @@ class AgentSessions(RuleBasedStateMachine):
     @rule(session_id=SESSION_IDS, salt=SALTS)
     def close(self, session_id: str | None, salt: str | None) -> None:
         self.engine.scheduler.stateful(
-            "close", {"session_id": session_id or "nobody-knows", "cache_salt": salt}
+            "close", {"session_ids": [session_id or "nobody-knows"], "cache_salt": salt}
         )
 
     @rule(running_too=st.booleans())

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from simulated_engine import SimulatedEngine
 
 from vllm_stateful.adapters.metrics_exporter import MetricsExporter
-from vllm_stateful.observe.metrics import METRICS, RESUME_BUCKETS_S
+from vllm_stateful.observe.metrics import METRICS, OFF, RESUME_BUCKETS_S
 from vllm_stateful.observe.prompt_counts import PromptCounts, Sent, Tokenized, Verified
 from vllm_stateful.observe.response_counts import ResponseCounts
 from vllm_stateful.observe.tool_call_counts import ToolCallCounts
@@ -25,6 +25,7 @@ def snapshot(**values: Any) -> dict[str, Any]:
         **TurnCounts().snapshot({}),
         "waits": {},
         "num_reasoning_dropped": 0,
+        "num_answers_unread": 0,
         "num_prefills_joined": 0,
         "num_offloads_declined": 0,
         "num_tokens_drafted": 0,
@@ -123,6 +124,16 @@ def test_an_engine_that_is_off_counts_nothing_and_keeps_the_others_in_place(
     assert exported.value("prompt_tokens_reused_total") == 8
 
 
+def test_why_engines_are_off_is_a_metric(exported: Exported) -> None:
+    exported.update({"off": "a"}, {"off": "a"}, snapshot())
+    assert exported.value("engines_off", reason="a") == 2
+    exported.update({"off": "b"}, {"off": "a"}, snapshot())
+    assert exported.value("engines_off", reason="a") == 1
+    assert exported.value("engines_off", reason="b") == 1
+    exported.update(snapshot(), snapshot(), snapshot())
+    assert exported.value("engines_off", reason="a") == 0
+
+
 def test_no_engine_at_all_is_no_error(exported: Exported) -> None:
     exported.update()
     assert exported.value("sessions") == 0
@@ -145,7 +156,7 @@ def test_the_engines_own_snapshot_feeds_every_metric(exported: Exported) -> None
         engine.add(str(number), prompt, session_id="session-one", max_tokens=1)
         engine.run()
     stats = engine.scheduler.stateful("stats", {})
-    assert {metric.key for metric in METRICS if metric.process == "engine"} <= set(stats)
+    assert {metric.key for metric in METRICS if metric.process == "engine"} <= {*stats, OFF}
     exported.update(stats)
     assert exported.value("turns_total", outcome=str(Outcome.RESUMED)) == 1
     assert exported.value("prompt_tokens_reused_total") == 21

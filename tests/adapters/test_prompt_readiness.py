@@ -108,6 +108,32 @@ def test_an_engine_that_cannot_answer_is_sent_everything_with_one_line(
     assert "no attribute 'stateful'" in warnings[0]
 
 
+def test_one_question_that_failed_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    client = Client(TimeoutError("busy"))
+    now = [1000.0]
+    monkeypatch.setattr(prompt_sender.time, "monotonic", lambda: now[0])
+
+    async def is_labelled() -> bool:
+        message = pack(client, EngineCoreRequestType.ADD, request_of(prompt(LONG, 1)), None)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return message.kv_hints is not None
+
+    async def play() -> None:
+        for now[0] in (1000.0, 1000.5, 1001.5, 1002.0, 1003.6, 1003.7):
+            assert not await is_labelled()
+        assert len(client.asked) == 3, "at once, after one second, and after two more"
+        client.answer = {"ready": True}
+        now[0] += 60
+        assert not await is_labelled()
+        assert await is_labelled()
+
+    asyncio.run(play())
+    assert len(warnings) == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

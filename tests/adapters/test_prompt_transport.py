@@ -103,6 +103,7 @@ def test_a_base_that_ends_inside_a_block_passes_on_its_full_blocks_only(link: Li
 
 LORA = LoRARequest("adapter", 1, "/adapter")
 OTHER_LORA = LoRARequest("other", 2, "/other")
+REPLACED_LORA = LoRARequest("adapter", 1, "/adapter/of/today", load_inplace=True)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,7 @@ OTHER_LORA = LoRARequest("other", 2, "/other")
         ({}, {"lora_request": LORA}),
         ({"lora_request": LORA}, {}),
         ({"lora_request": LORA}, {"lora_request": OTHER_LORA}),
+        ({"lora_request": LORA}, {"lora_request": REPLACED_LORA}),
     ],
 )
 def test_hashes_under_another_salt_or_adapter_are_not_inherited(

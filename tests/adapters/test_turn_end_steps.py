@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from recorded_engine import ALICE, BOB, HISTORY, Engine, closing_hint
 from simulated_engine import expected_answer
+from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 from vllm.v1.request import RequestStatus
 
 from vllm_stateful.adapters.invariants import check_pool
+from vllm_stateful.adapters.turn import TOOL_ACTION
+from vllm_stateful.api.session_identity import ids_of_client
 from vllm_stateful.types import Bypass, Demotion, Outcome
 
 # ---- ends of turns ---------------------------------------------------------------------------
@@ -124,12 +127,47 @@ def test_the_end_of_a_session_is_counted_as_closed_not_as_preempted(engine: Engi
 
 def test_a_session_that_is_closed_starts_cold_under_new_blocks(engine: Engine) -> None:
     history = engine.turn("first", HISTORY)
-    close = {"session_id": ALICE, "cache_salt": None}
+    close = {"session_ids": [ALICE], "cache_salt": None}
     assert engine.scheduler.stateful("close", close) == {"closed": 1}
     assert engine.scheduler.stateful("close", close) == {"closed": 0}
     assert engine.demotions() == {"closed": 1}
     engine.turn("second", [*history, 1])
     assert engine.outcomes() == {"cold": 2}
+
+
+def test_a_session_is_closed_by_the_id_that_its_client_sent(engine: Engine) -> None:
+    sent = "0a1b2c3d-session-of-codex"
+    engine.turn("first", HISTORY, session_id=f"codex:{sent}")
+    close = {"session_ids": ids_of_client(sent), "cache_salt": None}
+    assert engine.scheduler.stateful("close", close) == {"closed": 1}
+
+
+def test_a_turn_that_continues_a_session_and_ends_in_an_error_is_counted_as_such(
+    engine: Engine,
+) -> None:
+    history = engine.turn("first", HISTORY)
+    engine.add("second", [*history, 1], session_id=ALICE, max_tokens=8)
+    engine.step()
+    engine.scheduler.finish_requests("second", RequestStatus.FINISHED_ERROR)
+    engine.run()
+    assert engine.demotions() == {"error": 1}
+
+
+def test_what_the_next_turn_can_read_counts_as_created(engine: Engine) -> None:
+    """The partly filled last block too, which vLLM leaves out."""
+    history = engine.turn("first", HISTORY)
+    assert engine.created == len(HISTORY)
+    engine.turn("second", [*history, 1, 2])
+    assert engine.created == 3, "the answer, whose KV was not computed before, and two new tokens"
+
+
+def test_a_named_tool_is_waited_for(engine: Engine) -> None:
+    action = KvHintAction("0", TOOL_ACTION, "1", {"name": "get_weather"})
+    engine.add("first", HISTORY, session_id=ALICE, max_tokens=1)
+    engine.scheduler.requests["first"].kv_hints = KvHintsEnvelope("test", "hint", [action])
+    engine.run()
+    waits = engine.scheduler.stateful("stats", {})["waits"]
+    assert waits == {"tool": 1, "user": 0, "one_shot": 0}
 
 
 def test_a_session_that_is_closed_while_its_turn_runs_keeps_nothing_after_it(
@@ -139,7 +177,7 @@ def test_a_session_that_is_closed_while_its_turn_runs_keeps_nothing_after_it(
     engine.add("second", [*history, 1], session_id=ALICE, max_tokens=8)
     for _ in range(3):
         engine.step()
-    close = {"session_id": ALICE, "cache_salt": None}
+    close = {"session_ids": [ALICE], "cache_salt": None}
     assert engine.scheduler.stateful("close", close) == {"closed": 1}
     engine.run()
     assert engine.answer("second") == expected_answer([*history, 1], 8)
@@ -160,7 +198,7 @@ def test_the_last_turn_of_a_session_ends_its_parallel_branches_too(engine: Engin
 def test_a_close_under_another_salt_closes_nothing(engine: Engine) -> None:
     engine.turn("first", HISTORY, cache_salt="tenant-a")
     for salt in (None, "tenant-b"):
-        arguments = {"session_id": ALICE, "cache_salt": salt}
+        arguments = {"session_ids": [ALICE], "cache_salt": salt}
         assert engine.scheduler.stateful("close", arguments) == {"closed": 0}
 
 
@@ -209,7 +247,14 @@ def test_prompt_logprobs_are_bypassed_counted_once_and_leave_the_session_alone(
         ({"prompt_embeds": "anything"}, Bypass.PROMPT_EMBEDS),
         ({"prompt_token_ids": None}, Bypass.PROMPT_EMBEDS),
         ({"pooling_params": "anything"}, Bypass.POOLING),
-        ({"skip_reading_prefix_cache": True}, Bypass.PROMPT_LOGPROBS),
+        ({"skip_reading_prefix_cache": True}, Bypass.NO_CACHE_READ),
+        (
+            {
+                "skip_reading_prefix_cache": True,
+                "sampling_params": SimpleNamespace(prompt_logprobs=1),
+            },
+            Bypass.PROMPT_LOGPROBS,
+        ),
         ({}, None),
     ],
     ids=str,
@@ -226,6 +271,7 @@ def test_reasons_to_leave_a_request_to_stock_vllm(
         "prompt_embeds": None,
         "prompt_token_ids": [1],
         "skip_reading_prefix_cache": False,
+        "sampling_params": SimpleNamespace(prompt_logprobs=None),
     }
     request: Any = SimpleNamespace(**{**ordinary, **change})
     assert bypass_reason(request, caching=True) == reason

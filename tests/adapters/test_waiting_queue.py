@@ -9,8 +9,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_stateful.adapters.model_input import identity_of
 from vllm_stateful.adapters.waiting_queue import ProgramQueue, program_of
-from vllm_stateful.types import Identity, SessionKey
+from vllm_stateful.types import SessionKey
 
 
 def make_request(number: int, session_id: str | None = None) -> Request:
@@ -86,7 +87,8 @@ def test_an_empty_queue_has_no_next_and_a_stranger_cannot_be_removed() -> None:
 def test_a_program_is_a_session_of_a_tenant() -> None:
     request = make_request(0, ALICE)
     request.cache_salt = "tenant-a"
-    assert program_of(request) == SessionKey(Identity("tenant-a"), ALICE)
+    assert program_of(request) == SessionKey(identity_of(request), ALICE)
+    assert program_of(request).identity.cache_salt == "tenant-a"
     assert program_of(make_request(1)) is None
     assert program_of(make_request(2, "null")) is None
 

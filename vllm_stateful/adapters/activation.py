@@ -55,6 +55,14 @@ def problems() -> tuple[str, ...]:
     return tuple(_problems)
 
 
+def off_reason() -> str | None:
+    """Why all of the plugin is off, whatever is asked for: this vLLM is none that it knows."""
+    reason = probe.unsupported_reason(probe.vllm_version())
+    if reason is None and envs.VLLM_USE_RUST_FRONTEND:
+        reason = "the Rust frontend would send requests without their tenant"
+    return reason
+
+
 def report_problem(text: str) -> None:
     """Log one line and go on as stock vLLM.
 
@@ -88,9 +96,7 @@ def activate() -> None:
     """
     strict = load_config().strict
     _announce_variables()
-    reason = probe.unsupported_reason(probe.vllm_version())
-    if reason is None and envs.VLLM_USE_RUST_FRONTEND:
-        reason = "the Rust frontend would send requests without their tenant"
+    reason = off_reason()
     if reason is not None:
         report_problem(reason)
         return
@@ -200,6 +206,7 @@ def _fill_hooks() -> None:
     response_outputs.hook.set(_with_followers)
     response_outputs.stopped.set(_note_stopped)
     response_forget.hook.set(_note_call)
+    response_forget.done.set(_note_done)
     request_state.hook.set(_state_maker)
 
 
@@ -355,9 +362,18 @@ def _note_call(client: Any, method: str) -> None:
     called(client, method)
 
 
+async def _note_done(client: Any, method: str, engine: Any) -> None:
+    from vllm_stateful.adapters.response_cache import done
+
+    await done(client, method, engine)
+
+
 def _utility(engine_core: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    from vllm_stateful.adapters.response_epoch import EPOCH, answer_epoch
     from vllm_stateful.adapters.scheduler import answer_utility
 
     if operation == "transport":
         return {"ready": prompt_handover.PATCH.is_applied and prompt_miss.PATCH.is_applied}
+    if operation == EPOCH:
+        return answer_epoch(engine_core, **arguments)
     return answer_utility(engine_core.scheduler, operation, arguments)

@@ -29,38 +29,39 @@ class CalledTools:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._markers: frozenset[int] = frozenset()
+        self._markers: frozenset[int] | None = None
+        self.num_failed = 0
+        """Answers that could not be read."""
+        self._is_failing = False
         if tokenizer is None:
             logger.warning("stateful: no tokenizer in the engine: tools are not told apart")
-            return
-        try:
-            vocabulary = tokenizer.get_vocab()
-        except Exception as error:
-            self._give_up(error)
-            return
-        self._markers = frozenset(vocabulary[text] for text in MARKERS if text in vocabulary)
 
     def __call__(self, request: Request) -> str | None:
         """The name of the tool; None when the answer calls none.
 
         Never fails: a tokenizer that cannot decode what the model generated (an id beyond its
-        vocabulary) must not end the engine. It is not asked again then.
+        vocabulary) must not end the engine. The next answer is read again.
         """
         if self._tokenizer is None:
             return None
         try:
-            return self._read(request)
-        except Exception as error:
-            self._give_up(error)
+            name = self._read(request)
+        except Exception as error:  # of any tokenizer
+            self.num_failed += 1
+            if not self._is_failing:
+                logger.warning("stateful: a tool is not known, as decoding failed: %r", error)
+            self._is_failing = True
             return None
-
-    def _give_up(self, error: Exception) -> None:
-        logger.warning("stateful: tools are not told apart any more: %r", error)
-        self._tokenizer = None
+        self._is_failing = False
+        return name
 
     def _read(self, request: Request) -> str | None:
         answer = list(request.output_token_ids)
-        marked = [place for place, token in enumerate(answer) if token in self._markers]
+        if self._markers is None:
+            vocabulary = self._tokenizer.get_vocab()
+            self._markers = frozenset(vocabulary[text] for text in MARKERS if text in vocabulary)
+        markers = self._markers
+        marked = [place for place, token in enumerate(answer) if token in markers]
         if marked:
             start = max(0, marked[-1] - NUM_BEFORE)
             parts = [answer[start : start + NUM_TOKENS]]

@@ -46,7 +46,7 @@ def extend_parser(parser: argparse.ArgumentParser) -> None:
     for option in OPTIONS:
         group.add_argument(option.flag, **_argument(option))
     _truthful_usage(parser)
-    if is_enabled():
+    if is_enabled() and activation.off_reason() is None:
         _allow_endpoint_plugin()
 
 
@@ -69,7 +69,8 @@ class _NotGiven(int):
 def _truthful_usage(parser: argparse.ArgumentParser) -> None:
     """``usage.prompt_tokens_details.cached_tokens``: on with the plugin, unless switched off."""
     if any(action.dest == USAGE_OPTION for action in parser._actions):
-        parser.set_defaults(**{USAGE_OPTION: True if is_enabled() else _NotGiven()})
+        is_on = is_enabled() and activation.off_reason() is None
+        parser.set_defaults(**{USAGE_OPTION: True if is_on else _NotGiven()})
 
 
 def _argument(option: Option) -> dict[str, Any]:
@@ -92,6 +93,10 @@ class _EnablePlugin(argparse.Action):
         setattr(namespace, self.dest, values)
         if values != PLUGIN_NAME:
             _problem(parser, f"--plugin {values!r}: no such plugin; there is '{PLUGIN_NAME}'")
+            return
+        reason = activation.off_reason()
+        if reason is not None:  # off means off: nothing is told to any process
+            _problem(parser, reason)
             return
         os.environ[ENABLE_ENV] = "1"
         _allow_endpoint_plugin()
@@ -118,6 +123,8 @@ class _SetOption(argparse.Action):
             setattr(namespace, self.dest, self.option.read(values, self.option.flag))
         except ConfigError as error:
             parser.error(str(error))
+        if self.option.field != "strict" and activation.off_reason() is not None:
+            return
         os.environ[self.option.env] = values
         if is_enabled() and not activation.problems():  # what is patched may depend on it
             _guarded(parser, activation.activate)

@@ -8,6 +8,7 @@ sessions only.
 from __future__ import annotations
 
 import asyncio
+import time
 from argparse import Namespace
 from typing import Any
 
@@ -15,12 +16,13 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from starlette.datastructures import State
 from vllm.logger import init_logger
 
-from vllm_stateful.adapters import session_affinity
+from vllm_stateful.adapters import activation, session_affinity
 from vllm_stateful.adapters.identity import TenantMiddleware, salt_of
 from vllm_stateful.adapters.metrics_exporter import MetricsExporter
 from vllm_stateful.adapters.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.request_validation import validate_plain_messages
-from vllm_stateful.compat.v0_32 import prompt_send
+from vllm_stateful.api.session_identity import ids_of_client
+from vllm_stateful.compat.v0_32 import engine_utility, prompt_send
 from vllm_stateful.config import is_enabled, load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
@@ -28,7 +30,8 @@ from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
 
 logger = init_logger("vllm.stateful")
 
-POLL_SECONDS = 1.0
+POLL_SECONDS, MOST_POLL_SECONDS = 1.0, 60.0
+"""Between two questions to the engine, and where it does not answer them."""
 
 router = APIRouter()
 
@@ -37,11 +40,23 @@ router = APIRouter()
 async def close_session(
     session_id: str, raw_request: Request, cache_salt: str | None = None
 ) -> dict[str, Any]:
-    """Release what a session keeps; its next turn starts cold. 404 when nothing is kept."""
+    """Release what a session keeps; its next turn starts cold.
+
+    Args:
+        session_id: As the client named it, in whichever header or field. A sub-agent of Claude
+            Code is ``ROOT/AGENT``.
+        cache_salt: What the session's requests have in the field of that name.
+
+    Raises:
+        HTTPException: 404, nothing is kept; 501, the engine serves as stock vLLM, and why.
+    """
     salt = salt_of(raw_request.headers, cache_salt)
-    arguments = {"session_id": session_id, "cache_salt": salt}
+    arguments = {"session_ids": ids_of_client(session_id), "cache_salt": salt}
     client = raw_request.app.state.engine_client
     results = await _ask_all(client, "close", arguments)
+    reasons = [result["off"] for result in results if "off" in result]
+    if results and len(reasons) == len(results):
+        raise HTTPException(501, f"off: {reasons[0]}")
     closed = sum(result.get("closed", 0) for result in results)
     if closed == 0:
         raise HTTPException(404, f"no resident session {session_id!r}")
@@ -62,7 +77,7 @@ class StatefulEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add our routes, and what stands before vLLM's; nothing when not enabled."""
-        if is_enabled():
+        if _is_on():
             app.include_router(router)
             app.add_middleware(TenantMiddleware)
             if "messages" not in load_config().disable:
@@ -70,7 +85,7 @@ class StatefulEndpoint:
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Start the metrics' poll. Only the first of several API servers asks the engine."""
-        if not is_enabled() or engine_client is None:
+        if not _is_on() or engine_client is None:
             return
         asks = getattr(engine_client.engine_core, "client_index", 0) == 0
         ask_for_deltas(engine_client.engine_core)
@@ -78,20 +93,26 @@ class StatefulEndpoint:
         state.stateful_poll = asyncio.create_task(_poll(engine_client, MetricsExporter(), asks))
 
 
+def _is_on() -> bool:
+    """Whether the plugin serves in this process: asked for, and vLLM is one that it fits."""
+    return is_enabled() and activation.off_reason() is None and engine_utility.PATCH.is_applied
+
+
 async def _poll(engine_client: Any, exporter: MetricsExporter, asks_engine: bool) -> None:
-    failed = False
+    ask_at, pause = 0.0, POLL_SECONDS
     while not engine_client.errored:
         exporter.update_own(
             PROMPT_COUNTS.snapshot() | RESPONSE_COUNTS.snapshot() | TOOL_CALL_COUNTS.snapshot()
         )
         try:
-            if asks_engine:
+            if asks_engine and time.monotonic() >= ask_at:
                 exporter.update(await _ask_all(engine_client, "stats", {}))
-            failed = False
-        except Exception as error:
-            if not failed:
+                pause = POLL_SECONDS
+        except Exception as error:  # whatever the engine answers
+            if pause == POLL_SECONDS:
                 logger.warning("stateful: no metrics from the engine: %r", error)
-            failed = True
+            pause = min(2 * pause, MOST_POLL_SECONDS)
+            ask_at = time.monotonic() + pause
         await asyncio.sleep(POLL_SECONDS)
 
 

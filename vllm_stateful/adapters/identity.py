@@ -24,7 +24,7 @@ from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 from vllm_stateful.adapters import asked, session_affinity
 from vllm_stateful.adapters.sent_body import sent_body, wish_of
 from vllm_stateful.adapters.tool_call_plan import ToolCallPlan, carry, plan_of
-from vllm_stateful.adapters.turn import CLOSE_ACTION, RETAIN_ACTION
+from vllm_stateful.adapters.turn import CLOSE_ACTION, RETAIN_ACTION, TOOL_ACTION
 from vllm_stateful.api import (
     ResponseChain,
     RetentionWish,
@@ -38,17 +38,22 @@ from vllm_stateful.config import load_config
 
 HINTS_PROTOCOL = "vllm-stateful/1"
 
+MAX_TOOL_CHARS = 128
+"""A longer name of a tool is not sent on."""
+
 _responses = ResponseChain()
 
 
 class IdentifiedSession(str):
     """A session id on its way through vLLM's API process; empty when there is none."""
 
-    __slots__ = ("identity", "opening", "tool_calls", "wish")
+    __slots__ = ("identity", "opening", "tool", "tool_calls", "wish")
     identity: TurnIdentity
     wish: RetentionWish | None
     tool_calls: ToolCallPlan | None
     opening: str | None
+    tool: str | None
+    """The one that the answer must call."""
 
     @classmethod
     def of(
@@ -58,12 +63,14 @@ class IdentifiedSession(str):
         wish: RetentionWish | None,
         tool_calls: ToolCallPlan | None = None,
         opening: str | None = None,
+        tool: str | None = None,
     ) -> IdentifiedSession:
         made = cls(session_id or "")
         made.identity = identity
         made.wish = wish
         made.tool_calls = tool_calls
         made.opening = opening
+        made.tool = tool
         return made
 
 
@@ -78,7 +85,7 @@ class TenantMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass everything on untouched."""
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             headers = Headers(scope=scope)
             asked.note_headers(headers)
             if tenant_isolation():
@@ -138,7 +145,16 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
         wish_of(raw_request),
         plan_of(request, raw_request),
         session_affinity.opening(raw_request),
+        _forced_tool(getattr(request, "tool_choice", None)),
     )
+
+
+def _forced_tool(choice: Any) -> str | None:
+    """The function that ``tool_choice`` names, in a chat or a responses request."""
+    if getattr(choice, "type", None) != "function":
+        return None
+    name = getattr(getattr(choice, "function", choice), "name", None)
+    return name if isinstance(name, str) and len(name) <= MAX_TOOL_CHARS else None
 
 
 def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
@@ -168,6 +184,8 @@ def _hints(found: IdentifiedSession, message_id: str) -> KvHintsEnvelope | None:
         said.append((CLOSE_ACTION, {}))
     if found.wish is not None:
         said.append((RETAIN_ACTION, {"seconds": found.wish.seconds}))
+    if found.tool is not None:
+        said.append((TOOL_ACTION, {"name": found.tool}))
     actions = [
         KvHintAction(str(number), action, "1", payload)
         for number, (action, payload) in enumerate(said)

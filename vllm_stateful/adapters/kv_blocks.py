@@ -23,6 +23,7 @@ from vllm_stateful.adapters.turn import (
     Offer,
     Turn,
     bypass_reason,
+    forced_tool,
     is_final,
     output_array,
     retention_wish,
@@ -123,6 +124,17 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         computed = self._lookup(request, turn)
         turn.lookup_s = time.perf_counter() - started
         return computed
+
+    def estimate_cached_tokens(self, request: Request) -> int:
+        """What the next turn can read: ``created_cache_tokens`` is this without what was there.
+
+        vLLM counts full blocks; a session keeps the partly filled last one as well.
+        """
+        stock = int(super().estimate_cached_tokens(request))
+        turn = self.turns.get(request.request_id)
+        if turn is None or turn.is_closing or is_final(request) or turn.epoch != self.epoch:
+            return stock
+        return max(stock, int(request.num_computed_tokens - request.num_output_placeholders))
 
     def num_tokens_hashed(self, request_id: str) -> int:
         """Tokens of a running request in blocks that others can find by their hash."""
@@ -378,15 +390,19 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
             self._keep(request, turn)
             return
         if turn is not None:
-            self._forfeit(turn, Demotion.CLOSED if turn.is_closing else Demotion.RESET)
+            self._forfeit(turn, self._why_not_kept(request, turn))
         super().free(request)
 
     def _is_worth_keeping(self, request: Request, turn: Turn) -> bool:
         if is_final(request):
             turn.is_closing = True
             self.store.close(turn.session)
-        failed = request.status == RequestStatus.FINISHED_ERROR or turn.is_loading
-        return not (turn.is_closing or failed or turn.epoch != self.epoch)
+        return not (turn.is_closing or _has_failed(request, turn) or turn.epoch != self.epoch)
+
+    def _why_not_kept(self, request: Request, turn: Turn) -> Demotion:
+        if turn.is_closing:
+            return Demotion.CLOSED
+        return Demotion.ERROR if _has_failed(request, turn) else Demotion.RESET
 
     def _free_preempted(self, request: Request) -> None:
         self.preempted(request)
@@ -431,7 +447,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
                 base=None if turn.offer is None else turn.offer.residency,
                 num_base_tokens=0 if turn.offer is None else turn.offer.num_tokens,
                 version=turn.version,
-                tool=self.called_tool(request),
+                tool=forced_tool(request) or self.called_tool(request),
                 wish_s=retention_wish(request) or 0.0,
             )
         )
@@ -472,3 +488,8 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         """Called by the scheduler at the start of each step; ends idle sessions."""
         self.store.expire(self.idle_seconds)
         super().new_step_starts()
+
+
+def _has_failed(request: Request, turn: Turn) -> bool:
+    """Whether its KV may be wrong: an error ended it, or while KV was still being loaded."""
+    return request.status == RequestStatus.FINISHED_ERROR or turn.is_loading

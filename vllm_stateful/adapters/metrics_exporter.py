@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from vllm_stateful.observe.metrics import METRICS, RESUME_BUCKETS_S, Metric
+from vllm_stateful.observe.metrics import METRICS, OFF, RESUME_BUCKETS_S, Metric
 
 
 class MetricsExporter:
@@ -22,11 +23,19 @@ class MetricsExporter:
         self._own = [metric for metric in METRICS if metric.process == "api"]
         self._engine = [metric for metric in METRICS if metric.process == "engine"]
         self._totals: dict[tuple[int, str, str], float] = {}
+        self._reasons: set[str] = set()
+        """Why engines were off, now or before."""
 
     def update(self, snapshots: list[dict[str, Any]]) -> None:
         """Apply one snapshot per engine. An engine that is off sends ``{"off": reason}``."""
-        live = [(rank, s) for rank, s in enumerate(snapshots) if "off" not in s]
-        self._apply(self._engine, live)
+        live = [(rank, s) for rank, s in enumerate(snapshots) if OFF not in s]
+        self._apply([metric for metric in self._engine if metric.key != OFF], live)
+        off = Counts(s[OFF] for s in snapshots if OFF in s)
+        for metric in self._engine:
+            if metric.key == OFF:
+                for reason in off.keys() | self._reasons:
+                    self._made[metric].labels(reason).set(off[reason])
+        self._reasons |= off.keys()
 
     def update_own(self, snapshot: dict[str, Any]) -> None:
         """Apply the totals of this API process."""

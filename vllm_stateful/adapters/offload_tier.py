@@ -97,7 +97,7 @@ class OffloadTier:
 
 
 def _owner(session: SessionKey) -> Owner:
-    return Owner(session, session.identity.cache_salt)
+    return Owner(session, session.identity.tenant, session.identity.cache_salt)
 
 
 def tier_of(connector: Any) -> OffloadTier | None:

@@ -25,6 +25,7 @@ from vllm.v1.engine import (
 from vllm.v1.kv_hints import KvHintsEnvelope
 from vllm.v1.request import Request
 
+from vllm_stateful.adapters.model_input import identity_of
 from vllm_stateful.adapters.prompt_sender import BASE_MISS
 from vllm_stateful.adapters.turn import PROMPT_ARRAY, PROMPT_NAMES, WORKER_ARRAY
 from vllm_stateful.config import load_config
@@ -67,7 +68,7 @@ class PromptReceiver:
         if len(prompt.token_ids) > self._max_tokens:
             raise ValueError(f"a prompt of {len(prompt.token_ids)} tokens was put together")
         request.prompt_token_ids = prompt.token_ids
-        hash_key = _hash_key(request)
+        hash_key = identity_of(request)
         self._inherited.block_hashes = self._inheritance(prompt, hash_key)
         try:
             made, wave = proceed(core, request)
@@ -130,12 +131,6 @@ def _names(header: PromptHeader) -> tuple[Hashable, PromptBase | None]:
     if header.parent == NO_VERSION:
         return version, None
     return version, PromptBase((header.client, header.parent), header.num_parent_tokens)
-
-
-def _hash_key(request: EngineCoreRequest) -> tuple[Any, ...]:
-    """What goes into the block hashes of a text prompt beside its tokens."""
-    lora = request.lora_request
-    return (request.cache_salt, None if lora is None else lora.lora_name)
 
 
 def receive(core: Any, request: EngineCoreRequest, proceed: Proceed) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import time
 import uuid
 from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
@@ -29,6 +30,20 @@ BASE_MISS = "stateful.base_miss"
 """``stop_reason`` of the answer of an engine that does not hold the base of a prompt."""
 
 
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""After a failed question, whether an engine takes deltas, and after many of them."""
+
+
+class _Readiness:
+    """What is known of one engine core."""
+
+    def __init__(self) -> None:
+        self.is_ready = False
+        self.ask_at = 0.0
+        """By ``time.monotonic``; infinite while a question is on its way, or answered."""
+        self.pause_s = FIRST_PAUSE_S
+
+
 class Waiting(NamedTuple):
     """A request that was sent as a delta and has not been answered yet."""
 
@@ -44,7 +59,7 @@ class PromptSender:
         self._waiting: dict[str, Waiting] = {}
         self._again: set[str] = set()
         """Requests that are about to be sent a second time."""
-        self._ready: dict[Hashable, bool] = {}
+        self._engines: dict[Hashable, _Readiness] = {}
         self._asking: set[asyncio.Task[None]] = set()
         self._has_checksums = load_config().check_invariants
 
@@ -52,22 +67,31 @@ class PromptSender:
         """Whether that engine core said that it takes deltas; asks it the first time.
 
         It may run on another machine, without this plugin: then a delta would be taken for the
-        whole prompt.
+        whole prompt. A question that failed is asked again with a later prompt.
         """
-        if engine not in self._ready:
-            self._ready[engine] = False
-            task = asyncio.get_running_loop().create_task(self._ask(client, engine))
+        known = self._engines.get(engine)
+        if known is None:
+            known = self._engines[engine] = _Readiness()
+        if not known.is_ready and time.monotonic() >= known.ask_at:
+            known.ask_at = float("inf")
+            task = asyncio.get_running_loop().create_task(self._ask(client, engine, known))
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
-        return self._ready[engine]
+        return known.is_ready
 
-    async def _ask(self, client: Any, engine: Any) -> None:
+    async def _ask(self, client: Any, engine: Any, known: _Readiness) -> None:
         try:
             answer = await client._call_utility_async("stateful", "transport", {}, engine=engine)
-        except Exception as error:
-            logger.warning("stateful: prompts go to the engine in full: it says %r", error)
+        except Exception as error:  # whatever the engine answers, or the connection to it
+            PROMPT_COUNTS.question_failed()
+            if known.pause_s == FIRST_PAUSE_S:
+                logger.warning("stateful: prompts go to the engine in full: it says %r", error)
+            known.ask_at = time.monotonic() + known.pause_s
+            known.pause_s = min(2 * known.pause_s, LONGEST_PAUSE_S)
             return
-        self._ready[engine] = bool(answer.get("ready"))
+        known.is_ready = bool(answer.get("ready"))
+        if known.pause_s > FIRST_PAUSE_S:
+            logger.info("stateful: the engine answers again: deltas %s", known.is_ready)
 
     def pack(self, request: EngineCoreRequest, engine: Hashable) -> EngineCoreRequest:
         """The request to send in place of this one, which stays as it is."""

@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
 import numpy as np
+from vllm.logger import init_logger
 from vllm.v1.engine import (
     EngineCoreEvent,
     EngineCoreEventType,
@@ -27,10 +29,13 @@ from vllm.v1.metrics.stats import PrefillStats
 
 from vllm_stateful.adapters import asked
 from vllm_stateful.adapters.prompt_sender import BASE_MISS
+from vllm_stateful.adapters.response_epoch import Epochs
 from vllm_stateful.adapters.response_key import Uncached, key_of
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS, Response
 from vllm_stateful.respond.response_cache import Answer, Flight, Flights, ResponseCache
+
+logger = init_logger("vllm.stateful")
 
 STEP_BYTES = 400
 """An ``EngineCoreOutput`` without what it points to."""
@@ -62,7 +67,10 @@ class Responses:
     """What one client of the engine core (``AsyncMPClient``) has been answered."""
 
     def __init__(self, client: Any, max_bytes: int) -> None:
+        self._client = client
         self._outputs: asyncio.Queue[Any] = client.outputs_queue
+        self._epochs = Epochs(client)
+        self._asking: set[asyncio.Task[None]] = set()
         self._cache: ResponseCache[EngineCoreOutput] = ResponseCache(max_bytes)
         self._flights: Flights[EngineCoreOutput] = Flights()
         self._num_prompt: dict[str, int] = {}
@@ -84,7 +92,7 @@ class Responses:
         name = request.request_id
         if found.is_looked_up and self._is_known(key, request):
             return True
-        self._flights.begin(key, name)
+        self._begin(key, name)
         RESPONSE_COUNTS.responded(Response.MISS)
         return False
 
@@ -92,11 +100,13 @@ class Responses:
         name, num_prompt = request.request_id, len(request.prompt_token_ids or ())
         answer = self._cache.get(key)
         if answer is not None:
-            task = asyncio.get_running_loop().create_task(self._replay(name, answer, num_prompt))
+            replay = self._replay_if_it_holds if self._epochs.is_shared else self._replay
+            task = asyncio.get_running_loop().create_task(replay(request, answer, num_prompt))
             self._replays[name] = task
             task.add_done_callback(lambda _: self._replays.pop(name, None))
-            RESPONSE_COUNTS.responded(Response.HIT)
             return True
+        if self._epochs.is_shared:
+            return False  # what it would follow may have begun before another server's call
         flight = self._flights.join(key, name)
         if flight is None:
             return False
@@ -104,10 +114,51 @@ class Responses:
         RESPONSE_COUNTS.responded(Response.JOINED)
         return True
 
-    async def _replay(self, name: str, answer: Answer[EngineCoreOutput], num_prompt: int) -> None:
+    def _begin(self, key: bytes, name: str) -> None:
+        """A request goes to the engine."""
+        flight = self._flights.begin(key, name)
+        flight.epoch = self._epochs.last
+        if self._epochs.is_shared and flight.epoch is None:
+            self._later(self._hear())
+
+    def _later(self, what: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(what)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _hear(self) -> None:
+        """Ask the engine for its epoch; nothing that was made in another is given out any more."""
+        try:
+            epoch = await self._epochs.ask()
+        except Exception as error:  # whatever the engine answers
+            logger.warning("stateful: answers are not remembered: the engine says %r", error)
+            self.forget()
+            return
+        if epoch != self._epochs.last:
+            self.forget()
+            self._epochs.last = epoch
+
+    async def _replay_if_it_holds(
+        self, request: EngineCoreRequest, answer: Answer[EngineCoreOutput], num_prompt: int
+    ) -> None:
+        """Else the engine is asked, as if the answer had not been known."""
+        await self._hear()
+        if self._cache.get(answer.key) is answer:
+            await self._replay(request, answer, num_prompt)
+            return
+        self._replays.pop(request.request_id, None)
+        try:
+            await self._client.add_request_async(request)
+        except Exception:  # the engine is gone, which ends every request
+            logger.exception("stateful: a request could not be sent to the engine")
+
+    async def _replay(
+        self, request: EngineCoreRequest, answer: Answer[EngineCoreOutput], num_prompt: int
+    ) -> None:
         """In the steps in which it came, so that a stream is a stream."""
+        RESPONSE_COUNTS.responded(Response.HIT)
         for number, step in enumerate(answer.steps):
-            output = _for(name, step)
+            output = _for(request.request_id, step)
             output = output if number else _first(output, num_prompt)
             self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
             await asyncio.sleep(0)
@@ -143,7 +194,7 @@ class Responses:
         """A stop string ended an answer: what has come of it is the whole."""
         flight = self._flights.of(request_id)
         if flight is not None and flight.is_kept:
-            self._keep(flight.key, Answer(tuple(flight.steps), flight.num_bytes))
+            self._keep(flight, Answer(flight.key, tuple(flight.steps), flight.num_bytes))
             flight.is_kept = False
 
     def aborted(self, request_ids: list[str]) -> list[str]:
@@ -170,16 +221,35 @@ class Responses:
         """The model may answer otherwise from now on."""
         self._cache.clear()
         self._flights.forget()
+        self._epochs.last = None
+
+    async def changed(self, engine: Any) -> None:
+        """A call to the engine is over, behind which it may answer otherwise."""
+        self.forget()  # what was answered meanwhile
+        if self._epochs.is_shared:
+            await self._epochs.begin(engine)
 
     def _ends(self, flight: Flight[EngineCoreOutput], *, is_whole: bool) -> None:
         for follower in flight.followers:
             self._num_prompt.pop(follower, None)
         answer = self._flights.ends(flight)
         if is_whole and flight.is_kept:
-            self._keep(flight.key, answer)
+            self._keep(flight, answer)
 
-    def _keep(self, key: bytes, answer: Answer[EngineCoreOutput]) -> None:
-        if self._cache.put(key, answer):
+    def _keep(self, flight: Flight[EngineCoreOutput], answer: Answer[EngineCoreOutput]) -> None:
+        if not self._epochs.is_shared:
+            self._store(answer)
+        elif flight.epoch is not None:
+            self._later(self._keep_if_it_holds(flight.epoch, answer))
+
+    async def _keep_if_it_holds(self, epoch: int, answer: Answer[EngineCoreOutput]) -> None:
+        """Not where another server's call came between the request and its end."""
+        await self._hear()
+        if self._epochs.last == epoch:
+            self._store(answer)
+
+    def _store(self, answer: Answer[EngineCoreOutput]) -> None:
+        if self._cache.put(answer):
             RESPONSE_COUNTS.responded(Response.STORED)
 
 
@@ -247,3 +317,9 @@ def called(client: Any, method: str) -> None:
     """Hook of ``response-forget``: the engine is told to do something else than to answer."""
     if method not in HARMLESS:
         responses_of(client).forget()
+
+
+async def done(client: Any, method: str, engine: Any) -> None:
+    """Second hook of ``response-forget``: it is done."""
+    if method not in HARMLESS:
+        await responses_of(client).changed(engine)

@@ -13,7 +13,8 @@ from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_stateful.adapters.asked import Asked
-from vllm_stateful.adapters.turn import RETAIN_ACTION
+from vllm_stateful.adapters.model_input import identity_of
+from vllm_stateful.adapters.turn import RETAIN_ACTION, TOOL_ACTION
 
 
 class Uncached(StrEnum):
@@ -41,6 +42,9 @@ class Uncached(StrEnum):
 HANDED_OUT = frozenset({"output_kind", "stream_interval", "skip_clone"})
 """Fields of SamplingParams that say how an answer is handed out, not what it is."""
 
+HARMLESS = frozenset({RETAIN_ACTION, TOOL_ACTION})
+"""KV hints that leave the answer and every session as they are."""
+
 SESSION = "session_id"
 """Key of ``extra_args``: whose turn it is."""
 
@@ -61,11 +65,9 @@ def key_of(request: EngineCoreRequest, asked: Asked | None) -> bytes | Uncached:
         return reason
     if not asked.is_stored:
         return Uncached.NO_STORE
-    lora = request.lora_request
     others = (
         asked.tools,
-        request.cache_salt,
-        None if lora is None else (lora.lora_name, lora.lora_int_id, lora.lora_path),
+        identity_of(request),
         request.reasoning_ended,
         request.reasoning_parser_kwargs,
     )
@@ -96,7 +98,7 @@ def _refused(request: EngineCoreRequest) -> Uncached | None:
     if (params.extra_args or {}).get("kv_transfer_params"):
         return Uncached.HINTS
     hints = request.kv_hints
-    if hints is not None and any(each.action_type != RETAIN_ACTION for each in hints.actions):
+    if hints is not None and any(each.action_type not in HARMLESS for each in hints.actions):
         return Uncached.HINTS
     if request.data_parallel_rank is not None:
         return Uncached.DATA_PARALLEL

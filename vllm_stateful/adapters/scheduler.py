@@ -24,6 +24,7 @@ from vllm.v1.request import Request
 
 from vllm_stateful.adapters.attention_choice import STEPS, is_cuda_backend_chosen
 from vllm_stateful.adapters.called_tools import CalledTools
+from vllm_stateful.adapters.hash_check import HashCheck
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.message_boundaries import boundary_rules
@@ -108,8 +109,11 @@ class _StatefulMixin:
     connector: Any
     tier: OffloadTier | None = None
     """vLLM's offload tier, where it is on and lets us order it."""
+    hash_check: HashCheck | None = None
+    """Where invariants are checked and vLLM hashes blocks."""
     ending: deque[tuple[int, Request]]
     """Turns that ended with a step in flight, and the step after which they are kept."""
+    hash_block_size: int
     num_spec_tokens: int
     sched_step_seq: int
     processed_step_seq: int
@@ -150,6 +154,9 @@ class _StatefulMixin:
             manager.store.block_size,
         )
         manager.store.tier = self.tier
+        if self.config.check_invariants and manager.enable_caching:
+            algorithm = self.vllm_config.cache_config.prefix_caching_hash_algo
+            self.hash_check = HashCheck(self.hash_block_size, algorithm)
         self.prefills = SchedulerPrefills(self)
         if is_asked_for(self.vllm_config):
             from vllm_stateful.adapters.scheduler_drafts import SchedulerDrafts  # numba: a second
@@ -284,6 +291,8 @@ class _StatefulMixin:
     def _check(self) -> None:
         if self.config.check_invariants and self.stateful_off is None:
             check_pool(self)
+            if self.hash_check is not None:
+                self.hash_check.check(self.kv_cache_manager, self.requests)
 
     # ---- what the API server asks for ----------------------------------------------------
 
@@ -307,6 +316,7 @@ class _StatefulMixin:
         return {
             **manager.turn_counts.snapshot(store.demotions),
             "waits": {str(kind): number for kind, number in store.waits.num_began.items()},
+            "num_answers_unread": getattr(manager.called_tool, "num_failed", 0),
             "num_prefills_joined": 0 if self.prefills is None else self.prefills.groups.num_joined,
             "num_reasoning_dropped": store.num_reasoning_dropped,
             **self._tier_stats(),
@@ -350,12 +360,12 @@ class _StatefulMixin:
             spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
         )
 
-    def _close(self, session_id: str, cache_salt: str | None) -> int:
-        """Base-model sessions of that id and salt; those of LoRA adapters by their own end."""
+    def _close(self, session_ids: list[str], cache_salt: str | None) -> int:
+        """The sessions of any of these ids, under one salt and any adapter."""
         for request in self.requests.values():
-            if request.session_id == session_id:
+            if request.session_id in session_ids:
                 self.kv_cache_manager.turn_of(request)  # one that was not looked up yet counts too
-        return int(self.kv_cache_manager.close_session(session_id, cache_salt))
+        return sum(self.kv_cache_manager.close_session(each, cache_salt) for each in session_ids)
 
 
 class StatefulScheduler(_StatefulMixin, Scheduler):  # type: ignore[misc]

@@ -12,16 +12,21 @@ import numpy as np
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.request import Request
 
+from vllm_stateful.adapters.model_input import identity_of
 from vllm_stateful.api.retention_wish import hinted_seconds
 from vllm_stateful.api.session_identity import id_fault
 from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency
-from vllm_stateful.types import BlockIds, Bypass, Identity, Outcome, SessionKey, TokenArray
+from vllm_stateful.types import BlockIds, Bypass, Outcome, SessionKey, TokenArray
 
 CLOSE_ACTION = "session.close"
 """The KV hint that ends a session with this turn; set by ``adapters.identity``."""
 
 RETAIN_ACTION = "session.retain"
 """The KV hint that says for how long to keep the session; payload ``{"seconds": number}``."""
+
+TOOL_ACTION = "session.tool"
+"""The KV hint that says which tool the answer must call; payload ``{"name": string}``. The text of
+such an answer is the arguments alone."""
 
 
 class Offer(NamedTuple):
@@ -75,7 +80,9 @@ def bypass_reason(request: Request, caching: bool) -> Bypass | None:
     if request.prompt_embeds is not None or request.prompt_token_ids is None:
         return Bypass.PROMPT_EMBEDS
     if request.skip_reading_prefix_cache:
-        return Bypass.PROMPT_LOGPROBS
+        params = request.sampling_params
+        asks = params is not None and params.prompt_logprobs is not None
+        return Bypass.PROMPT_LOGPROBS if asks else Bypass.NO_CACHE_READ
     return None
 
 
@@ -89,13 +96,8 @@ def session_of(request: Request) -> SessionKey:
 
     An id that is too short or a placeholder names nothing (``api.session_identity.id_fault``).
     """
-    lora = request.lora_request
-    identity = Identity(
-        request.cache_salt,
-        None if lora is None else (lora.lora_name, lora.lora_int_id, lora.lora_path),
-    )
     named = request.session_id if id_fault(request.session_id) is None else None
-    return SessionKey(identity, named or ANONYMOUS + request.request_id)
+    return SessionKey(identity_of(request), named or ANONYMOUS + request.request_id)
 
 
 def is_final(request: Request) -> bool:
@@ -110,6 +112,16 @@ def retention_wish(request: Request) -> float | None:
         return None
     actions = (action for action in request.kv_hints.actions if action.action_type == RETAIN_ACTION)
     return max((hinted_seconds(action.payload) or 0.0 for action in actions), default=0.0) or None
+
+
+def forced_tool(request: Request) -> str | None:
+    """The tool that the answer must call (a KV hint); None where the model chooses."""
+    hints = request.kv_hints
+    for action in () if hints is None else hints.actions:
+        if action.action_type == TOOL_ACTION:
+            name = action.payload.get("name")
+            return name if isinstance(name, str) else None
+    return None
 
 
 PROMPT_ARRAY = "stateful_prompt_array"

@@ -33,7 +33,9 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from vllm_stateful.types import SALT_PREFIX, TENANT_HEX_CHARS
 
 Source = Literal[
     "body",
@@ -51,13 +53,12 @@ Source = Literal[
     "metadata-user-id",
     "none",
 ]
+_UNPREFIXED: frozenset[Source] = frozenset({"body", "x-session-id", "xargs", "none"})
 FieldReader = Callable[[str], object]
 
 MIN_ID_CHARS = 8
 MAX_ID_CHARS = 256
 MAX_JSON_CHARS = 8192
-TENANT_HEX_CHARS = 16
-SALT_PREFIX = "vllm-stateful."
 
 # The engine is told the client's own id for these, as stock vLLM would (KV events keep their
 # meaning). Ids of every other source are sent as "<source>:<id>".
@@ -93,6 +94,8 @@ _AGENT_HEADERS: tuple[tuple[Source, str, str | None], ...] = (
     ("multi-turn-session", "x-multi-turn-session-id", None),
     ("litellm", "x-litellm-session-id", None),
 )
+
+_TENANT = re.compile(rf"[0-9a-f]{{{TENANT_HEX_CHARS}}}")
 
 _USER_ID_SESSION = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
 
@@ -175,6 +178,15 @@ def resolve_turn(
     )
 
 
+def ids_of_client(raw_id: str) -> list[str]:
+    """What the engine may have been told where a client named its session so, wherever it did.
+
+    A client that asks to close a session says the id that it sent, and not in which header.
+    """
+    own: list[Source] = [source for source in get_args(Source) if source not in _UNPREFIXED]
+    return [raw_id, *(_engine_id(source, raw_id) for source in own)]
+
+
 def id_fault(value: object) -> str | None:
     """Why `value` cannot identify a session; None when it can.
 
@@ -217,10 +229,12 @@ def scoped_salt(tenant: str, cache_salt: str | None) -> str | None:
     """The cache salt that keeps one tenant's blocks apart from another's.
 
     Without a tenant the salt is returned unchanged, so block hashes stay those of stock vLLM.
-    Otherwise the result is `SALT_PREFIX` and 64 hex characters: no two different pairs give the
-    same salt, and it fits `validate_cache_salt` of vLLM 0.32 (at most 128 characters; no "@",
-    "/", "\\" or NUL). A client's own salt that starts with `SALT_PREFIX` is hashed even without
-    a tenant: else a client could choose the salt of somebody else.
+    Otherwise the result is `SALT_PREFIX`, 16 hex characters that stand for the tenant (see
+    `types.tenant_of_salt`), "." and 64 hex characters of a SHA-256 over tenant and salt: no two
+    different pairs give the same salt, and it fits `validate_cache_salt` of vLLM 0.32 (at most
+    128 characters; no "@", "/", "\\" or NUL). A client's own salt that starts with `SALT_PREFIX`
+    is hashed even without a tenant, and then names none: else a client could choose the salt of
+    somebody else, or be counted as somebody else.
     """
     salt = cache_salt if isinstance(cache_salt, str) else None
     is_reserved = salt is not None and salt.startswith(SALT_PREFIX)
@@ -230,7 +244,14 @@ def scoped_salt(tenant: str, cache_salt: str | None) -> str | None:
     parts = [b"salt:", str(len(tenant_bytes)).encode(), b":", tenant_bytes]
     if salt is not None:
         parts += [b":", _to_bytes(salt)]
-    return SALT_PREFIX + _sha256_hex(b"".join(parts))
+    return f"{SALT_PREFIX}{_tenant_hex(tenant)}.{_sha256_hex(b''.join(parts))}"
+
+
+def _tenant_hex(tenant: str) -> str:
+    """A tenant's name as it stands in a salt; any text that is no such name is hashed."""
+    if not tenant or _TENANT.fullmatch(tenant):
+        return tenant
+    return _sha256_hex(b"tenant-in-salt:" + _to_bytes(tenant))[:TENANT_HEX_CHARS]
 
 
 def _claims(headers: Mapping[str, str], field: FieldReader) -> Iterator[_Claim]:

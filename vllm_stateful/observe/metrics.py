@@ -16,7 +16,17 @@ class Metric(NamedTuple):
     """Whose snapshot: that of the engine core, or that of each API server."""
 
 
+OFF = "off"
+"""Key of the answer of an engine core in which the plugin is off: why."""
+
 METRICS: tuple[Metric, ...] = (
+    Metric(
+        "vllm_stateful_engines_off",
+        "gauge",
+        OFF,
+        "reason",
+        "Engine cores that serve as stock vLLM, by reason.",
+    ),
     Metric(
         "vllm_stateful_turns",
         "counter",
@@ -98,6 +108,13 @@ METRICS: tuple[Metric, ...] = (
         "kind",
         "Turns that ended, by what their session waits for: tool, user, one_shot (not known to "
         "come back).",
+    ),
+    Metric(
+        "vllm_stateful_answers_unread",
+        "counter",
+        "num_answers_unread",
+        None,
+        "Answers whose tool is not known, as the tokenizer failed on them.",
     ),
     Metric(
         "vllm_stateful_demotions",
@@ -196,6 +213,14 @@ METRICS: tuple[Metric, ...] = (
         "prompts_sent",
         "how",
         "Prompts by how they were sent to the engine: delta, full, resent.",
+        "api",
+    ),
+    Metric(
+        "vllm_stateful_engine_questions_failed",
+        "counter",
+        "engine_questions_failed",
+        None,
+        "Times that an engine core did not say whether it takes prompts as deltas. Asked again.",
         "api",
     ),
     Metric(

@@ -76,6 +76,7 @@ class PromptCounts:
         self._choices: Counter[str] = Counter()
         self._answers: Counter[str] = Counter()
         self._num_tokens = {"reused": 0, "new": 0}
+        self._num_questions_failed = 0
         self._memory: Callable[[], int] = int
 
     def validated(self, how: Validated) -> None:
@@ -100,6 +101,10 @@ class PromptCounts:
         """Count one request to the engine core."""
         self._sent[how] += 1
 
+    def question_failed(self) -> None:
+        """Count one time that an engine core did not say whether it takes deltas."""
+        self._num_questions_failed += 1
+
     def chose(self, why: str) -> None:
         """Count one request that could have gone to several engine cores, by its
         ``transport.session_affinity.Choice``."""
@@ -121,6 +126,7 @@ class PromptCounts:
             "prompts_tokenized": {str(how): n for how, n in self._tokenized.items()},
             "prompts_verified": {str(result): n for result, n in self._verified.items()},
             "prompts_sent": {str(how): n for how, n in self._sent.items()},
+            "engine_questions_failed": self._num_questions_failed,
             "engine_choices": dict(self._choices),
             "answers": dict(self._answers),
             "num_tokens_tokenized": dict(self._num_tokens),

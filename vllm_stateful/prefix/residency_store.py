@@ -313,7 +313,7 @@ class ResidencyStore:
 
     def _expect(self, turn: FinishedTurn, wait: Wait, wished_until_s: float) -> Forecast:
         """When the session is expected back."""
-        tenant = turn.session.identity.cache_salt
+        tenant = turn.session.identity.tenant
         forecast = self.waits.began(turn.session, tenant, wait, self._clock())
         if self.tier is not None:
             self.tier.waits(turn.session, forecast, turn.frontier, wished_until_s)
@@ -474,9 +474,11 @@ class ResidencyStore:
         self._enter(residency)
 
     def _enter(self, residency: Residency) -> None:
+        identity = residency.session.identity
         self._idle.add(
             residency,
-            tenant=residency.session.identity.cache_salt,
+            tenant=identity.tenant,
+            salt=identity.cache_salt,
             num_blocks=len(residency.blocks),
             worth=residency.worth,
             forecast=residency.forecast,

@@ -20,7 +20,7 @@ _FORBIDDEN = (
     *(nodes.CallBlock, nodes.FilterBlock, nodes.NSRef, nodes.Break),
 )
 _PURE_FUNCTIONS = {"raise_exception", "range", "dict"}
-_MESSAGES, _LOOP = "messages", "loop"
+_MESSAGES, _LOOP, _AT_THE_END = "messages", "loop", "add_generation_prompt"
 
 
 @lru_cache(maxsize=64)
@@ -43,6 +43,8 @@ def is_append_only(source: str) -> bool:
     behind = tree.body[tree.body.index(loops[0]) + 1 :]
     if not all(map(_is_only_a_generation_prompt, behind)):
         return False
+    if not _decides_only_at_the_end(tree, behind):
+        return False
     macros = {node.name for node in tree.find_all(nodes.Macro)}
     return _is_harmless(tree, loops[0], macros, in_main_loop=False, in_inner_loop=False)
 
@@ -61,9 +63,42 @@ def _is_main_loop(node: nodes.For) -> bool:
 def _is_only_a_generation_prompt(node: nodes.Node) -> bool:
     """Writes nothing behind the messages unless ``add_generation_prompt`` is set."""
     if isinstance(node, nodes.If):
-        asks = _is_name(node.test, "add_generation_prompt")
+        asks = _is_name(node.test, _AT_THE_END)
         return asks and not node.elif_ and not node.else_
     return isinstance(node, (nodes.Assign, nodes.Macro))
+
+
+def _decides_only_at_the_end(tree: nodes.Template, behind: list[nodes.Node]) -> bool:
+    """Whether ``add_generation_prompt`` is read behind the messages only.
+
+    It is set for the last prompt and not for what a later one begins with. A default for it may
+    stand anywhere: ``{% if add_generation_prompt is not defined %}{% set ... %}{% endif %}``.
+    """
+    let_through = sum(isinstance(node, nodes.If) for node in behind)
+    let_through += sum(_is_a_default(node) for node in tree.body)
+    loads = [node for node in _loads_of(tree, _AT_THE_END) if node.ctx == "load"]
+    return len(loads) == let_through
+
+
+def _is_a_default(node: nodes.Node) -> bool:
+    return (
+        isinstance(node, nodes.If)
+        and isinstance(node.test, nodes.Not)
+        and isinstance(node.test.node, nodes.Test)
+        and node.test.node.name == "defined"
+        and _is_name(node.test.node.node, _AT_THE_END)
+        and not node.elif_
+        and not node.else_
+        and all(_is_constant(each) for each in node.body)
+    )
+
+
+def _is_constant(node: nodes.Node) -> bool:
+    return (
+        isinstance(node, nodes.Assign)
+        and _is_name(node.target, _AT_THE_END)
+        and isinstance(node.node, nodes.Const)
+    )
 
 
 def _loads_of(tree: nodes.Node, name: str) -> list[nodes.Name]:

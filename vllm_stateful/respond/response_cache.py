@@ -20,8 +20,9 @@ KEY_BYTES = 128
 
 @dataclass(frozen=True)
 class Answer(Generic[StepT]):
-    """All steps of a finished answer, and the memory that they take."""
+    """All steps of a finished answer, what was asked, and the memory that they take."""
 
+    key: bytes
     steps: tuple[StepT, ...]
     num_bytes: int
 
@@ -44,8 +45,9 @@ class ResponseCache(Generic[StepT]):
             self._answers.move_to_end(key)
         return found
 
-    def put(self, key: bytes, answer: Answer[StepT]) -> bool:
+    def put(self, answer: Answer[StepT]) -> bool:
         """Keep an answer, in the place of an older one; whether there is room for it."""
+        key = answer.key
         self._drop(key)
         size = answer.num_bytes + KEY_BYTES
         if size > self._max_bytes:
@@ -77,6 +79,7 @@ class Flight(Generic[StepT]):
         is_kept: whether the answer may be kept.
         followers: those that wait, each with the number of steps that it was given.
         num_bytes: of the steps so far.
+        epoch: what its owner knew of the model when it began.
     """
 
     key: bytes
@@ -86,6 +89,7 @@ class Flight(Generic[StepT]):
     followers: dict[str, int] = field(default_factory=dict)
     steps: list[StepT] = field(default_factory=list)
     num_bytes: int = 0
+    epoch: int | None = None
 
     def give(self) -> Iterator[tuple[str, int, StepT]]:
         """What each follower has yet to get: its id, the number of the step, and the step.
@@ -146,7 +150,7 @@ class Flights(Generic[StepT]):
             del self._by_key[flight.key]
         for follower in flight.followers:
             self._by_follower.pop(follower, None)
-        return Answer(tuple(flight.steps), flight.num_bytes)
+        return Answer(flight.key, tuple(flight.steps), flight.num_bytes)
 
     def leaves(self, request_id: str) -> str | None:
         """Nobody waits for a request any more.

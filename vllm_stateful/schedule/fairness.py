@@ -5,11 +5,15 @@ While several tenants keep something, only those give back that hold more than a
 is kept; among these, and where nobody does, the order is that of ``schedule.retention``. What was
 superseded goes first, whoever's it is: nobody waits for it.
 
+A tenant is an API key. Within it, cache salts share in the same way, down to a quarter of what the
+tenant keeps. But a client may choose a salt for each of its conversations, and then an equal part
+would be the same as "longest first". So a salt that keeps one residency is never asked before the
+others of its tenant: salts that keep one each go in the order that they had without any.
+
 Wishes (``retention.Worth.WISHED``) count while all that is wished for fits in ``max_wished``
 blocks. Where clients wish for more than that, what is expected decides among all of them.
 
-A cache salt makes a tenant, and a client may choose one for each session. With more tenants than
-``MANY`` the one that holds most gives first, so that a choice never looks at all of them.
+Choosing looks at no more than the ``MANY`` tenants that hold most, and as many salts of each.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import heapq
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Generic, NamedTuple, TypeVar
 
 from vllm_stateful.schedule.gaps import Forecast
@@ -27,15 +31,93 @@ from vllm_stateful.schedule.retention import Rank, RetentionQueue, Worth
 R = TypeVar("R", bound=Hashable)
 
 MANY = 4
-"""Tenants that are all looked at."""
+"""Tenants that are looked at, and salts of one; a salt's part is at least one of so many."""
 
 
 class _Held(NamedTuple):
     tenant: Hashable
+    salt: Hashable
     num_blocks: int
     looked_at_s: float
     """When it was last used, or found to have a wish that is not over."""
     wished_until_s: float
+
+
+class _Shares:
+    """How many blocks each of several holders keeps, and who keeps most."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.num_blocks: dict[Hashable, int] = {}
+        self._heap: list[tuple[int, int, Hashable]] = []
+        """The largest first; may name what has changed or is gone."""
+        self._number = itertools.count()
+
+    def add(self, holder: Hashable, num_blocks: int) -> None:
+        """The holder keeps so many blocks more, or less."""
+        self.total += num_blocks
+        held = self.num_blocks[holder] = self.num_blocks.get(holder, 0) + num_blocks
+        heapq.heappush(self._heap, (-held, next(self._number), holder))
+        if len(self._heap) > 64 + 4 * len(self.num_blocks):
+            self._heap = [
+                (-blocks, next(self._number), each) for each, blocks in self.num_blocks.items()
+            ]
+            heapq.heapify(self._heap)
+
+    def drop(self, holder: Hashable) -> None:
+        """The holder keeps nothing."""
+        self.total -= self.num_blocks.pop(holder)
+
+    def largest(self) -> list[Hashable]:
+        """The ``MANY`` that keep most, or all that there are."""
+        if len(self.num_blocks) <= MANY:
+            return list(self.num_blocks)
+        found: dict[Hashable, tuple[int, int, Hashable]] = {}
+        while len(found) < MANY:
+            entry = heapq.heappop(self._heap)
+            if self.num_blocks.get(entry[2]) == -entry[0]:
+                found.setdefault(entry[2], entry)
+        for entry in found.values():
+            heapq.heappush(self._heap, entry)
+        return list(found)
+
+
+class _Tenant(Generic[R]):
+    """All that one tenant keeps, and what each of its salts does."""
+
+    def __init__(self) -> None:
+        self.queue: RetentionQueue[R] = RetentionQueue()
+        self.salts: dict[Hashable, RetentionQueue[R]] = {}
+        self.shares = _Shares()
+
+    def queues(self, salt: Hashable) -> tuple[RetentionQueue[R], RetentionQueue[R]]:
+        """Those that a residency under this salt is in."""
+        of_salt = self.salts.get(salt)
+        if of_salt is None:
+            of_salt = self.salts[salt] = RetentionQueue()
+        return self.queue, of_salt
+
+    def discard(self, item: R, salt: Hashable) -> None:
+        for queue in self.queues(salt):
+            queue.discard(item)
+        if not len(self.salts[salt]):
+            del self.salts[salt]
+            self.shares.drop(salt)
+
+    def next_victim(self, now_s: float, keep: R | None, *, wishes: bool) -> R | None:
+        """The first of the salts above their part; of all where there is none."""
+        part = self.shares.total / min(MANY, len(self.salts))
+        above = [
+            self.salts[salt]
+            for salt in self.shares.largest()
+            if self.shares.num_blocks[salt] > part and len(self.salts[salt]) > 1
+        ]
+        found = [queue.next_victim(now_s, keep, wishes=wishes) for queue in above or [self.queue]]
+        return min(
+            (item for item in found if item is not None),
+            key=lambda item: self.queue.rank(item, now_s, wishes=wishes),
+            default=None,
+        )
 
 
 class FairQueue(Generic[R]):
@@ -49,13 +131,12 @@ class FairQueue(Generic[R]):
         self.max_wished = max_wished
         self.num_wished = 0
         """Blocks that are kept by those with a wish, over or not."""
-        self._queues: dict[Hashable, RetentionQueue[R]] = {}
+        self._tenants: dict[Hashable, _Tenant[R]] = {}
+        self._shares = _Shares()
         self._held: OrderedDict[R, _Held] = OrderedDict()
         """By the time in it."""
-        self._num_blocks: dict[Hashable, int] = {}
-        self._total = 0
-        self._largest: list[tuple[int, int, Hashable]] = []
-        self._number = itertools.count()
+        self._superseded: OrderedDict[R, None] = OrderedDict()
+        """Of all tenants, in the order in which they were superseded."""
 
     def __len__(self) -> int:
         return len(self._held)
@@ -70,13 +151,29 @@ class FairQueue(Generic[R]):
         forecast: Forecast,
         now_s: float,
         wished_until_s: float = 0.0,
+        salt: Hashable = None,
     ) -> None:
-        """Enter ``item``, which keeps so many blocks, as used now."""
+        """Enter ``item`` as used now.
+
+        Args:
+            item: the residency; it is taken out first where it is in.
+            tenant: who shares with others (``types.tenant_of_salt``).
+            num_blocks: what it keeps.
+            worth: its class.
+            forecast: when its session is expected back.
+            now_s: the time, seconds.
+            wished_until_s: until then its client asked to keep it; 0 without a wish.
+            salt: who shares within the tenant: its cache salt.
+        """
         self.discard(item)
-        self._held[item] = _Held(tenant, num_blocks, now_s, wished_until_s)
-        self._count(self._held[item], num_blocks)
-        queue = self._queues.setdefault(tenant, RetentionQueue())
-        queue.add(item, worth, forecast, now_s, wished_until_s)
+        held = self._held[item] = _Held(tenant, salt, num_blocks, now_s, wished_until_s)
+        if tenant not in self._tenants:
+            self._tenants[tenant] = _Tenant()
+        for queue in self._tenants[tenant].queues(salt):
+            queue.add(item, worth, forecast, now_s, wished_until_s)
+        self._count(held, num_blocks)
+        if worth is Worth.SUPERSEDED:
+            self._superseded[item] = None
 
     def shrink(self, item: R, num_blocks: int) -> None:
         """``item`` gave some of its blocks back and keeps so many. A no-op when it is not in."""
@@ -91,25 +188,39 @@ class FairQueue(Generic[R]):
         if held is None:
             return
         self._count(held, -held.num_blocks)
-        queue = self._queues[held.tenant]
-        queue.discard(item)
-        if not len(queue):
-            del self._queues[held.tenant]
-            del self._num_blocks[held.tenant]
+        self._superseded.pop(item, None)
+        tenant = self._tenants[held.tenant]
+        tenant.discard(item, held.salt)
+        if not len(tenant.queue):
+            del self._tenants[held.tenant]
+            self._shares.drop(held.tenant)
 
     def supersede(self, item: R) -> None:
         """Let ``item`` go before all that are live; a no-op when it is not in."""
         held = self._held.get(item)
         if held is not None:
-            self._queues[held.tenant].supersede(item)
+            self._superseded[item] = None
+            for queue in self._tenants[held.tenant].queues(held.salt):
+                queue.supersede(item)
 
     def next_victim(self, now_s: float, keep: R | None = None) -> R | None:
         """The residency to demote first, sparing ``keep``; None when nothing is left."""
-        if len(self._queues) > MANY:
-            found = self._first_of([self._largest_holder()], now_s, keep)
-            if found is not None:
-                return found
-        return self._first_of(self._queues, now_s, keep)
+        for item in self._superseded:
+            if item != keep:
+                return item
+        if not self._tenants:
+            return None
+        wishes = self.num_wished <= self.max_wished
+        part = self._shares.total / len(self._tenants)
+        firsts: list[tuple[bool, Rank, R]] = []
+        for name in self._shares.largest():
+            tenant = self._tenants[name]
+            first = tenant.next_victim(now_s, keep, wishes=wishes)
+            if first is not None:
+                is_within = self._shares.num_blocks[name] <= part
+                firsts.append((is_within, tenant.queue.rank(first, now_s, wishes=wishes), first))
+        best = min(firsts, key=lambda first: first[:2], default=None)
+        return None if best is None else best[2]
 
     def rank(self, item: R, now_s: float) -> Rank:
         """What ``item`` is compared by within its tenant.
@@ -117,44 +228,14 @@ class FairQueue(Generic[R]):
         Raises:
             KeyError: it is not in.
         """
-        queue = self._queues[self._held[item].tenant]
+        queue = self._tenants[self._held[item].tenant].queue
         return queue.rank(item, now_s, wishes=self.num_wished <= self.max_wished)
 
-    def _first_of(self, tenants: Iterable[Hashable], now_s: float, keep: R | None) -> R | None:
-        firsts = []
-        wishes = self.num_wished <= self.max_wished
-        for tenant in tenants:
-            queue = self._queues[tenant]
-            item = queue.next_victim(now_s, keep, wishes=wishes)
-            if item is not None:
-                firsts.append((queue.rank(item, now_s, wishes=wishes), tenant, item))
-        if not firsts:
-            return None
-        best = min(firsts, key=lambda first: first[0])
-        if best[0][0] is not Worth.SUPERSEDED:
-            part = self._total / len(self._queues)
-            above = [first for first in firsts if self._num_blocks[first[1]] > part]
-            best = min(above or firsts, key=lambda first: first[0])
-        return best[2]
-
-    def _largest_holder(self) -> Hashable:
-        while True:
-            negative, _, tenant = self._largest[0]
-            if self._num_blocks.get(tenant) == -negative:
-                return tenant
-            heapq.heappop(self._largest)
-
-    def _count(self, holder: _Held, num_blocks: int) -> None:
-        tenant = holder.tenant
-        self._total += num_blocks
-        self.num_wished += num_blocks if holder.wished_until_s else 0
-        held = self._num_blocks[tenant] = self._num_blocks.get(tenant, 0) + num_blocks
-        heapq.heappush(self._largest, (-held, next(self._number), tenant))
-        if len(self._largest) > 64 + 4 * len(self._num_blocks):
-            self._largest = [
-                (-blocks, next(self._number), each) for each, blocks in self._num_blocks.items()
-            ]
-            heapq.heapify(self._largest)
+    def _count(self, held: _Held, num_blocks: int) -> None:
+        """So many blocks more, or less."""
+        self.num_wished += num_blocks if held.wished_until_s else 0
+        self._shares.add(held.tenant, num_blocks)
+        self._tenants[held.tenant].shares.add(held.salt, num_blocks)
 
     def expired(self, deadline_s: float, now_s: float) -> list[R]:
         """Those last used before ``deadline_s``, oldest first; not those with a wish that lasts.

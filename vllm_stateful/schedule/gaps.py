@@ -3,9 +3,13 @@
 
 A gap is the time from the end of a turn to the arrival of the next. Gaps are near log-normal with
 heavy tails, and some sessions never come back, so what is learned is a histogram over log-spaced
-times with one more bin for "never". It starts as a log-normal prior; the histogram of a tool starts
-as that of its kind, and a session's own gaps are mixed in. ``Forecast`` turns one into what a
-waiting session is worth at each age.
+times with one more bin for "never". The histogram of a tool starts as that of its kind, that of a
+kind as a log-normal prior, and a session's own gaps are mixed in. ``Forecast`` turns one into what
+a waiting session is worth at each age.
+
+Each tenant has a book of its own, of bounded size: the names that one tenant's tools have push
+nobody else's out. Where ``MIN_TENANTS`` others have learned a kind, or a tool of the same name, a
+tenant that has not starts as the mean of theirs. So what fewer have seen is never told to anybody.
 
 Source: Continuum (arXiv:2511.02230) for gaps per tool; least hit density (Beckmann et al., NSDI'18)
 and Gittins' index for the worth.
@@ -13,6 +17,7 @@ and Gittins' index for the worth.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections import OrderedDict
@@ -50,8 +55,20 @@ MOST_GAPS = 2000.0
 OWN_DECAY = 0.9
 """How much less each earlier gap of a session counts than the one after it."""
 
-MAX_HISTOGRAMS = 1024
-"""Of all tenants together; the one that was used longest ago is forgotten."""
+MAX_TOOLS = 256
+"""Histograms of tools that one tenant has; the one that was used longest ago is forgotten."""
+
+MAX_HISTOGRAMS = 16384
+"""Of all tenants together, some 10 MB; the tenant that was seen longest ago is forgotten."""
+
+MIN_TENANTS = 3
+"""Tenants that must have learned a gap before it is what others start with."""
+
+MIN_GAPS = 4
+"""Gaps after which a tenant counts as one that has learned."""
+
+MAX_SHARING = 16
+"""Tenants whose mean is taken, those that learned last."""
 
 
 class WaitKind(StrEnum):
@@ -156,16 +173,69 @@ class Forecast:
         return self._rates[bin_of(age_s)] if age_s < LONGEST_S else 0.0
 
 
-class GapModel:
-    """All histograms of one engine core. Not thread-safe."""
+class _Histogram:
+    """What one tenant saw of one kind of wait, or of one tool."""
 
-    def __init__(self, max_histograms: int = MAX_HISTOGRAMS) -> None:
+    __slots__ = ("counts", "num_gaps")
+
+    def __init__(self, shares: Floats) -> None:
+        self.counts = shares * PARENT_WEIGHT
+        self.num_gaps = 0
+
+    @property
+    def shares(self) -> Floats:
+        """Shape ``[NUM_BINS + 1]``, sum 1."""
+        shares: Floats = self.counts / self.counts.sum()
+        return shares
+
+    def add(self, place: int, *, was_lost: bool = False) -> None:
+        """One more gap in a bin; the last bin is "never", and ``was_lost`` takes one out of it."""
+        self.num_gaps += 1
+        self.counts[place] += 1
+        if was_lost:
+            self.counts[-1] = max(0.01, self.counts[-1] - 1)
+        total = self.counts.sum()
+        if total > MOST_GAPS:
+            self.counts *= MOST_GAPS / total
+
+
+_Key = tuple[WaitKind] | tuple[WaitKind, str, int]
+"""A kind of wait; or a kind, the name of a tool, and how often the session came back so far."""
+
+
+class _Book:
+    """The histograms of one tenant. Those of kinds are few and stay as long as it does."""
+
+    __slots__ = ("kinds", "tools")
+
+    def __init__(self) -> None:
+        self.kinds: dict[_Key, _Histogram] = {}
+        self.tools: OrderedDict[_Key, _Histogram] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.kinds) + len(self.tools)
+
+
+class GapModel:
+    """All histograms of one engine core. Not thread-safe.
+
+    Args:
+        max_histograms: of all tenants together, but always those of the one that learns.
+        max_tools: histograms of tools that one tenant may have.
+    """
+
+    def __init__(self, max_histograms: int = MAX_HISTOGRAMS, max_tools: int = MAX_TOOLS) -> None:
         self._max = max_histograms
-        self._counts: OrderedDict[Hashable, Floats] = OrderedDict()
+        self._max_tools = max(1, min(max_tools, max_histograms - len(WaitKind)))
+        self._num = 0
+        self._books: OrderedDict[Hashable, _Book] = OrderedDict()
+        """The tenant that was seen longest ago first."""
+        self._learned: dict[_Key, dict[Hashable, _Histogram]] = {}
+        """The tenants that have learned each, as they did."""
         self._priors = {kind: _log_normal(prior) for kind, prior in PRIORS.items()}
 
     def __len__(self) -> int:
-        return len(self._counts)
+        return self._num
 
     def learn(self, tenant: Hashable, wait: Wait, gap_s: float, *, was_lost: bool = False) -> None:
         """A session came back.
@@ -176,17 +246,11 @@ class GapModel:
             gap_s: seconds until this one.
             was_lost: ``learn_lost`` was told so.
         """
-        for counts in self._path(tenant, wait):
-            counts[bin_of(gap_s)] += 1
-            if was_lost:
-                counts[-1] = max(0.01, counts[-1] - 1)
-            self._bound(counts)
+        self._add(tenant, wait, bin_of(gap_s), was_lost=was_lost)
 
     def learn_lost(self, tenant: Hashable, wait: Wait) -> None:
         """A session was closed, or was silent for ``LOST_S``."""
-        for counts in self._path(tenant, wait):
-            counts[-1] += 1
-            self._bound(counts)
+        self._add(tenant, wait, NUM_BINS)
 
     def forecast(self, tenant: Hashable, wait: Wait, own: OwnGaps | None = None) -> Forecast:
         """What to expect of a session that begins to wait.
@@ -196,28 +260,82 @@ class GapModel:
             wait: what it waits for.
             own: its gaps so far.
         """
-        counts = self._path(tenant, wait)[-1]
-        shares = counts / counts.sum()
+        kind, tool = _keys(wait)
+        book = self._books.get(tenant)
+        if book is None:
+            shares = self._start_of_tool(tool, self._start_of_kind(kind))
+        else:
+            self._books.move_to_end(tenant)
+            shares = self._shares(book, kind, tool)
         return Forecast(shares if own is None else own.mixed_into(wait.kind, shares))
 
-    def _path(self, tenant: Hashable, wait: Wait) -> list[Floats]:
-        """The histograms that a wait belongs to, from the most general on."""
-        parent = self._priors[wait.kind]
-        found = []
-        stage = min(4, wait.num_turns.bit_length() - 1)
-        for key in ((tenant, wait.kind), (tenant, wait.kind, wait.tool, stage)):
-            counts = self._counts.get(key)
-            if counts is None:
-                counts = self._counts[key] = parent / parent.sum() * PARENT_WEIGHT
-            self._counts.move_to_end(key)
-            found.append(counts)
-            parent = counts
-        while len(self._counts) > self._max:
-            self._counts.popitem(last=False)
-        return found
+    def _shares(self, book: _Book, kind: _Key, tool: _Key) -> Floats:
+        found = book.tools.get(tool)
+        if found is not None:
+            book.tools.move_to_end(tool)
+            return found.shares
+        parent = book.kinds.get(kind)
+        return self._start_of_tool(
+            tool, self._start_of_kind(kind) if parent is None else parent.shares
+        )
 
-    @staticmethod
-    def _bound(counts: Floats) -> None:
-        total = counts.sum()
-        if total > MOST_GAPS:
-            counts *= MOST_GAPS / total
+    def _add(self, tenant: Hashable, wait: Wait, place: int, *, was_lost: bool = False) -> None:
+        kind, tool = _keys(wait)
+        book = self._books.setdefault(tenant, _Book())
+        self._books.move_to_end(tenant)
+        of_kind = book.kinds.get(kind)
+        if of_kind is None:
+            of_kind = book.kinds[kind] = _Histogram(self._start_of_kind(kind))
+            self._num += 1
+        of_tool = book.tools.get(tool)
+        if of_tool is None:
+            of_tool = book.tools[tool] = _Histogram(self._start_of_tool(tool, of_kind.shares))
+            self._num += 1
+        book.tools.move_to_end(tool)
+        for key, histogram in ((kind, of_kind), (tool, of_tool)):
+            histogram.add(place, was_lost=was_lost)
+            if histogram.num_gaps == MIN_GAPS:
+                self._learned.setdefault(key, {})[tenant] = histogram
+        self._bound(tenant, book)
+
+    def _bound(self, tenant: Hashable, book: _Book) -> None:
+        """Forget tools of this tenant, and other tenants, until both limits are kept."""
+        while len(book.tools) > self._max_tools:
+            self._forget(tenant, book.tools.popitem(last=False)[0])
+        while self._num > self._max and len(self._books) > 1:
+            oldest, gone = self._books.popitem(last=False)
+            for key in (*gone.kinds, *gone.tools):
+                self._forget(oldest, key)
+
+    def _forget(self, tenant: Hashable, key: _Key) -> None:
+        """A histogram went out of its book."""
+        self._num -= 1
+        tenants = self._learned.get(key, {})
+        if tenants.pop(tenant, None) is not None and not tenants:
+            del self._learned[key]
+
+    def _start_of_kind(self, kind: _Key) -> Floats:
+        """What a tenant that knows nothing of a kind expects of it."""
+        shared = self._shared(kind)
+        prior = self._priors[kind[0]]
+        return prior / prior.sum() if shared is None else shared
+
+    def _start_of_tool(self, tool: _Key, parent: Floats) -> Floats:
+        """What a tenant that knows nothing of a tool expects of it."""
+        shared = self._shared(tool)
+        return parent if shared is None else shared
+
+    def _shared(self, key: _Key) -> Floats | None:
+        """The mean of those who have learned it; None where they are too few."""
+        tenants = self._learned.get(key, {})
+        if len(tenants) < MIN_TENANTS:
+            return None
+        last = [each.shares for each in itertools.islice(reversed(tenants.values()), MAX_SHARING)]
+        mean: Floats = np.mean(last, axis=0)
+        return mean
+
+
+def _keys(wait: Wait) -> tuple[_Key, _Key]:
+    """Where a wait belongs to: its kind, and below it the tool."""
+    stage = min(4, wait.num_turns.bit_length() - 1)
+    return (wait.kind,), (wait.kind, wait.tool, stage)

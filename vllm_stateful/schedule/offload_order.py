@@ -42,6 +42,8 @@ class Owner(NamedTuple):
 
     session: Hashable
     tenant: Hashable = None
+    salt: Hashable = None
+    """Its cache salt, by which sessions share within the tenant (``schedule.fairness``)."""
 
 
 class _Waiting(NamedTuple):
@@ -253,6 +255,7 @@ class OffloadOrder(Generic[K]):
         self._queue.add(
             owner,
             tenant=owner.tenant,
+            salt=owner.salt,
             num_blocks=len(claim.keys),
             worth=Worth.LIVE,
             forecast=known.forecast,

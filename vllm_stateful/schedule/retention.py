@@ -93,7 +93,8 @@ class RetentionQueue(Generic[R]):
         self._wishes: list[tuple[float, int, R]] = []
         """Heap of when wishes end; may name what is gone or was renewed."""
         self._number = itertools.count()
-        self._chance = random.Random(0)
+        self._chance: random.Random | None = None
+        """Made when it is needed: it is large, and most queues are short."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -177,6 +178,8 @@ class RetentionQueue(Generic[R]):
     def _candidates(self, bag: _Bag[R], worth: Worth) -> Iterable[R]:
         if len(bag.items) <= SAMPLE:
             return bag.items
+        if self._chance is None:
+            self._chance = random.Random(0)
         drawn = self._chance.choices(bag.items, k=SAMPLE)
         earlier = [item for item in self._runners_up[worth] if item in bag]
         return dict.fromkeys([*drawn, *earlier])

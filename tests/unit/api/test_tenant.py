@@ -4,12 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_stateful.api.session_identity import (
-    SALT_PREFIX,
     TurnIdentity,
     resolve_turn,
     scoped_salt,
     tenant_of,
 )
+from vllm_stateful.types import SALT_PREFIX, tenant_of_salt
 
 ID = "0d3a9c52-6f1e-4b7a-8a55-2f6d0c9e7b11"
 
@@ -61,6 +61,28 @@ def test_nobody_can_choose_the_salt_of_a_tenant() -> None:
     assert scoped_salt("", salt) != salt
 
 
+def test_the_tenant_can_be_read_back_from_a_salt_of_its_own() -> None:
+    tenant = turn_with_key("key-one").tenant
+    assert tenant_of_salt(scoped_salt(tenant, None)) == tenant
+    assert tenant_of_salt(scoped_salt(tenant, "conversation 1")) == tenant
+    assert tenant_of_salt(scoped_salt(tenant, scoped_salt(tenant, None))) == tenant
+
+
+def test_no_salt_that_a_client_chooses_is_counted_as_somebody_else_s() -> None:
+    victim = turn_with_key("key-one").tenant
+    salt = scoped_salt(victim, "salt")
+    for thief in ("", turn_with_key("key-two").tenant):
+        for chosen in (salt, scoped_salt(victim, None), f"{SALT_PREFIX}{victim}.", victim):
+            forged = scoped_salt(thief, chosen)
+            assert forged not in (salt, scoped_salt(victim, None))
+            assert tenant_of_salt(forged) == thief
+
+
+@pytest.mark.parametrize("salt", [None, "", "my salt", SALT_PREFIX, "0123456789abcdef"])
+def test_what_was_sent_without_a_tenant_belongs_to_none(salt: str | None) -> None:
+    assert tenant_of_salt(scoped_salt("", salt)) == ""
+
+
 SALT_TEXT = st.text(max_size=128)
 TENANTS = st.one_of(st.just(""), st.text("0123456789abcdef", min_size=16, max_size=16), SALT_TEXT)
 SALTS = st.one_of(st.none(), SALT_TEXT, st.just(SALT_PREFIX), SALT_TEXT.map(SALT_PREFIX.__add__))
@@ -73,6 +95,17 @@ def test_scoped_salt_is_injective(pairs: list[tuple[str, str | None]]) -> None:
     assert len(salts) == len(pairs)
     chosen_by_clients = {("", salt) for salt in salts} | set(pairs)
     assert len({scoped_salt(*pair) for pair in chosen_by_clients}) == len(chosen_by_clients)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(TENANTS, SALTS), max_size=12))
+def test_salts_name_the_same_tenant_where_they_have_the_same(
+    pairs: list[tuple[str, str | None]],
+) -> None:
+    named = [(tenant, tenant_of_salt(scoped_salt(tenant, salt))) for tenant, salt in pairs]
+    assert len(set(named)) == len({tenant for tenant, _ in named})
+    assert len({name for _, name in named}) == len(set(named))
+    assert all(name == tenant for tenant, name in named if not tenant)
 
 
 @settings(max_examples=100, deadline=None)

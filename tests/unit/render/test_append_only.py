@@ -29,6 +29,9 @@ GOOD = {
     "chatml": CHATML,
     "looks back": LOOKS_BACK,
     "tools": (ROOT / "benchmarks/models/smollm2_tools.jinja").read_text(),
+    "a default": "{% if add_generation_prompt is not defined %}"
+    + "{% set add_generation_prompt = false %}{% endif %}"
+    + CHATML,
 }
 LOOP = "{% for message in messages %}"
 BAD = {
@@ -63,6 +66,17 @@ BAD = {
     + "{{ m() }}{% endfor %}",
     "break": LOOP + "{% break %}{% endfor %}",
     "in a condition": "{% if x %}" + LOOP + "{{ message.role }}{% endfor %}{% endif %}",
+    "asks in the loop": LOOP
+    + "{{ message.role }}{% if loop.first and add_generation_prompt %}!{% endif %}{% endfor %}",
+    "asks in a macro": "{% macro m(x) %}{{ x }}{{ add_generation_prompt }}{% endmacro %}"
+    + LOOP
+    + "{{ m(message.role) }}{% endfor %}",
+    "asks under another name": "{% set asks = add_generation_prompt %}"
+    + LOOP
+    + "{{ message.role }}{{ asks }}{% endfor %}",
+    "asks at the beginning": "{% if add_generation_prompt %}>{% endif %}"
+    + LOOP
+    + "{{ message.role }}{% endfor %}",
     "an end": LOOP + "{{ message.role }}{% endfor %}{{ '>' if add_generation_prompt else '.' }}",
     "another end": LOOP
     + "{{ message.role }}{% endfor %}{% if add_generation_prompt %}>{% else %}.{% endif %}",

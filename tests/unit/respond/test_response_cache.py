@@ -24,9 +24,9 @@ def test_it_keeps_what_was_used_last_within_its_bytes(
             if key in known:
                 model = [each for each in model if each[0] != key] + [(key, known[key])]
             continue
-        answer = Answer((size,), size)
+        answer = Answer(key, (size,), size)
         model = [each for each in model if each[0] != key]
-        assert cache.put(key, answer) == (size + KEY_BYTES <= limit)
+        assert cache.put(answer) == (size + KEY_BYTES <= limit)
         if size + KEY_BYTES <= limit:
             model.append((key, answer))
         while sum(a.num_bytes + KEY_BYTES for _, a in model) > limit:
@@ -79,7 +79,9 @@ class AnyFlights(RuleBasedStateMachine):
         assert all(self.got[each] == self.engine[name] for each in flight.followers)
         if is_last:
             answer = self.flights.ends(flight)
-            assert answer == Answer(tuple(self.engine.pop(name)), 10 * len(answer.steps))
+            assert answer == Answer(
+                flight.key, tuple(self.engine.pop(name)), 10 * len(answer.steps)
+            )
             for each in (*flight.followers, *([name] if flight.is_led else ())):
                 del self.key[each]
 

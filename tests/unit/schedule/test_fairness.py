@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several tenants share what may be kept."""
 
-from hypothesis import given
+from collections import Counter
+from dataclasses import dataclass
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_stateful.schedule.fairness import MANY, FairQueue
@@ -180,3 +183,190 @@ def test_of_many_tenants_the_one_that_holds_most_gives_first() -> None:
     assert [tenant for tenant, _ in order[:2]] == [7, 7]
     assert len(order) == len(set(order)) == 6 * MANY - 1
     assert len(queue) == 1
+
+
+# ---- salts of one tenant ---------------------------------------------------------------------
+
+
+def enter(
+    queue: FairQueue[str], item: str, tenant: str, salt: str | None, num_blocks: int, used_s: float
+) -> None:
+    queue.add(
+        item,
+        tenant=tenant,
+        salt=salt,
+        num_blocks=num_blocks,
+        worth=Worth.LIVE,
+        forecast=USER,
+        now_s=used_s,
+    )
+
+
+def test_a_salt_for_each_session_does_not_turn_the_tenants_over() -> None:
+    """The victim keeps more than any salt of the others, and less than any tenant."""
+    queue: FairQueue[str] = FairQueue()
+    enter(queue, "victim", "victim", None, 12, 0.0)
+    for tenant in range(MANY):
+        for number in range(2):
+            enter(queue, f"{tenant}-{number}", f"tenant-{tenant}", None, 7, 1.0)
+    for number in range(60):
+        enter(queue, f"salted-{number}", "attacker", f"salt-{number}", 10, 2.0)
+    for _ in range(58):
+        gone = queue.next_victim(100.0)
+        assert gone is not None
+        assert gone.startswith("salted")
+        queue.discard(gone)
+    assert queue.rank("victim", 100.0)
+
+
+def test_salts_of_one_conversation_each_change_nothing() -> None:
+    """Their lengths differ; one that is longer does not go sooner for it."""
+    plain: FairQueue[str] = FairQueue()
+    salted: FairQueue[str] = FairQueue()
+    for number in range(100):
+        num_blocks, used_s = 1 + number * 37 % 101, float(number * 53 % 97)
+        enter(plain, f"{number}", "a", None, num_blocks, used_s)
+        enter(salted, f"{number}", "a", f"salt-{number}", num_blocks, used_s)
+    order = drain(salted)
+    assert len(order) == 100
+    assert order == drain(plain)
+
+
+def test_salts_of_several_sessions_share_within_their_tenant() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(4):
+        enter(queue, f"a{number}", "", "a", 10, 10.0 + number)
+    enter(queue, "b0", "", "b", 10, 0.0)
+    assert drain(queue) == ["a0", "a1", "a2", "b0", "a3"]
+
+
+def test_of_many_salts_one_keeps_no_more_than_a_quarter() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(10):
+        enter(queue, f"flood-{number}", "", "flood", 10, 100.0)
+    for number in range(6):
+        enter(queue, f"calm-{number}", "", f"salt-{number}", 10, 0.0)
+    order = drain(queue)
+    assert all(item.startswith("flood") for item in order[:8])
+    assert order[8].startswith("calm")
+
+
+def test_what_was_superseded_goes_first_of_many_tenants_too() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(3 * MANY):
+        enter(queue, f"{number}", f"tenant-{number}", None, 100 - number, 0.0)
+    queue.supersede("11")
+    queue.supersede("10")
+    assert drain(queue, keep="11")[:2] == ["10", "0"]
+
+
+@dataclass
+class Kept:
+    tenant: str
+    salt: str
+    num_blocks: int
+    soon: bool
+    used_s: float
+    gives_half: bool
+
+
+class Naive:
+    """Looks at everything, every time."""
+
+    def __init__(self, items: list[Kept]) -> None:
+        self.items = dict(enumerate(items))
+        self.superseded: list[int] = []
+
+    def rank(self, number: int, now_s: float) -> tuple[float, float]:
+        item = self.items[number]
+        return (TOOL if item.soon else USER).rate(now_s - item.used_s), item.used_s
+
+    def first_of(self, tenant: str, now_s: float, keep: int) -> int | None:
+        held: Counter[str] = Counter()
+        num: Counter[str] = Counter()
+        own = {n: item for n, item in self.items.items() if item.tenant == tenant}
+        for item in own.values():
+            held[item.salt] += item.num_blocks
+            num[item.salt] += 1
+        part = held.total() / min(MANY, len(held))
+        above = [n for n in own if held[own[n].salt] > part and num[own[n].salt] > 1]
+        return min(
+            (n for n in above or own if n != keep),
+            key=lambda number: self.rank(number, now_s),
+            default=None,
+        )
+
+    def allowed(self, now_s: float, keep: int) -> set[int | None]:
+        """Those that may go: one, but where it depends on who is among the largest."""
+        if given := [number for number in self.superseded if number != keep]:
+            return {given[0]}
+        held: Counter[str] = Counter()
+        for item in self.items.values():
+            held[item.tenant] += item.num_blocks
+        if not held:
+            return {None}
+        least = sorted(held.values(), reverse=True)[:MANY][-1]
+        seen = {tenant for tenant in held if held[tenant] >= least}
+        surely = {t for t in held if held[t] > least} if len(seen) > MANY else seen
+        firsts = {t: first for t in seen if (first := self.first_of(t, now_s, keep)) is not None}
+        if above := {t for t in firsts if held[t] > held.total() / len(held)}:
+            firsts = {t: firsts[t] for t in above}
+        sure = [self.rank(firsts[t], now_s) for t in firsts if t in surely]
+        best = min(sure, default=(float("inf"), 0.0))
+        return {n for n in firsts.values() if self.rank(n, now_s) <= best} or {None}
+
+
+KEPT = st.builds(
+    Kept,
+    tenant=st.sampled_from("abcdefg"),
+    salt=st.sampled_from("pqrstu"),
+    num_blocks=st.integers(1, 9),
+    soon=st.booleans(),
+    used_s=st.just(0.0),
+    gives_half=st.booleans(),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    items=st.lists(KEPT, max_size=28),
+    superseded=st.lists(st.integers(0, 27), unique=True, max_size=3),
+    keep=st.integers(-1, 27),
+)
+def test_every_victim_is_one_that_a_look_at_everything_allows(
+    items: list[Kept], superseded: list[int], keep: int
+) -> None:
+    queue: FairQueue[int] = FairQueue()
+    for number, item in enumerate(items):
+        item.used_s = float(number)
+        queue.add(
+            number,
+            tenant=item.tenant,
+            salt=item.salt,
+            num_blocks=item.num_blocks,
+            worth=Worth.LIVE,
+            forecast=TOOL if item.soon else USER,
+            now_s=item.used_s,
+        )
+    naive = Naive(items)
+    for number in superseded:
+        queue.supersede(number)
+        if number in naive.items:
+            naive.superseded.append(number)
+    now_s = 30.0
+    while True:
+        victim = queue.next_victim(now_s, keep)
+        assert victim in naive.allowed(now_s, keep)
+        if victim is None:
+            break
+        now_s += 7.0
+        item = naive.items[victim]
+        if item.gives_half and item.num_blocks > 1:
+            item.gives_half, item.num_blocks = False, item.num_blocks // 2
+            queue.shrink(victim, item.num_blocks)
+            continue
+        queue.discard(victim)
+        del naive.items[victim]
+        if victim in naive.superseded:
+            naive.superseded.remove(victim)
+    assert len(queue) == len(naive.items) == (keep in naive.items)

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from vllm_stateful.schedule.gaps import (
     EDGES_S,
     LONGEST_S,
+    MAX_TOOLS,
+    MIN_GAPS,
+    MIN_TENANTS,
     MOST_GAPS,
     NUM_BINS,
     Forecast,
@@ -137,3 +140,104 @@ def test_memory_is_bounded() -> None:
     for number in range(100):
         model.learn("a", Wait(WaitKind.TOOL, f"tool-{number}"), 1.0)
     assert len(model) <= 8
+
+
+def tool(name: str) -> Wait:
+    return Wait(WaitKind.TOOL, name)
+
+
+def learned(model: GapModel, tenant: str, wait: Wait, gap_s: float, num: int = 50) -> None:
+    for _ in range(num):
+        model.learn(tenant, wait, gap_s)
+
+
+def same(one: Forecast, other: Forecast) -> bool:
+    return rates(one, *EDGES_S) == rates(other, *EDGES_S)
+
+
+def test_one_tenant_s_tool_names_leave_what_another_has_learned() -> None:
+    model = GapModel()
+    learned(model, "b", tool("pytest"), 300.0)
+    learned(model, "b", USER, 900.0)
+    before = [model.forecast("b", wait) for wait in (tool("pytest"), USER, tool("new"))]
+    for number in range(1100):
+        model.learn("a", tool(f"tool-{number}"), 1.0)
+    after = [model.forecast("b", wait) for wait in (tool("pytest"), USER, tool("new"))]
+    assert all(same(*pair) for pair in zip(before, after, strict=True))
+    assert len(model) <= MAX_TOOLS + 5
+
+
+def test_a_tenant_s_tool_names_leave_what_it_learned_of_users() -> None:
+    model = GapModel()
+    learned(model, "a", Wait(WaitKind.USER, num_turns=1), 900.0)
+    before = model.forecast("a", Wait(WaitKind.USER, num_turns=2))
+    for number in range(1100):
+        model.learn("a", tool(f"tool-{number}"), 1.0)
+    assert same(model.forecast("a", Wait(WaitKind.USER, num_turns=2)), before)
+
+
+def test_to_look_is_not_to_learn() -> None:
+    model = GapModel()
+    for number in range(100):
+        model.forecast(f"tenant-{number}", tool(f"tool-{number}"))
+    assert len(model) == 0
+
+
+def test_a_new_tenant_starts_with_what_several_others_learned() -> None:
+    model = GapModel()
+    for number in range(MIN_TENANTS):
+        learned(model, f"tenant-{number}", tool("pytest"), 300.0)
+        learned(model, f"tenant-{number}", tool("grep"), 0.6)
+    fresh = GapModel().forecast("new", tool("pytest"))
+    assert model.forecast("new", tool("pytest")).rate(250) > 2 * fresh.rate(250)
+    assert model.forecast("new", tool("grep")).rate(0) > 2 * fresh.rate(0)
+    before = model.forecast("new", tool("pytest")).rate(0)
+    learned(model, "new", tool("pytest"), 1.0, num=100)
+    assert model.forecast("new", tool("pytest")).rate(0) > 10 * before
+
+
+def test_what_few_tenants_learned_is_told_to_nobody() -> None:
+    model = GapModel()
+    for number in range(MIN_TENANTS - 1):
+        learned(model, f"tenant-{number}", tool("secret"), 300.0)
+    learned(model, "another", tool("secret"), 300.0, num=MIN_GAPS - 1)
+    assert same(model.forecast("new", tool("secret")), GapModel().forecast("new", tool("secret")))
+
+
+def test_one_tenant_counts_once_however_much_it_learned() -> None:
+    loud, quiet = GapModel(), GapModel()
+    for model, num in ((loud, 1500), (quiet, 200)):
+        learned(model, "tenant-0", tool("pytest"), 300.0, num=num)
+        for number in range(1, 10):
+            learned(model, f"tenant-{number}", tool("pytest"), 1.0, num=20)
+    loudly, quietly = (model.forecast("new", tool("pytest")).rate(0) for model in (loud, quiet))
+    assert loudly == pytest.approx(quietly, rel=0.1)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdef"), st.sampled_from("pqrstuvw"), st.booleans()),
+        max_size=120,
+    )
+)
+def test_the_books_agree_with_what_is_counted(events: list[tuple[str, str, bool]]) -> None:
+    """A naive model: for each tenant the last names it used, and tenants by last use."""
+    model = GapModel(max_histograms=12, max_tools=3)
+    naive: dict[str, list[str]] = {}
+    for tenant, name, is_lost in events:
+        if is_lost:
+            model.learn_lost(tenant, tool(name))
+        else:
+            model.learn(tenant, tool(name), 1.0)
+        names = naive.pop(tenant, [])
+        naive[tenant] = [*(each for each in names if each != name), name][-3:]
+        while sum(1 + len(each) for each in naive.values()) > 12:
+            del naive[next(iter(naive))]
+        books = {tenant: [key[1] for key in book.tools] for tenant, book in model._books.items()}
+        assert list(books.items()) == list(naive.items())
+        assert len(model) == sum(len(book) for book in model._books.values())
+        for key, tenants in model._learned.items():
+            assert tenants
+            for each, histogram in tenants.items():
+                book = model._books[each]
+                assert (book.tools.get(key) or book.kinds.get(key)) is histogram

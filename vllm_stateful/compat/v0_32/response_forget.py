@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """New weights, another adapter, an emptied cache: what was answered before no longer holds."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from vllm_stateful.compat.hook import Hook
 from vllm_stateful.compat.patch import Patch
 
 hook: Hook[Callable[[Any, str], None]] = Hook("response-forget")
-"""Gets the client and the name of what the engine core is asked to do."""
+"""Gets the client and the name of what the engine core is asked to do, before it is."""
+
+done: Hook[Callable[[Any, str, Any], Awaitable[None]]] = Hook("response-forget-done")
+"""Gets the same and the engine, once it is done; the caller waits for this too."""
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     async def _call_utility_async(self: Any, method: str, *args: Any, engine: Any) -> Any:
         if (fn := hook.fn) is not None:
             fn(self, method)
-        result = await original(self, method, *args, engine=engine)
-        if (fn := hook.fn) is not None:
-            fn(self, method)  # and what was answered meanwhile
-        return result
+        try:
+            return await original(self, method, *args, engine=engine)
+        finally:
+            if (after := done.fn) is not None:
+                await after(self, method, engine)
 
     return _call_utility_async
 

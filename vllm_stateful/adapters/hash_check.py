@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block hashes worked out again from tokens and identity: part of the invariant check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import (
+    get_request_block_hasher,
+    make_block_hash_with_group_id,
+)
+from vllm.v1.request import Request
+
+from vllm_stateful.errors import InvariantError
+
+
+class HashCheck:
+    """Follows the requests of one scheduler; each block is hashed again once.
+
+    Args:
+        hash_block_size: tokens of a hash.
+        algorithm: vLLM's name of the hash function.
+    """
+
+    def __init__(self, hash_block_size: int, algorithm: str) -> None:
+        self._hasher: Callable[[Any], list[Any]] = get_request_block_hasher(
+            hash_block_size, get_hash_fn_by_name(algorithm)
+        )
+        self._right: dict[str, list[Any]] = {}
+        """Of each running request the hashes that were found right."""
+
+    def check(self, manager: Any, requests: dict[str, Request]) -> None:
+        """Check the hashes that came since the last time, and the blocks that bear them.
+
+        Raises:
+            InvariantError: a hash is not what the block's tokens and identity give.
+        """
+        for gone in self._right.keys() - requests.keys():
+            del self._right[gone]
+        for name, request in requests.items():
+            if request.block_hashes:
+                self._check_request(request, self._right.setdefault(name, []))
+                self._check_blocks(manager, request)
+
+    def _check_request(self, request: Request, right: list[Any]) -> None:
+        if len(right) < len(request.block_hashes):
+            right += self._hasher(
+                SimpleNamespace(
+                    block_hashes=list(right),
+                    num_tokens=request.num_tokens,
+                    all_token_ids=request.all_token_ids,
+                    lora_request=request.lora_request,
+                    cache_salt=request.cache_salt,
+                    mm_features=request.mm_features,
+                    prompt_embeds=request.prompt_embeds,
+                    _prompt_embeds_per_block_hashes={},
+                )
+            )
+        for place, (found, expected) in enumerate(zip(request.block_hashes, right, strict=False)):
+            if found != expected:
+                raise InvariantError(
+                    f"request {request.request_id}: the hash of its block {place} is not that of "
+                    "its tokens and identity"
+                )
+
+    def _check_blocks(self, manager: Any, request: Request) -> None:
+        (group,) = manager.coordinator.single_type_managers
+        blocks = group.req_to_blocks.get(request.request_id, ())
+        for place, (block, expected) in enumerate(zip(blocks, request.block_hashes, strict=False)):
+            found = block.block_hash
+            if found is not None and found != make_block_hash_with_group_id(expected, 0):
+                raise InvariantError(
+                    f"block {block.block_id}, at place {place} of request {request.request_id}, "
+                    "bears the hash of something else"
+                )
