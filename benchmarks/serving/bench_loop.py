@@ -26,7 +26,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.parser.parser_manager import ParserManager
 
 from vllm_stateful.adapters import tool_call_plan
-from vllm_stateful.respond.partial_schema import MAX_STEPS, Steps, compile_schema, objection
+from vllm_stateful.respond.compiled_schema import compile_schema
+from vllm_stateful.respond.partial_schema import MAX_STEPS, Steps, objection
 from vllm_stateful.respond.tool_call_stream import ToolCallStream
 
 MB = 1_000_000

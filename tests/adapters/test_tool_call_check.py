@@ -2,6 +2,7 @@
 """From a parsed request to the end of its turn, through vLLM's own output processor."""
 
 from collections.abc import Iterator
+from concurrent.futures import wait
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,10 @@ def http(tool_parser: str | None = "hermes", reasoning: str | None = None, **mor
 
 def chat(**fields: Any) -> ChatCompletionRequest:
     return ChatCompletionRequest(**{"messages": USER, "tools": [TOOL], **fields})
+
+
+def numbered(num: int) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": f"t{place}"}} for place in range(num)]
 
 
 # ---- what a request says -----------------------------------------------------------------------
@@ -117,6 +122,7 @@ def test_a_responses_request_says_it_too() -> None:
         ({"ignore_eos": True}, {}, "parameters"),
         ({"add_generation_prompt": False, "continue_final_message": True}, {}, "parameters"),
         ({"tools": [TOOL, TOOL]}, {}, "tools"),
+        ({"tools": numbered(tool_call_plan.MAX_TOOLS + 1)}, {}, "tools"),
     ],
 )
 def test_what_is_not_known_to_be_safe_is_not_checked_and_counted(
@@ -153,6 +159,34 @@ def test_a_parser_of_guided_json_has_two_forms(monkeypatch: pytest.MonkeyPatch) 
         plan = tool_call_plan.plan_of(chat(tool_choice=choice), server)
         assert plan is not None
         assert plan.form == form
+
+
+def large(num: int) -> list[dict[str, Any]]:
+    """A tool whose schema is too large to wait for."""
+    schema = {"properties": {f"p{place}": {"type": "integer"} for place in range(num)}}
+    return [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+
+
+def test_another_thread_compiles_a_large_schema() -> None:
+    plan = tool_call_plan.plan_of(chat(tools=large(1_000)), http())
+    assert plan is not None
+    calls = plan.stream(strict=True, reasoning_ended=True)
+    text = '<tool_call>{"name": "weather", "arguments": {"p1": "x",'
+    assert calls.look(text) is None
+    wait([*tool_call_plan._compiling])
+    found = calls.look(text + ' "p2": 1,')
+    assert found is not None
+    assert found.reason.startswith("invalid_tool_call: weather: arguments.p1")
+
+
+def test_not_too_many_schemas_wait_to_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool_call_plan, "MAX_WAITING", 0)
+    plan = tool_call_plan.plan_of(chat(tools=large(1_000)), http())
+    assert plan is not None
+    for num in (1, 2):
+        calls = plan.stream(strict=True, reasoning_ended=True)
+        assert calls.look(BAD) is None
+        assert calls.unchecked == {"schema": 1}, num
 
 
 # ---- through the output processor --------------------------------------------------------------

@@ -7,17 +7,21 @@ output processor.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
 
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
+from vllm_stateful.respond.compiled_schema import CompiledSchema, compile_schema
 from vllm_stateful.respond.tool_call_stream import Form, ToolCallStream, Unchecked
+from vllm_stateful.respond.tool_schemas import ToolSchemas
 
 logger = init_logger("vllm.stateful")
 
@@ -35,6 +39,16 @@ REASONING_ENDS = {
 }
 
 
+MAX_TOOLS = 512
+"""A request with more tools is not checked."""
+
+MAX_WAITING = 32
+"""Schemas that wait to be compiled; beyond, they are rejected."""
+
+PAUSE_S = 0.0005
+"""How long the thread that compiles leaves the interpreter to the event loop, again and again."""
+
+
 class ToolCallPlan(NamedTuple):
     """What a request says of its tool calls."""
 
@@ -45,6 +59,8 @@ class ToolCallPlan(NamedTuple):
     name: str | None
     """Of the one tool that must be called."""
     reasoning_end: str | None
+    schemas: ToolSchemas
+    """Of the same tools; all answers share what may be spent on them."""
 
     def stream(self, *, strict: bool, reasoning_ended: bool) -> ToolCallStream:
         """What follows one answer."""
@@ -55,6 +71,7 @@ class ToolCallPlan(NamedTuple):
             strict=strict,
             name=self.name,
             reasoning_end=None if reasoning_ended else self.reasoning_end,
+            schemas=self.schemas,
         )
 
 
@@ -88,7 +105,7 @@ def _parser_of(raw_request: Any) -> Any:
 
 
 def _plan(request: Any, tools: list[Any], choice: Any, parser: Any) -> ToolCallPlan | Unchecked:
-    schemas = _schemas(tools)
+    schemas = _schemas(tools) if len(tools) <= MAX_TOOLS else None
     if schemas is None:
         return Unchecked.TOOLS
     name = _named(choice)
@@ -103,7 +120,8 @@ def _plan(request: Any, tools: list[Any], choice: Any, parser: Any) -> ToolCallP
         return Unchecked.REASONING
     is_single = name is not None or getattr(request, "parallel_tool_calls", None) is False
     end = None if reasoning is None else REASONING_ENDS[reasoning.__name__]
-    return ToolCallPlan(form, schemas, 1 if is_single else None, name, end)
+    limit = 1 if is_single else None
+    return ToolCallPlan(form, schemas, limit, name, end, ToolSchemas(schemas, _compile_elsewhere))
 
 
 def _form_of(parser: Any, name: str | None, choice: Any) -> Form | None:
@@ -150,6 +168,23 @@ def _goes_beyond_ends(request: Any) -> bool:
         or getattr(request, "continue_final_message", False)
         or not getattr(request, "add_generation_prompt", True)
     )
+
+
+@lru_cache(maxsize=1)
+def _compiler() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "stateful-schemas")
+
+
+_compiling: set[Future[CompiledSchema]] = set()
+
+
+def _compile_elsewhere(schema: Any) -> Future[CompiledSchema] | None:
+    if len(_compiling) >= MAX_WAITING:
+        return None
+    begun = _compiler().submit(compile_schema, schema, pause=partial(time.sleep, PAUSE_S))
+    _compiling.add(begun)
+    begun.add_done_callback(_compiling.discard)
+    return begun
 
 
 @lru_cache(maxsize=16)

@@ -4,6 +4,11 @@
 Knows the text that vLLM's tool parsers read; what it does not recognise as a call it leaves alone.
 Source: vllm/tool_parsers (hermes, llama, mistral) and vllm/parser/mistral.py of vLLM 0.32, and
 vllm/tool_parsers/streaming.py for the two forms of guided JSON.
+
+It runs for each token, in the process that serves all clients, on text and schemas that a client
+chose. So it reads on from where it was, and what must be read again (a call, at each look) is
+counted, in the steps of ``respond.tool_schemas``: an answer earns them by its length, and a look
+waits until it can be paid for. What cannot be judged is not looked at again.
 """
 
 from __future__ import annotations
@@ -14,14 +19,20 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from vllm_stateful.respond.compiled_schema import SchemaError
 from vllm_stateful.respond.json_scanner import JsonScanner
-from vllm_stateful.respond.partial_schema import SchemaError, objection
+from vllm_stateful.respond.partial_schema import Steps, objection
+from vllm_stateful.respond.stack_room import with_room
+from vllm_stateful.respond.tool_schemas import LOOK_STEPS, ToolSchemas
 
 MAX_CHARS = 256 * 1024
 """A longer call is not judged."""
 
 OFTEN = 4096
 """Up to this length a call is judged at each cut; beyond, when it has grown by 1/16."""
+
+MAX_OPEN = 256
+"""Nothing is looked at any more in an answer with more open brackets."""
 
 MAX_REASON = 200
 
@@ -33,6 +44,14 @@ INVALID = "invalid_tool_call"
 
 
 _CLOSING = "</tool_call>"
+
+STEPS_PER_LOOK = 15
+"""What a look takes whatever it is at."""
+
+_STRUCTURE = ((b"{", 400), (b"[", 100), (b",", 150), (b"\\", 10))
+_DIGITS = (b"0123456789", 60)
+_OTHER = 3
+"""Thousandths of a step to parse one of these characters; measured with Python 3.11."""
 
 
 class Form(StrEnum):
@@ -73,8 +92,10 @@ class Unchecked(StrEnum):
     TOOLS = "tools"
     """A tool that is no function."""
     SCHEMA = "schema"
-    """A schema that is broken, refers to what is not in it, or takes too long to follow."""
+    """A schema that is broken, refers to what is not in it, is too large, takes too long to follow,
+    or was not compiled when the call ended."""
     TOO_LONG = "too_long"
+    """A call that takes too long to parse, or more than the request may take."""
     TOO_DEEP = "too_deep"
     UNREADABLE = "unreadable"
     """A key that stands twice in an object, or a number of thousands of digits."""
@@ -97,6 +118,10 @@ class _Layout(StrEnum):
     ARGUMENTS = "arguments"
 
 
+class _NotYetError(Exception):
+    """The schema is being compiled."""
+
+
 class _UnjudgedError(Exception):
     def __init__(self, why: Unchecked) -> None:
         super().__init__(why)
@@ -114,6 +139,7 @@ class ToolCallStream:
         name: of the one tool that may be called, for ``Form.ARGUMENTS``.
         reasoning_end: the text at which the reasoning ends, before which there are no calls; None
             when there is none or it has ended.
+        schemas: of the same tools, shared with the other answers to the request.
     """
 
     def __init__(
@@ -125,11 +151,12 @@ class ToolCallStream:
         strict: bool,
         name: str | None = None,
         reasoning_end: str | None = None,
+        schemas: ToolSchemas | None = None,
     ) -> None:
         self.results: Counter[Result] = Counter()
         self.unchecked: Counter[Unchecked] = Counter()
         self._form = form
-        self._tools = tools
+        self._schemas = schemas or ToolSchemas(tools)
         self._limit = limit
         self._strict = strict
         self._name = name
@@ -142,10 +169,17 @@ class ToolCallStream:
         """Whether it is known that this JSON is a call."""
         self._is_counted = False
         """Whether the result of the current call is known."""
+        self._is_given_up = False
+        """Whether the current call cannot be judged."""
         self._num_judged = 0
         """Complete calls of the list."""
         self._num_calls = 0
         self._judged_at = 0
+        self._weight = 0
+        """What it takes to parse the current call, in thousandths of a step."""
+        self._weighed = 0
+        """Up to where it is weighed."""
+        self._num_seen = 0
         self._verdict: Verdict | None = None
         self._is_over = False
 
@@ -158,6 +192,8 @@ class ToolCallStream:
         Returns:
             That the turn is to end, and where; None while it may go on.
         """
+        self._schemas.earn(len(text) - self._num_seen)
+        self._num_seen = len(text)
         while self._verdict is None and not self._is_over and self._step(text):
             pass
         return self._verdict
@@ -222,7 +258,8 @@ class ToolCallStream:
     def _begin(self, layout: _Layout) -> bool:
         self._layout = layout
         self._scanner = JsonScanner(self._pos)
-        self._is_counted = False
+        self._is_counted = self._is_given_up = False
+        self._weight, self._weighed = 0, self._pos
         self._is_call = self._form is not Form.LLAMA
         self._num_judged = self._judged_at = 0
         return True
@@ -278,8 +315,14 @@ class ToolCallStream:
         if fault is not None:
             self._broken(text, fault)
             return False
-        if is_new and (scanner.end is not None or (self._strict and self._is_due(scanner))):
-            self._judge(text, scanner)
+        if scanner.num_open > MAX_OPEN:
+            if self._is_call:
+                self._unchecked(Unchecked.TOO_DEEP)
+            self._is_over = True
+            return False
+        self._weigh(text, is_new)
+        if is_new and not self._is_given_up and self._is_due(scanner):
+            with_room(self._judge, text, scanner)
         if scanner.end is None:
             return False
         self._pos = scanner.end
@@ -291,7 +334,21 @@ class ToolCallStream:
         self._pos = max(self._pos, len(text) - len(_CLOSING) + 1) if place < 0 else place
         return place
 
+    def _weigh(self, text: str, is_new: bool) -> None:
+        """Add what it takes to parse the new text: without a new cut it is all in a string."""
+        new = text[self._weighed :].encode(errors="replace")
+        self._weighed = len(text)
+        letters, weight = _DIGITS
+        self._weight += _OTHER * len(new) + weight * (len(new) - len(new.translate(None, letters)))
+        if is_new:
+            self._weight += sum(weight * new.count(letter) for letter, weight in _STRUCTURE)
+
     def _is_due(self, scanner: JsonScanner) -> bool:
+        """Whether to look at the call now; at its end in any case."""
+        if scanner.end is not None:
+            return True
+        if not self._strict or not self._schemas.may_look(is_end=False):
+            return False
         length = scanner.cut - scanner.start
         return length <= OFTEN or scanner.cut - self._judged_at >= length // 16
 
@@ -306,28 +363,44 @@ class ToolCallStream:
             self.results[Result.INVALID] += 1
             self._is_counted = True
         if self._strict:
-            said = f"{INVALID}: {problem}".encode(errors="replace").decode()
-            self._verdict = Verdict(len(text), said[:MAX_REASON])
+            said = f"{INVALID}: {problem}"[:MAX_REASON].encode(errors="replace").decode()
+            self._verdict = Verdict(len(text), said)
 
     def _judge(self, text: str, scanner: JsonScanner) -> None:
+        steps = Steps(LOOK_STEPS)
         self._judged_at = scanner.cut
         try:
-            problem = self._problem(self._document(text, scanner), scanner.num_open)
+            document = self._document(text, scanner, steps)
+            problem = self._problem(document, scanner.num_open, steps)
         except json.JSONDecodeError as error:
             self._broken(text, f"it is no JSON ({error.msg})")
+        except _NotYetError:
+            if scanner.end is not None:
+                self._unchecked(Unchecked.SCHEMA)
         except _UnjudgedError as unjudged:
-            if not self._is_counted:
-                self.unchecked[unjudged.why] += 1
-                self._is_counted = True
+            self._unchecked(unjudged.why)
         else:
             if problem is not None:
                 self._object(text, problem)
+        finally:
+            self._schemas.spend(steps)
 
-    def _document(self, text: str, scanner: JsonScanner) -> Any:
+    def _unchecked(self, why: Unchecked) -> None:
+        """The current call cannot be judged, now or later."""
+        self._is_given_up = True
+        if not self._is_counted:
+            self.unchecked[why] += 1
+            self._is_counted = True
+
+    def _document(self, text: str, scanner: JsonScanner, steps: Steps) -> Any:
         if scanner.is_too_deep:
             raise _UnjudgedError(Unchecked.TOO_DEEP)
-        if scanner.cut - scanner.start > MAX_CHARS:
+        if scanner.cut - scanner.start > MAX_CHARS or not self._schemas.may_look(is_end=True):
             raise _UnjudgedError(Unchecked.TOO_LONG)
+        try:
+            steps.take(STEPS_PER_LOOK + self._weight // 1000)
+        except SchemaError:
+            raise _UnjudgedError(Unchecked.TOO_LONG) from None
         try:
             return scanner.document(text)
         except json.JSONDecodeError:
@@ -335,42 +408,47 @@ class ToolCallStream:
         except ValueError:
             raise _UnjudgedError(Unchecked.UNREADABLE) from None
 
-    def _problem(self, document: Any, num_open: int) -> str | None:
+    def _problem(self, document: Any, num_open: int, steps: Steps) -> str | None:
         if self._layout is _Layout.ARGUMENTS:
-            return self._problem_of(self._name, document, num_open)
+            return self._problem_of(self._name, document, num_open, steps)
         if self._layout is _Layout.CALL:
-            return self._problem_of_call(document, num_open)
+            return self._problem_of_call(document, num_open, steps)
         for place in range(self._num_judged, len(document)):
             is_open = num_open > 1 and place == len(document) - 1
-            problem = self._problem_of_call(document[place], num_open - 1 if is_open else 0)
+            problem = self._problem_of_call(document[place], num_open - 1 if is_open else 0, steps)
             if problem is not None:
                 return problem
             if not is_open:
                 self._num_judged = place + 1
         return None
 
-    def _problem_of_call(self, call: Any, num_open: int) -> str | None:
+    def _problem_of_call(self, call: Any, num_open: int, steps: Steps) -> str | None:
         if not isinstance(call, dict):
             return "it is no JSON object"
         key = next((key for key in ("arguments", "parameters") if key in call), None)
         self._is_call |= key is not None and "name" in call
         if not self._is_call:
             return None
-        if "name" in call and call["name"] not in (*self._tools, None):
-            return _unknown(call["name"])
+        name = call.get("name")
+        if name is not None and name not in self._schemas:
+            return _unknown(name)
         if not num_open and (key is None or "name" not in call):
             return "it has no name" if key is not None else "it has no arguments"
         if key is None or "name" not in call:
             return None
         is_last = next(reversed(call)) == key
-        return self._problem_of(call["name"], call[key], max(0, num_open - 1) if is_last else 0)
+        return self._problem_of(name, call[key], max(0, num_open - 1) if is_last else 0, steps)
 
-    def _problem_of(self, name: Any, arguments: Any, num_open: int) -> str | None:
-        if not isinstance(name, str) or name not in self._tools:
+    def _problem_of(self, name: Any, arguments: Any, num_open: int, steps: Steps) -> str | None:
+        if name not in self._schemas:
             return _unknown(name)
         try:
-            found = objection(self._tools[name], arguments, num_open)
+            schema = self._schemas.compiled(name, steps)
+            if schema is None:
+                raise _NotYetError
+            found = objection(schema, arguments, num_open, steps)
         except SchemaError:
+            self._schemas.reject(name)
             raise _UnjudgedError(Unchecked.SCHEMA) from None
         if found is None:
             return None
@@ -404,4 +482,6 @@ class ToolCallStream:
 
 
 def _unknown(name: Any) -> str:
-    return f"there is no tool {json.dumps(name)[:60]}"
+    if isinstance(name, dict | list):
+        return "there is no tool of such a name"
+    return f"there is no tool {json.dumps(name[:60] if isinstance(name, str) else name)[:60]}"

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from json_documents import anything, documents, schemas, tools, written
 
+from vllm_stateful.respond.compiled_schema import SchemaError, compile_schema
 from vllm_stateful.respond.json_scanner import JsonScanner
-from vllm_stateful.respond.partial_schema import SchemaError, objection
+from vllm_stateful.respond.partial_schema import objection
 from vllm_stateful.respond.tool_call_stream import COMPLETE, Form, ToolCallStream, Verdict
 
 NUMBER = {
@@ -55,8 +56,9 @@ def call(arguments: str, name: str = "add", key: str = "arguments") -> str:
 @settings(max_examples=200, deadline=None)
 def test_on_complete_documents_it_says_what_jsonschema_says(data: Any, schema: Any) -> None:
     document = data.draw(documents(schema) | anything)
-    found = objection({**schema, "$defs": {"code": {"enum": [1, 12, 123]}}}, document)
-    expected = is_valid({**schema, "$defs": {"code": {"enum": [1, 12, 123]}}}, document)
+    schema = {**schema, "$defs": {"code": {"enum": [1, 12, 123]}}}
+    found = objection(compile_schema(schema), document)
+    expected = is_valid(schema, document)
     assert (found is None) == expected, found
 
 
@@ -295,7 +297,7 @@ broken = st.dictionaries(KEYWORDS, anything | schemas | st.lists(anything | sche
 @settings(max_examples=500, deadline=None)
 def test_no_schema_makes_it_fail(schema: Any, document: Any, num_open: int) -> None:
     try:
-        objection(schema, document, num_open)
+        objection(compile_schema(schema), document, num_open)
     except SchemaError:
         return
 
