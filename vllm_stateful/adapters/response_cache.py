@@ -40,6 +40,10 @@ logger = init_logger("vllm.stateful")
 STEP_BYTES = 400
 """An ``EngineCoreOutput`` without what it points to."""
 
+ROUNDS_TO_STREAM = 4
+"""Rounds of the event loop from vLLM's queue of outputs to the stream of an answer: two, and some
+for middleware."""
+
 TOKEN_BYTES = 40
 """A token id in a list."""
 
@@ -161,6 +165,14 @@ class Responses:
             output = _for(request.request_id, step)
             output = output if number else _first(output, num_prompt)
             self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+            await self._read()
+
+    async def _read(self) -> None:
+        """Until what waits was read and handed to whoever streams it. vLLM adds a step that comes
+        before that to the one before it, and a parser of tool calls would see another text."""
+        while not self._outputs.empty():
+            await asyncio.sleep(0)
+        for _ in range(ROUNDS_TO_STREAM):
             await asyncio.sleep(0)
 
     def came(self, output: EngineCoreOutput) -> list[EngineCoreOutput]:

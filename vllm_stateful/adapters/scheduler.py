@@ -60,8 +60,6 @@ def unsupported_reason(scheduler: Scheduler) -> str | None:
         or keeper is not FullAttentionManager
     ):
         return f"its KV cache is a {type(spec).__name__} kept by a {keeper.__name__}"
-    if spec.sliding_window is not None or spec.attention_chunk_size is not None:
-        return "the model attends to a window only"
     if spec.tokens_per_state != 1 or spec.non_causal:
         return "its KV is compressed or not causal"
     return _unsupported_setting(scheduler, spec)
