@@ -157,6 +157,20 @@ def test_a_share_is_validated_in_full(
     assert validated(counts) == {"shape": 0, "full": 1}
 
 
+@pytest.mark.parametrize("content", [[], [{"type": "text"}], [{"type": "text", "text": "t"}]])
+def test_what_vllm_reads_only_when_it_is_asked_for_is_no_difference(
+    counts: PromptCounts, monkeypatch: pytest.MonkeyPatch, content: Any
+) -> None:
+    client, chat = make_app(ours=True)
+    monkeypatch.setenv("VLLM_STATEFUL_VERIFY_TOKENS", "1")
+    odd = {"role": "user", "content": content}
+    client.post("/v1/chat/completions", json={"model": "m", "messages": [*PLAIN, odd]})
+    monkeypatch.setenv("VLLM_STATEFUL_VERIFY_TOKENS", "0")
+    client.post("/v1/chat/completions", json={"model": "m", "messages": PLAIN})
+    assert validated(counts) == {"shape": 1, "full": 1}
+    assert len(chat.seen) == 2
+
+
 def test_one_difference_turns_it_off(
     counts: PromptCounts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from argparse import Namespace
+from http import HTTPStatus
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, Request
 from starlette.datastructures import State
+from starlette.responses import JSONResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.logger import init_logger
 
 from vllm_stateful.adapters import activation, session_affinity
@@ -39,7 +42,7 @@ router = APIRouter()
 @router.delete("/v1/sessions/{session_id:path}")
 async def close_session(
     session_id: str, raw_request: Request, cache_salt: str | None = None
-) -> dict[str, Any]:
+) -> Any:
     """Release what a session keeps; its next turn starts cold.
 
     Args:
@@ -47,8 +50,9 @@ async def close_session(
             Code is ``ROOT/AGENT``.
         cache_salt: What the session's requests have in the field of that name.
 
-    Raises:
-        HTTPException: 404, nothing is kept; 501, the engine serves as stock vLLM, and why.
+    Returns:
+        How many branches were dropped; or an error of vLLM's form: 404, nothing is kept; 501, the
+        engine serves as stock vLLM, and why. Not raised: vLLM logs those with their stack.
     """
     salt = salt_of(raw_request.headers, cache_salt)
     arguments = {"session_ids": ids_of_client(session_id), "cache_salt": salt}
@@ -56,11 +60,16 @@ async def close_session(
     results = await _ask_all(client, "close", arguments)
     reasons = [result["off"] for result in results if "off" in result]
     if results and len(reasons) == len(results):
-        raise HTTPException(501, f"off: {reasons[0]}")
+        return _error(HTTPStatus.NOT_IMPLEMENTED, f"off: {reasons[0]}")
     closed = sum(result.get("closed", 0) for result in results)
     if closed == 0:
-        raise HTTPException(404, f"no resident session {session_id!r}")
+        return _error(HTTPStatus.NOT_FOUND, f"no resident session {session_id!r}")
     return {"session_id": session_id, "closed": closed}
+
+
+def _error(status: HTTPStatus, message: str) -> JSONResponse:
+    error = ErrorInfo(message=message, type=status.phrase, code=status)
+    return JSONResponse(ErrorResponse(error=error).model_dump(), status_code=status)
 
 
 async def _ask_all(engine_client: Any, operation: str, arguments: dict[str, Any]) -> list[Any]:

@@ -87,6 +87,11 @@ class SplitMessages:
         """How many need no validation."""
         return len(self._made) - len(self.others)
 
+    @property
+    def plain_places(self) -> list[int]:
+        """Where these stand among all messages."""
+        return [place for place, made in enumerate(self._made) if made is not None]
+
     def joined(self, others: list[Any]) -> list[Any]:
         """All messages, in order.
 
