@@ -2,9 +2,9 @@
 """``usage.cache_creation`` of POST /v1/messages: for how long the written tokens are kept.
 
 Only answers to requests with a ``cache_control`` breakpoint get it, and everything else in them
-stays as vLLM made it. vLLM counts as written the full blocks that it computed
-(``cache_creation_input_tokens``); the rest of the last block is left in ``input_tokens``, though
-the session keeps that too. A stream says it where vLLM says what it is a part of: not in
+stays as vLLM made it. ``cache_creation_input_tokens`` counts what was computed and the next turn
+can read: the partly filled last block too, as the session keeps it (``estimate_cached_tokens`` of
+``adapters.kv_blocks``). A stream says it where vLLM says what it is a part of: not in
 ``message_start``, which comes without any numbers of the cache, but in ``message_delta``.
 """
 
