@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from test_response_key import request_of
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import (
     EngineCoreEvent,
     EngineCoreEventType,
@@ -19,6 +20,7 @@ from vllm.v1.engine import (
     FinishReason,
 )
 from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_stateful.adapters import asked, response_cache
@@ -387,6 +389,38 @@ def test_an_answer_for_which_there_is_no_room_is_not_kept(counts: ResponseCounts
         assert client.added == ["a", "b"]
         assert counts.snapshot()["response_cache_bytes"] == 0
         assert counts.snapshot()["responses"]["stored"] == 0
+
+    run(main())
+
+
+def test_a_stream_from_memory_comes_in_the_pieces_of_the_first_time() -> None:
+    """Through vLLM's collector, which joins what its reader has not taken yet."""
+
+    async def main() -> None:
+        client = Client()
+        await client.ask("a")
+        for number in range(8):
+            await client.say("a", number, last=STOP if number == 7 else None)
+        collector = RequestOutputCollector(RequestOutputKind.DELTA, "b")
+
+        async def handle() -> None:
+            while True:
+                for output in (await client.get_output_async()).outputs:
+                    made = RequestOutput("b", None, None, None, [], False)
+                    made.outputs = [CompletionOutput(0, "", output.new_token_ids, None, None)]
+                    collector.put(made)
+
+        async def middleware() -> Any:
+            return await collector.get()
+
+        handler = asyncio.create_task(handle())
+        await client.ask("b")
+        pieces: list[list[int]] = []
+        while sum(map(len, pieces)) < 8:
+            answer = await asyncio.create_task(middleware())
+            pieces.append(list(answer.outputs[0].token_ids))
+        handler.cancel()
+        assert pieces == [[number] for number in range(8)]
 
     run(main())
 

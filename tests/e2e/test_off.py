@@ -15,7 +15,6 @@ from local_models import TINY
 pytestmark = pytest.mark.e2e
 
 ANOTHER_VLLM = """
-import os
 from vllm_stateful.compat import probe
 
 probe.SUPPORTED = (0, 1)

@@ -46,25 +46,32 @@ class HashCheck:
                 self._check_blocks(manager, request)
 
     def _check_request(self, request: Request, right: list[Any]) -> None:
-        if len(right) < len(request.block_hashes):
-            right += self._hasher(
-                SimpleNamespace(
-                    block_hashes=list(right),
-                    num_tokens=request.num_tokens,
-                    all_token_ids=request.all_token_ids,
-                    lora_request=request.lora_request,
-                    cache_salt=request.cache_salt,
-                    mm_features=request.mm_features,
-                    prompt_embeds=request.prompt_embeds,
-                    _prompt_embeds_per_block_hashes={},
-                )
-            )
-        for place, (found, expected) in enumerate(zip(request.block_hashes, right, strict=False)):
-            if found != expected:
+        found = request.block_hashes
+        if len(right) < len(found):
+            right += self._hash(request, right)
+        if found != right[: len(found)]:  # perhaps its tokens were replaced (streamed input)
+            right[:] = self._hash(request, [])
+        for place, (one, expected) in enumerate(zip(found, right, strict=False)):
+            if one != expected:
                 raise InvariantError(
                     f"request {request.request_id}: the hash of its block {place} is not that of "
                     "its tokens and identity"
                 )
+
+    def _hash(self, request: Request, known: list[Any]) -> list[Any]:
+        """The hashes of the blocks behind those that are known."""
+        return self._hasher(
+            SimpleNamespace(
+                block_hashes=list(known),
+                num_tokens=request.num_tokens,
+                all_token_ids=request.all_token_ids,
+                lora_request=request.lora_request,
+                cache_salt=request.cache_salt,
+                mm_features=request.mm_features,
+                prompt_embeds=request.prompt_embeds,
+                _prompt_embeds_per_block_hashes={},
+            )
+        )
 
     def _check_blocks(self, manager: Any, request: Request) -> None:
         (group,) = manager.coordinator.single_type_managers

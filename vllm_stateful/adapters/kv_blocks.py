@@ -27,7 +27,6 @@ from vllm_stateful.adapters.turn import (
     is_final,
     output_array,
     retention_wish,
-    session_of,
     start_turn,
     tokens_so_far,
 )
@@ -163,7 +162,7 @@ class StatefulKVCacheManager(KVCacheManager):  # type: ignore[misc]
         if request.num_tokens > len(tokens):  # preempted after it had generated something
             tokens = tokens_so_far(turn, request, request.num_tokens)
         limit = request.num_tokens - 1
-        match = self.store.match(session_of(request), tokens, limit, turn.prompt_base)
+        match = self.store.match(turn.named, tokens, limit, turn.prompt_base)
         turn.session = match.session
         if not turn.has_arrived:
             turn.has_arrived = True

@@ -13,7 +13,6 @@ from typing import Any
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
-from vllm_stateful.adapters.turn import session_of
 from vllm_stateful.prefix.grouped_prefill import MIN_SAVED, PrefillGroups
 
 
@@ -43,7 +42,7 @@ class SchedulerPrefills:
         turn = self._manager.turn_of(request)
         if turn is None:
             return False
-        session, limit = session_of(request), request.num_tokens - 1
+        session, limit = turn.named, request.num_tokens - 1
 
         def num_here() -> int:
             match = self._manager.store.match(session, turn.prompt, limit, turn.prompt_base)
@@ -68,7 +67,7 @@ class SchedulerPrefills:
         for name in running.keys() - known:
             turn = self._manager.turns.get(name)
             if turn is not None:
-                self.groups.begins(name, session_of(running[name]).identity, turn.prompt)
+                self.groups.begins(name, turn.session.identity, turn.prompt)
 
     def _num_computed(self, name: Any) -> int:
         return self._manager.num_tokens_hashed(name)

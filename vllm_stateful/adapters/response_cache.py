@@ -40,9 +40,10 @@ logger = init_logger("vllm.stateful")
 STEP_BYTES = 400
 """An ``EngineCoreOutput`` without what it points to."""
 
-ROUNDS_TO_STREAM = 4
-"""Rounds of the event loop from vLLM's queue of outputs to the stream of an answer: two, and some
-for middleware."""
+ROUNDS_TO_STREAM = 6
+"""Rounds of the event loop from vLLM's queue of outputs to the stream of an answer: three, and some
+for middleware. vLLM adds a step that comes sooner to the one before it, and a parser of tool calls
+would see other pieces than the first time."""
 
 TOKEN_BYTES = 40
 """A token id in a list."""
@@ -165,15 +166,8 @@ class Responses:
             output = _for(request.request_id, step)
             output = output if number else _first(output, num_prompt)
             self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
-            await self._read()
-
-    async def _read(self) -> None:
-        """Until what waits was read and handed to whoever streams it. vLLM adds a step that comes
-        before that to the one before it, and a parser of tool calls would see another text."""
-        while not self._outputs.empty():
-            await asyncio.sleep(0)
-        for _ in range(ROUNDS_TO_STREAM):
-            await asyncio.sleep(0)
+            for _ in range(ROUNDS_TO_STREAM):
+                await asyncio.sleep(0)
 
     def came(self, output: EngineCoreOutput) -> list[EngineCoreOutput]:
         """One output of the engine; the same for each request that follows its own."""
@@ -238,8 +232,12 @@ class Responses:
     async def changed(self, engine: Any) -> None:
         """A call to the engine is over, behind which it may answer otherwise."""
         self.forget()  # what was answered meanwhile
-        if self._epochs.is_shared:
+        if not self._epochs.is_shared:
+            return
+        try:
             await self._epochs.begin(engine)
+        except Exception as error:  # it has ended, or has no plugin: then nobody remembers anything
+            logger.warning("stateful: the engine does not count what it was told: %r", error)
 
     def _ends(self, flight: Flight[EngineCoreOutput], *, is_whole: bool) -> None:
         for follower in flight.followers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +65,11 @@ class Turn:
     is_closing: bool = False
     """Its session was closed while it ran, or this is its last turn."""
     lookup_s: float = 0.0
+    named: SessionKey = field(init=False)
+    """The session that its request names. ``session`` is the one that it was found to continue."""
+
+    def __post_init__(self) -> None:
+        self.named = self.session
 
 
 def bypass_reason(request: Request, caching: bool) -> Bypass | None:
