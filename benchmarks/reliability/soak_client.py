@@ -159,7 +159,8 @@ def _read_choices(found: dict[str, Any], answer: Answer, part: str) -> None:
 def _read_message(found: dict[str, Any], answer: Answer) -> None:
     for part in found["content"]:
         answer.add(0, part.get("text") or json.dumps(part.get("input") or ""))
-    answer.ends[0] = found["stop_reason"]
+    if found.get("stop_reason"):  # an aborted answer has none
+        answer.ends[0] = found["stop_reason"]
 
 
 def _read_response(found: dict[str, Any], answer: Answer) -> None:
