@@ -24,6 +24,7 @@ class StatefulConfig:
 
     pin_fraction: float = 0.5
     idle_seconds: float = 900.0
+    resume_points: int = 4
     tenant: str = "api-key"
     history: str = "retokenize"
     order: str = "arrival"
@@ -66,6 +67,16 @@ class Option(NamedTuple):
 def _within(low: float, high: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = float(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    return parse
+
+
+def _whole_within(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
         if not low <= value <= high:
             raise ValueError(text)
         return value
@@ -135,6 +146,14 @@ OPTIONS: tuple[Option, ...] = (
         _within(1.0, YEAR_S),
         f"a number of seconds from 1 to {YEAR_S:.0f}",
         "A session that was not used for this long gives its blocks back. Default: 900.",
+    ),
+    Option(
+        "resume_points",
+        _whole_within(1, 64),
+        "a whole number from 1 to 64",
+        "Positions of one history that a hybrid model (sliding windows, Mamba, linear attention) "
+        "can be continued at, its end included. Each takes a block of every group with states, "
+        "or those of a window. Default: 4.",
     ),
     Option(
         "tenant",

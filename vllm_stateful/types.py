@@ -83,6 +83,7 @@ class Bypass(StrEnum):
     """Why a turn was left to stock vLLM."""
 
     MULTIMODAL = "multimodal"
+    """One of its images or sounds is too short to be told from others."""
     PROMPT_EMBEDS = "prompt_embeds"
     PROMPT_LOGPROBS = "prompt_logprobs"
     NO_CACHE_READ = "skip_reading_prefix_cache"

@@ -20,6 +20,7 @@ from statistics import median
 import numpy as np
 
 from vllm_stateful.prefix.boundaries import BoundaryRules
+from vllm_stateful.prefix.groups import Table
 from vllm_stateful.prefix.residency import FinishedTurn, PromptBase
 from vllm_stateful.prefix.residency_store import ResidencyStore
 from vllm_stateful.types import Demotion, Identity, SessionKey, TokenArray
@@ -93,7 +94,7 @@ class Sessions:
         blocks = self.pool.take(-(-len(prompt) // BLOCK_SIZE))
         output = np.empty(0, np.int32)
         self.store.finish(
-            FinishedTurn(session, prompt, output, len(prompt), blocks, version=version)
+            FinishedTurn(session, prompt, output, len(prompt), (Table.of(blocks),), version=version)
         )
 
 
@@ -121,10 +122,12 @@ def measure(num_sessions: int, num_tokens: int, num_turns: int) -> dict[str, lis
         timed("match, cold (all compared)", store.match, long, prompt, limit)
         found = match.residency
         assert found is not None
-        blocks = store.borrow(found, "request")
+        (lent,) = store.borrow(found, "request")
+        blocks = lent.blocks
         blocks.extend(sessions.pool.take(-(-len(prompt) // BLOCK_SIZE) - len(blocks)))
         output = np.empty(0, np.int32)
-        turn = FinishedTurn(long, prompt, output, len(prompt), blocks, found, found)
+        table = Table.of(blocks, known=lent.ids)
+        turn = FinishedTurn(long, prompt, output, len(prompt), (table,), borrowed=found, base=found)
         turn.num_base_tokens, turn.version = match.num_tokens, f"long-{number + 1}"
         timed("end of a turn", store.finish, turn)
         timed("what every step asks (expire)", store.expire, 1e6)

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
+from simulated_groups import cache_config, first_read
 from simulated_tier import SimulatedTier
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -26,7 +26,6 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -81,8 +80,11 @@ class WorkerRequest:
     """What a model runner keeps of a request."""
 
     tokens: list[int]
-    block_ids: list[int]
+    tables: list[list[int]]
+    """Block ids of each group."""
     num_computed: int
+    state_block: int | None = None
+    """Where in its block tables the running state is; None before the first step."""
     prefixes: list[int] = field(default_factory=lambda: [0])
 
     def prefix_after(self, num_tokens: int) -> int:
@@ -95,8 +97,11 @@ class WorkerRequest:
 class SimulatedWorker:
     """Executes scheduler outputs over slots of digests."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, kinds: tuple[str, ...] = ("full",)
+    ) -> None:
         self.block_size = block_size
+        self.kinds = kinds
         self.slots = [[0] * block_size for _ in range(num_blocks)]
         self.requests: dict[str, WorkerRequest] = {}
         self.num_tokens_computed = 0
@@ -132,8 +137,8 @@ class SimulatedWorker:
     def _update(self, step: SchedulerOutput) -> None:
         for new in step.scheduled_new_reqs:
             tokens = list(new.prefill_token_ids or new.prompt_token_ids or ())
-            (blocks,) = new.block_ids
-            self.requests[new.req_id] = WorkerRequest(tokens, list(blocks), new.num_computed_tokens)
+            tables = [list(blocks) for blocks in new.block_ids]
+            self.requests[new.req_id] = WorkerRequest(tokens, tables, new.num_computed_tokens)
         cached = step.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             request = self.requests[request_id]
@@ -141,9 +146,11 @@ class SimulatedWorker:
             new_blocks = cached.new_block_ids[index]
             if request_id in cached.resumed_req_ids:
                 assert new_blocks is not None
-                request.block_ids = list(new_blocks[0])
+                request.tables = [list(blocks) for blocks in new_blocks]
+                request.state_block = None
             elif new_blocks is not None:
-                request.block_ids.extend(new_blocks[0])
+                for table, blocks in zip(request.tables, new_blocks, strict=True):
+                    table.extend(blocks)
 
     def _run(self, request_id: str, num_tokens: int, drafts: list[int]) -> list[int]:
         """Compute ``num_tokens``; returns the sampled token, after the drafts it accepts."""
@@ -151,9 +158,7 @@ class SimulatedWorker:
         start, end = request.num_computed, request.num_computed + num_tokens
         known = len(request.tokens)
         assert end <= known + len(drafts), f"{request_id}: scheduled beyond its tokens"
-        for position in range(start):
-            if self._slot(request, position) != request.prefix_after(position + 1):
-                raise AssertionError(f"{request_id}: wrong KV at {position} of {start}")
+        self._read(request_id, request, start, end)
         prefix = request.prefix_after(min(start, known))
         computed = [*request.tokens, *drafts][start:end]
         sampled = []
@@ -161,8 +166,7 @@ class SimulatedWorker:
         for position, token in enumerate(computed, start):
             accepting = accepting and (position < known or token == sampled[-1])
             prefix = next_prefix(prefix, token)
-            block = self.slots[request.block_ids[position // self.block_size]]
-            block[position % self.block_size] = prefix
+            self._write(request, position, prefix)
             if position >= known - 1 and accepting:
                 sampled.append(sample(prefix))
         self.num_tokens_computed += num_tokens
@@ -170,9 +174,52 @@ class SimulatedWorker:
         request.tokens.extend(sampled)
         return sampled
 
-    def _slot(self, request: WorkerRequest, position: int) -> int:
-        block_id = request.block_ids[position // self.block_size]
+    def _read(self, request_id: str, request: WorkerRequest, start: int, end: int) -> None:
+        """What the first token of the step reads must be the request's own prefix."""
+        if "state" in self.kinds:
+            self._move_states(request, start, end)
+        for group, kind in enumerate(self.kinds):
+            if kind == "state":
+                if start and self._state(request, group) != request.prefix_after(start):
+                    raise AssertionError(f"{request_id}: wrong state of group {group} at {start}")
+                continue
+            for position in range(first_read(kind, start), start):
+                if self._slot(request, group, position) != request.prefix_after(position + 1):
+                    raise AssertionError(
+                        f"{request_id}: wrong KV of group {group} at {position} of {start}"
+                    )
+
+    def _move_states(self, request: WorkerRequest, start: int, end: int) -> None:
+        before = request.state_block
+        if before is None:
+            before = (start - 1) // self.block_size
+        now = request.state_block = -(-end // self.block_size) - 1
+        if before in (-1, now):
+            return
+        for group, kind in enumerate(self.kinds):
+            if kind == "state":
+                table = request.tables[group]
+                self.slots[table[now]] = list(self.slots[table[before]])
+
+    def _write(self, request: WorkerRequest, position: int, prefix: int) -> None:
+        place = position // self.block_size
+        for group, kind in enumerate(self.kinds):
+            table = request.tables[group]
+            if kind == "state":
+                assert request.state_block is not None
+                block, slot = table[request.state_block], 0
+            else:
+                block, slot = table[place], position % self.block_size
+            assert block, "a write to the null block"
+            self.slots[block][slot] = prefix
+
+    def _slot(self, request: WorkerRequest, group: int, position: int) -> int:
+        block_id = request.tables[group][position // self.block_size]
         return self.slots[block_id][position % self.block_size]
+
+    def _state(self, request: WorkerRequest, group: int) -> int:
+        assert request.state_block is not None
+        return self.slots[request.tables[group][request.state_block]][0]
 
 
 @lru_cache(maxsize=1)
@@ -216,16 +263,15 @@ class SimulatedEngine:
         num_drafts: int = 0,
         kv_transfer: KVTransferConfig | None = None,
         session_drafts: bool = False,
+        kinds: tuple[str, ...] = ("full",),
     ) -> None:
         config = vllm_config(block_size, max_num_seqs, max_batched)
+        config.cache_config.mamba_cache_mode = "align" if "state" in kinds else "none"
         config.kv_transfer_config = kv_transfer
         config.cache_config.num_gpu_blocks = num_blocks
         config.scheduler_config.async_scheduling = async_scheduling
         default = StatefulAsyncScheduler if async_scheduling else StatefulScheduler
-        spec = FullAttentionSpec(
-            block_size=block_size, num_kv_heads=1, head_size=1, dtype=torch.float32
-        )
-        kv_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+        kv_config = cache_config(kinds, num_blocks, block_size)
         self.scheduler: Any = (scheduler_cls or default)(
             vllm_config=config,
             kv_cache_config=kv_config,
@@ -238,7 +284,7 @@ class SimulatedEngine:
         self.manager = self.scheduler.kv_cache_manager
         if session_drafts:
             self.scheduler.speculation = SchedulerDrafts(self.manager, None, num_drafts)
-        self.worker = SimulatedWorker(num_blocks, block_size)
+        self.worker = SimulatedWorker(num_blocks, block_size, kinds)
         if kv_transfer is not None:
             self.worker.tier = SimulatedTier(self.worker.slots)
         self.block_size = block_size

@@ -27,7 +27,7 @@ from simulated_tier import offloading
 from vllm.v1.request import RequestStatus
 
 from vllm_stateful.adapters.invariants import check_pool
-from vllm_stateful.prefix import residency_store
+from vllm_stateful.prefix import matching, resume_places
 from vllm_stateful.speculate.step_costs import StepCosts
 
 NUM_BLOCKS = 40
@@ -51,19 +51,22 @@ class AgentSessions(RuleBasedStateMachine):
     async_scheduling = False
     num_drafts = 0
     num_chunks = 0
+    num_blocks = NUM_BLOCKS
     session_drafts = False
+    kinds: tuple[str, ...] = ("full",)
     conversations = Bundle("conversations")
 
     @initialize()
     def start(self) -> None:
         self.now = 0.0
         self.engine = SimulatedEngine(
-            num_blocks=NUM_BLOCKS,
+            num_blocks=self.num_blocks,
             max_num_seqs=4,
             max_batched=32,
             async_scheduling=self.async_scheduling,
             num_drafts=self.num_drafts,
             session_drafts=self.session_drafts,
+            kinds=self.kinds,
             kv_transfer=offloading(self.num_chunks) if self.num_chunks else None,
         )
         self.manager = self.engine.manager
@@ -201,7 +204,7 @@ class AgentSessions(RuleBasedStateMachine):
         for resident in self.manager.store.residencies():
             self.manager.store.close(resident.session)
         counts = check_pool(self.engine.scheduler)
-        assert counts["free"] == counts["total"] == NUM_BLOCKS - 1
+        assert counts["free"] == counts["total"] == self.num_blocks - 1
 
 
 class AgentSessionsAsync(AgentSessions):
@@ -212,7 +215,8 @@ class AgentSessionsAsync(AgentSessions):
 
 @pytest.fixture(autouse=True)
 def _tiny_sessions_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residency_store, "MIN_SHARED_TOKENS", 2)
+    monkeypatch.setattr(matching, "MIN_SHARED_TOKENS", 2)
+    monkeypatch.setattr(resume_places, "MIN_SAVED", 4)
     monkeypatch.setattr(StepCosts, "least_chance", lambda *_: 0.0)
 
 
@@ -241,6 +245,40 @@ class AgentSessionsOffloadedAsync(AgentSessionsOffloaded):
     async_scheduling = True
 
 
+class AgentSessionsWindows(AgentSessions):
+    """Sliding windows beside full attention (Gemma, gpt-oss)."""
+
+    kinds = ("window", "full", "window")
+    num_blocks = 60
+
+
+class AgentSessionsChunksAsync(AgentSessionsAsync):
+    """Local chunks beside full attention (Llama 4), with two steps in flight."""
+
+    kinds = ("chunk", "full")
+    num_blocks = 60
+
+
+class AgentSessionsStates(AgentSessions):
+    """States beside full attention (Qwen3-Next, Nemotron-H)."""
+
+    kinds = ("state", "state", "full")
+    num_blocks = 60
+
+
+class AgentSessionsStatesAsync(AgentSessionsStates):
+    """The same with two steps in flight: a state is then behind the last token."""
+
+    async_scheduling = True
+
+
+class AgentSessionsAllKinds(AgentSessionsAsync):
+    """Every kind at once."""
+
+    kinds = ("state", "window", "chunk", "full")
+    num_blocks = 70
+
+
 RUN = settings(
     max_examples=100,
     stateful_step_count=40,
@@ -260,6 +298,11 @@ RUN = settings(
         AgentSessionsWithOwnDrafts,
         AgentSessionsOffloaded,
         AgentSessionsOffloadedAsync,
+        AgentSessionsWindows,
+        AgentSessionsChunksAsync,
+        AgentSessionsStates,
+        AgentSessionsStatesAsync,
+        AgentSessionsAllKinds,
     ],
 )
 def test_any_order_of_events(machine: type[RuleBasedStateMachine]) -> None:

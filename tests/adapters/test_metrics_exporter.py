@@ -25,6 +25,7 @@ def snapshot(**values: Any) -> dict[str, Any]:
         **TurnCounts().snapshot({}),
         "waits": {},
         "num_reasoning_dropped": 0,
+        "resume_points": {},
         "num_answers_unread": 0,
         "num_prefills_joined": 0,
         "num_offloads_declined": 0,

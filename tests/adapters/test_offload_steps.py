@@ -67,7 +67,7 @@ def test_a_session_that_the_gpu_lost_is_restored_before_its_turn(tiered: Engine)
 def test_what_is_left_of_a_session_is_used_and_only_the_rest_is_loaded(tiered: Engine) -> None:
     history = tiered.turn("first", list(range(50)))
     (kept,) = tiered.branches(ALICE)
-    tiered.store._cut_back(kept, 6, next(iter(tiered.store.demotions)))
+    tiered.store._cut_back(kept, 24, next(iter(tiered.store.demotions)))
     forget_free_blocks(tiered)
     tiered.turn("second", [*history, 1])
     assert num_loaded(tiered) == 6

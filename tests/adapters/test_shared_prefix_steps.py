@@ -48,7 +48,7 @@ class Engine(SimulatedEngine):
             members = [self.worker.requests[name] for name in each.names]
             assert len(members) > 1
             assert min(member.num_computed for member in members) >= each.num_keys
-            runs = {tuple(member.block_ids[: each.num_keys // BLOCK]) for member in members}
+            runs = {tuple(member.tables[0][: each.num_keys // BLOCK]) for member in members}
             assert len(runs) == 1
             assert each.num_keys % BLOCK == 0
             assert each.num_keys >= 2 * BLOCK

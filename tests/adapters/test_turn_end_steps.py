@@ -15,6 +15,8 @@ from vllm_stateful.adapters.turn import TOOL_ACTION
 from vllm_stateful.api.session_identity import ids_of_client
 from vllm_stateful.types import Bypass, Demotion, Outcome
 
+TINY_IMAGE = SimpleNamespace(mm_position=SimpleNamespace(length=3))
+
 # ---- ends of turns ---------------------------------------------------------------------------
 
 
@@ -243,7 +245,7 @@ def test_prompt_logprobs_are_bypassed_counted_once_and_leave_the_session_alone(
     ("change", "reason"),
     [
         ({"resumable": True}, Bypass.STREAMING_INPUT),
-        ({"mm_features": ["anything"]}, Bypass.MULTIMODAL),
+        ({"mm_features": [TINY_IMAGE]}, Bypass.MULTIMODAL),
         ({"prompt_embeds": "anything"}, Bypass.PROMPT_EMBEDS),
         ({"prompt_token_ids": None}, Bypass.PROMPT_EMBEDS),
         ({"pooling_params": "anything"}, Bypass.POOLING),

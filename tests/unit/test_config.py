@@ -61,6 +61,8 @@ ALLOWED = [
     ("pin_fraction", "0", 0.0),
     ("pin_fraction", "1", 1.0),
     ("pin_fraction", "0.25", 0.25),
+    ("resume_points", "1", 1),
+    ("resume_points", "64", 64),
     ("idle_seconds", "1", 1.0),
     ("idle_seconds", YEAR, 31536000.0),
     ("tenant", "api-key", "api-key"),
@@ -97,6 +99,7 @@ def test_allowed_values_are_read(field: str, text: str, value: Any) -> None:
 
 REFUSED = [
     *[("pin_fraction", text) for text in ("-0.01", "1.01", "nan", "inf", "half", "", "0,5", "50%")],
+    *[("resume_points", text) for text in ("0", "65", "-1", "1.5", "many", "")],
     *[("idle_seconds", text) for text in ("0", "0.99", "31536001", "-1", "inf", "nan", "15m", "")],
     *[("tenant", text) for text in ("", "API-KEY", "api_key", "none", " api-key")],
     *[("order", text) for text in ("", "fcfs", "least_served", "Arrival")],

@@ -12,6 +12,7 @@ from vllm.v1.core.kv_cache_utils import (
     get_request_block_hasher,
     make_block_hash_with_group_id,
 )
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request
 
 from vllm_stateful.errors import InvariantError
@@ -74,12 +75,22 @@ class HashCheck:
         )
 
     def _check_blocks(self, manager: Any, request: Request) -> None:
-        (group,) = manager.coordinator.single_type_managers
-        blocks = group.req_to_blocks.get(request.request_id, ())
-        for place, (block, expected) in enumerate(zip(blocks, request.block_hashes, strict=False)):
-            found = block.block_hash
-            if found is not None and found != make_block_hash_with_group_id(expected, 0):
-                raise InvariantError(
-                    f"block {block.block_id}, at place {place} of request {request.request_id}, "
-                    "bears the hash of something else"
-                )
+        """Blocks of the size that hashes are of, each by the tokens that vLLM says it ends with."""
+        size = manager.block_pool.hash_block_size
+        for number, group in enumerate(manager.coordinator.single_type_managers):
+            if group.block_size != size:
+                continue
+            for place, block in enumerate(group.req_to_blocks.get(request.request_id, ())):
+                found, num_tokens = block.block_hash, block.block_hash_num_tokens
+                if found is None or not num_tokens or num_tokens % size:
+                    continue
+                ends_at = num_tokens // size
+                if ends_at > len(request.block_hashes):
+                    continue
+                expected = request.block_hashes[ends_at - 1]
+                is_elsewhere = ends_at != place + 1 and not isinstance(group, MambaManager)
+                if is_elsewhere or found != make_block_hash_with_group_id(expected, number):
+                    raise InvariantError(
+                        f"block {block.block_id}, at place {place} of request "
+                        f"{request.request_id}, bears the hash of something else"
+                    )

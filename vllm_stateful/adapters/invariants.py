@@ -60,15 +60,18 @@ def _counted(tables: Iterable[Iterable[Any]], num_blocks: int) -> Counts:
 
 def _used_by_requests(manager: StatefulKVCacheManager) -> Counts:
     pool = manager.block_pool
-    tables = manager.coordinator.single_type_managers[0].req_to_blocks.values()
+    managers = manager.coordinator.single_type_managers
+    tables = [blocks for each in managers for blocks in each.req_to_blocks.values()]
+    tables += [point.blocks for turn in manager.turns.values() for point in turn.points]
     used = _counted(tables, len(pool.blocks))
     used[pool.null_block.block_id] = 0
     return used
 
 
 def _pinned_by_residencies(manager: StatefulKVCacheManager) -> Counts:
-    idle = (r.blocks for r in manager.store.residencies() if r.borrower is None)
-    return _counted(idle, len(manager.block_pool.blocks))
+    idle = [r for r in manager.store.residencies() if r.borrower is None]
+    held = [r.blocks for r in idle] + [point.blocks for r in idle for point in r.points]
+    return _counted(held, len(manager.block_pool.blocks))
 
 
 def _totals(manager: StatefulKVCacheManager, used: Counts, pinned: Counts) -> dict[str, int]:

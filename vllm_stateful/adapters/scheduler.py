@@ -17,8 +17,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
@@ -27,9 +25,11 @@ from vllm_stateful.adapters.called_tools import CalledTools
 from vllm_stateful.adapters.hash_check import HashCheck
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
+from vllm_stateful.adapters.kv_groups import group_of, kinds_of
 from vllm_stateful.adapters.message_boundaries import boundary_rules
 from vllm_stateful.adapters.offload_tier import OffloadTier, is_offloading, tier_of
 from vllm_stateful.adapters.prefill_groups import SchedulerPrefills
+from vllm_stateful.adapters.resume_points import ResumePoints
 from vllm_stateful.adapters.scheduler_lookup import SchedulerLookup
 from vllm_stateful.adapters.scheduler_prefixes import SchedulerPrefixes
 from vllm_stateful.adapters.speculation import is_asked_for, is_looked_up
@@ -48,41 +48,35 @@ logger = init_logger("vllm.stateful")
 def unsupported_reason(scheduler: Scheduler) -> str | None:
     """Why sessions cannot be kept in this engine; None when they can."""
     manager = scheduler.kv_cache_manager
-    groups = manager.kv_cache_config.kv_cache_groups
     if not manager.enable_caching:
         return "prefix caching is off (--no-enable-prefix-caching)"
-    if len(groups) != 1:
-        return f"the model has {len(groups)} KV cache groups (hybrid or sliding-window layers)"
-    spec = groups[0].kv_cache_spec
-    keeper = type(manager.coordinator.single_type_managers[0])
-    if (
-        type(spec) not in (FullAttentionSpec, MLAAttentionSpec)
-        or keeper is not FullAttentionManager
-    ):
-        return f"its KV cache is a {type(spec).__name__} kept by a {keeper.__name__}"
-    if spec.tokens_per_state != 1 or spec.non_causal:
-        return "its KV is compressed or not causal"
-    return _unsupported_setting(scheduler, spec)
+    managers = manager.coordinator.single_type_managers
+    if not managers:
+        return "the model has no KV cache"
+    for each in managers:
+        try:
+            group_of(each)
+        except UnsupportedError as error:
+            return str(error)
+        if each.block_pool is not manager.block_pool:
+            return "its KV cache groups have blocks of their own"
+    return _unsupported_setting(scheduler)
 
 
-def _unsupported_setting(scheduler: Scheduler, spec: Any) -> str | None:
+def _unsupported_setting(scheduler: Scheduler) -> str | None:
     connector = scheduler.connector
     if connector is not None and not is_offloading(connector):
         return f"a KV connector other than OffloadingConnector: {type(connector).__name__}"
-    if scheduler.use_eagle or scheduler.num_prefill_lookahead or scheduler.prefix_replay_tokens:
-        return "the speculative method keeps KV of its own (EAGLE, MTP)"
+    if scheduler.num_prefill_lookahead > 1:
+        return "the draft head's KV depends on more than the next token (several MTP modules)"
+    if scheduler.prefix_replay_tokens:
+        return "a part of each hit is computed again (bounded replay)"
     if scheduler.aux_output_connector is not None:
         return "auxiliary outputs (routed experts) are kept per whole block"
     if scheduler.num_sampled_tokens_per_step != 1:
         return "the model does not sample one token a step"
-    if (
-        scheduler.dcp_world_size != 1
-        or scheduler.pcp_world_size != 1
-        or scheduler.block_size != spec.block_size
-    ):
+    if scheduler.dcp_world_size != 1 or scheduler.pcp_world_size != 1:
         return "context parallelism is on"
-    if not scheduler.hash_block_size == scheduler.block_size == spec.block_size:
-        return "blocks are hashed in another size than they are allocated"
     return None
 
 
@@ -113,6 +107,8 @@ class _StatefulMixin:
     """Turns that ended with a step in flight, and the step after which they are kept."""
     hash_block_size: int
     num_spec_tokens: int
+    use_eagle: bool
+    num_prefill_lookahead: int
     sched_step_seq: int
     processed_step_seq: int
     _request_blocks_can_be_freed: Callable[[Request], bool]
@@ -144,18 +140,24 @@ class _StatefulMixin:
             clock=time.monotonic,
             called_tool=CalledTools(tokenizer),
             rules=rules,
+            groups=[group_of(each) for each in manager.coordinator.single_type_managers],
+            max_points=self.config.resume_points,
+            lookahead=int(self.use_eagle or self.num_prefill_lookahead > 0),
         )
+        manager.may_have_drafts = self.num_spec_tokens > 0
         logger.info(
-            "stateful: on, sessions may pin %d of %d blocks of %d tokens",
+            "stateful: on, sessions may pin %d of %d blocks of %d tokens; KV cache groups: %s",
             manager.store.pins.budget_blocks,
             manager.block_pool.num_gpu_blocks - 1,
             manager.store.block_size,
+            kinds_of(manager.groups),
         )
         manager.store.tier = self.tier
         if self.config.check_invariants and manager.enable_caching:
             algorithm = self.vllm_config.cache_config.prefix_caching_hash_algo
             self.hash_check = HashCheck(self.hash_block_size, algorithm)
-        self.prefills = SchedulerPrefills(self)
+        if not manager.store.has_points:
+            self.prefills = SchedulerPrefills(self)
         if is_asked_for(self.vllm_config):
             from vllm_stateful.adapters.scheduler_drafts import SchedulerDrafts  # numba: a second
 
@@ -169,6 +171,8 @@ class _StatefulMixin:
 
     def _are_prefixes_shared(self) -> bool:
         """Whether the worker can attend from several requests to one prefix."""
+        if len(self.kv_cache_manager.groups) > 1:
+            return False
         is_wanted = "shared-prefixes" not in self.config.disable
         return is_wanted and self.vllm_config.use_v2_model_runner and is_cuda_backend_chosen()
 
@@ -206,6 +210,23 @@ class _StatefulMixin:
         """Whether a waiting request can run in this step: not while another computes its prefix."""
         ready = super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
         return bool(ready) and not (self.prefills is not None and self.prefills.waits(request))
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """vLLM ends chunks where states must be cached; we, where resume points are wanted."""
+        num_new: int = super()._mamba_block_aligned_split(  # type: ignore[misc]
+            request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
+        )
+        turn = None if self.stateful_off else self.kv_cache_manager.turns.get(request.request_id)
+        if turn is None or not turn.wanted:
+            return num_new
+        start = request.num_computed_tokens + num_new_local_computed_tokens
+        return ResumePoints.stop(turn, start + num_external_computed_tokens, num_new)
 
     # ---- beside an offload tier ----------------------------------------------------------
 
@@ -317,6 +338,7 @@ class _StatefulMixin:
             "num_answers_unread": getattr(manager.called_tool, "num_failed", 0),
             "num_prefills_joined": 0 if self.prefills is None else self.prefills.groups.num_joined,
             "num_reasoning_dropped": store.num_reasoning_dropped,
+            "resume_points": manager.resume_points.counts(),
             **self._tier_stats(),
             **self._draft_stats(),
             "attention_steps": dict(STEPS),

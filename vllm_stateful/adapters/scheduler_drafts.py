@@ -136,7 +136,7 @@ class SchedulerDrafts:
         name = request.request_id
         if name not in self.drafts:
             turn = self._manager.turns[name]
-            self.drafts.begins(name, turn.session, agent_of(turn, self._rules), turn.prompt)
+            self.drafts.begins(name, turn.session, agent_of(turn, self._rules), turn.token_ids)
         known = self.drafts.num_tokens(name) - request.num_prompt_tokens
         new = list(request.output_token_ids[known:])
         if new:

@@ -62,7 +62,7 @@ class SchedulerLookup:
             return
         agent, turn = found
         answer = token_array(list(request.output_token_ids))
-        write = self._buffer.ends(agent, turn.prompt, answer)
+        write = self._buffer.ends(agent, turn.token_ids, answer)
         if write is not None:
             self._writes.append(write)
             same = [name for name, (other, _) in self._running.items() if other == agent]

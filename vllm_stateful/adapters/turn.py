@@ -12,10 +12,13 @@ import numpy as np
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.request import Request
 
+from vllm_stateful.adapters.mm_tokens import can_be_named, with_features
 from vllm_stateful.adapters.model_input import identity_of
 from vllm_stateful.api.retention_wish import hinted_seconds
 from vllm_stateful.api.session_identity import id_fault
+from vllm_stateful.prefix.groups import ResumePoint
 from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency
+from vllm_stateful.prefix.resume_places import Place
 from vllm_stateful.types import BlockIds, Bypass, Outcome, SessionKey, TokenArray
 
 CLOSE_ACTION = "session.close"
@@ -36,6 +39,8 @@ class Offer(NamedTuple):
     residency: Residency
     num_tokens: int
     outcome: Outcome
+    point: ResumePoint | None = None
+    """What is held for that position, where not every position can be continued."""
 
 
 @dataclass(slots=True)
@@ -44,6 +49,7 @@ class Turn:
 
     session: SessionKey
     prompt: TokenArray
+    """Its tokens; what is not text has ids of its own (``mm_tokens``)."""
     version: Hashable = None
     """The name of the prompt, by which a later one may refer to it."""
     prompt_base: PromptBase | None = None
@@ -52,11 +58,19 @@ class Turn:
     """Resets seen at its last lookup; KV computed before a reset is not kept."""
     offer: Offer | None = None
     """What the last lookup returned; None when it returned stock's answer."""
+    related: tuple[Residency, int] | None = None
+    """Who shares most tokens with it, and how many, by its last lookup."""
+    wanted: list[Place] = field(default_factory=list)
+    """Where resume points are still to be left."""
+    points: list[ResumePoint] = field(default_factory=list)
+    """Those that it holds, by position."""
     borrowed: Residency | None = None
     shared_ids: BlockIds | None = None
     """The full blocks that it shares with a residency, as the pin ledger was told."""
     only_full_blocks: bool = False
     """Its partial block could not be copied for lack of one free block: align the hit."""
+    can_make_room: bool = False
+    """Its allocation was refused, and somebody gave blocks for it."""
     is_loading: bool = False
     """vLLM's offload tier writes into its blocks; none of it has run yet."""
     has_arrived: bool = False
@@ -65,11 +79,18 @@ class Turn:
     is_closing: bool = False
     """Its session was closed while it ran, or this is its last turn."""
     lookup_s: float = 0.0
+    text: TokenArray | None = None
+    """The token ids of its prompt as the model gets them, where ``prompt`` has others."""
     named: SessionKey = field(init=False)
     """The session that its request names. ``session`` is the one that it was found to continue."""
 
     def __post_init__(self) -> None:
         self.named = self.session
+
+    @property
+    def token_ids(self) -> TokenArray:
+        """The prompt as the model gets it, shape ``[num_prompt_tokens]``."""
+        return self.prompt if self.text is None else self.text
 
 
 def bypass_reason(request: Request, caching: bool) -> Bypass | None:
@@ -80,7 +101,7 @@ def bypass_reason(request: Request, caching: bool) -> Bypass | None:
         return Bypass.POOLING
     if request.resumable:
         return Bypass.STREAMING_INPUT
-    if request.mm_features:
+    if request.mm_features and not can_be_named(request.mm_features):
         return Bypass.MULTIMODAL
     if request.prompt_embeds is not None or request.prompt_token_ids is None:
         return Bypass.PROMPT_EMBEDS
@@ -152,6 +173,8 @@ def start_turn(request: Request) -> Turn:
     array = prompt_array(request)
     if array is None:
         array = token_array(request.prompt_token_ids)
+    if request.mm_features:  # its prompt may begin as another one that shows something else
+        return Turn(session_of(request), with_features(array, request.mm_features), text=array)
     version, base = getattr(request, PROMPT_NAMES, (None, None))
     return Turn(session_of(request), array, version, base)
 

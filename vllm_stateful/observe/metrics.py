@@ -102,6 +102,14 @@ METRICS: tuple[Metric, ...] = (
         "Tokens of the sessions that are expected back, as a multiple of the offload tier.",
     ),
     Metric(
+        "vllm_stateful_resume_points",
+        "counter",
+        "resume_points",
+        "result",
+        "Resume points that were wanted inside prompts, of models that cannot be continued at "
+        "every position: taken, missed (no block was free, or what it needs was gone).",
+    ),
+    Metric(
         "vllm_stateful_waits",
         "counter",
         "waits",

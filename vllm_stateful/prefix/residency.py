@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Residencies: the KV that finished turns left in the block pool.
 
-A residency is an immutable fact: "these blocks hold the KV of exactly these tokens". Its last
-block may be partly filled; what lies behind the frontier is nobody's, so one turn at a time may
-append there in place while every other reader still sees what it was promised. Under pressure a
-residency gives up its end and stays as a smaller fact, which ends where a message does.
+A residency is an immutable fact: "these blocks hold the KV of exactly these tokens, and a turn may
+continue at these positions". With full attention it may at every position; elsewhere at the
+residency's resume points (`prefix.groups`). Its last block may be partly filled; what lies behind
+the frontier is nobody's, so one turn at a time may append there in place while every other reader
+still sees what it was promised. Under pressure a residency gives up its end and stays as a smaller
+fact, which ends where a message does, or at an earlier resume point.
 
 Source: arXiv:2605.26289 (persistent per-session KV, metadata-only aliasing).
 """
@@ -13,10 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from vllm_stateful.prefix.groups.table import (
+    Blocks,
+    ResumePoint,
+    Tables,
+    joined_blocks,
+    joined_ids,
+)
 from vllm_stateful.prefix.radix_tree import RadixTree
 from vllm_stateful.prefix.reasoning import Reasoning
 from vllm_stateful.schedule.gaps import Forecast, Wait, WaitKind
@@ -25,9 +34,6 @@ from vllm_stateful.types import BlockIds, Outcome, SessionKey, TokenArray
 
 ANONYMOUS = "anonymous-"
 """Prefix of the ids given to sessions that no client named."""
-
-Blocks = list[Any]
-"""Block handles in sequence order; opaque here, vLLM's ``KVCacheBlock`` in production."""
 
 
 def is_anonymous(session: SessionKey) -> bool:
@@ -41,10 +47,10 @@ class Residency:
 
     session: SessionKey
     frontier: int
-    """The number of tokens whose KV is computed."""
-    blocks: Blocks
-    """``ceil(frontier / block_size)`` handles; grows in place while a turn borrows it."""
-    block_ids: BlockIds
+    """The number of tokens whose KV is computed, and of those behind it that it depends on."""
+    tables: Tables
+    """Of the groups that are full: all their blocks up to the frontier. A table's block list grows
+    in place while a turn borrows it."""
     forecast: Forecast
     """When its session is expected back."""
     tree: RadixTree[Residency] = field(repr=False)
@@ -58,6 +64,11 @@ class Residency:
     """That of its answer, whether its KV is kept or not."""
     wait: WaitKind = WaitKind.USER
     """What its session waits for."""
+    points: list[ResumePoint] = field(default_factory=list)
+    """Where it can be continued, by position, if not everywhere. While it is idle, the last one is
+    its frontier; a turn that borrows it takes that one with it, and owns the others."""
+    lent: ResumePoint | None = None
+    """The one that was taken."""
     borrower: str | None = None
     """The request that continues this residency in place, or None while it is idle."""
     superseded: bool = False
@@ -67,6 +78,29 @@ class Residency:
     def tokens(self) -> TokenArray:
         """Shape ``[frontier]``: the tokens whose KV is computed. Put together, so O(frontier)."""
         return np.asarray(self.tree.tokens_of(self), np.int32)
+
+    @property
+    def blocks(self) -> Blocks:
+        """Of the groups that are full."""
+        return joined_blocks(self.tables)
+
+    @property
+    def block_ids(self) -> BlockIds:
+        """Of the same blocks."""
+        return joined_ids(self.tables)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that it holds; one that several of its points hold counts once for each."""
+        held = sum(len(table.blocks) for table in self.tables)
+        return held + sum(len(table.blocks) for point in self.points for table in point.tables)
+
+    def point_at(self, most: int) -> ResumePoint | None:
+        """The last resume point that is at a position or before it."""
+        for point in reversed(self.points):
+            if point.position <= most:
+                return point
+        return None
 
     @property
     def is_idle(self) -> bool:
@@ -93,6 +127,13 @@ class Match(NamedTuple):
     outcome: Outcome
     residency: Residency | None
     num_tokens: int
+    """Where it can continue."""
+    point: ResumePoint | None = None
+    """What is held for that position, where not every position can be continued."""
+    related: Residency | None = None
+    """One that shares most tokens with the turn, whether it can be continued there or not."""
+    num_shared: int = 0
+    """How many those are."""
 
 
 @dataclass(slots=True)
@@ -103,12 +144,17 @@ class FinishedTurn:
     prompt: TokenArray
     output: TokenArray
     frontier: int
-    """How many tokens of prompt and output have their KV in the blocks."""
-    blocks: Blocks
+    """How many tokens of prompt and output have their KV in the blocks, with those behind them
+    that it depends on (``groups.table.Group.lookahead``)."""
+    tables: Tables
+    """Of the groups that are full. Of the others nothing: what is held is in the points."""
+    points: list[ResumePoint] = field(default_factory=list)
+    """Where it can be continued, if not everywhere, by position. None is behind the frontier."""
     borrowed: Residency | None = None
     base: Residency | None = None
-    """The residency it started from, borrowed or shared."""
+    """The residency that shares most tokens with it, borrowed, shared or only compared."""
     num_base_tokens: int = 0
+    """How many it shares."""
     version: Hashable = None
     """The prompt's own name, by which a later one refers to it (``PromptBase``)."""
     tool: str | None = None

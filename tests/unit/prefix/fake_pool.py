@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vllm_stateful.prefix.boundaries import BoundaryRules
+from vllm_stateful.prefix.groups import Table
 from vllm_stateful.prefix.residency import FinishedTurn, Match, PromptBase, Residency
 from vllm_stateful.prefix.residency_store import ResidencyStore
 from vllm_stateful.types import Demotion, Identity, SessionKey, TokenArray
@@ -96,7 +97,8 @@ class FakeEngine:
         continues = found is not None and found.session == match.session and found.is_idle
         if continues and match.num_tokens == found.frontier:
             borrowed = found
-            blocks = self.store.borrow(found, f"request-{self.num_turns}")
+            (table,) = self.store.borrow(found, f"request-{self.num_turns}")
+            blocks = table.blocks
         elif found is not None:
             blocks = found.blocks[: match.num_tokens // BLOCK_SIZE]
             self.pool.touch(blocks)
@@ -126,7 +128,7 @@ class FakeEngine:
                 prompt=array(turn.prompt),
                 output=array(output),
                 frontier=len(tokens),
-                blocks=turn.blocks,
+                tables=(Table.of(turn.blocks),),
                 borrowed=turn.borrowed,
                 base=turn.match.residency,
                 num_base_tokens=turn.match.num_tokens,

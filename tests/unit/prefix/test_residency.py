@@ -4,8 +4,10 @@
 import pytest
 from fake_pool import BLOCK_SIZE, HISTORY, FakeEngine, array, key, parallel
 
+from vllm_stateful.prefix.groups import Table
+from vllm_stateful.prefix.matching import MIN_SHARED_TOKENS
 from vllm_stateful.prefix.residency import ANONYMOUS, FinishedTurn
-from vllm_stateful.prefix.residency_store import MAX_BRANCHES, MIN_SHARED_TOKENS
+from vllm_stateful.prefix.residency_store import MAX_BRANCHES
 from vllm_stateful.types import Demotion, Identity, Outcome, SessionKey
 
 ALICE, BOB = key("session-alice"), key("session-bob")
@@ -27,7 +29,7 @@ def engine() -> FakeEngine:
 
 def test_an_empty_store_is_cold(engine: FakeEngine) -> None:
     match = engine.store.match(ALICE, array(HISTORY), 21)
-    assert match == (ALICE, Outcome.COLD, None, 0)
+    assert match[:4] == (ALICE, Outcome.COLD, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_another_identity_never_matches(
     engine.kept(SessionKey(Identity("tenant-a"), session_id), HISTORY)
     asking = SessionKey(identity, session_id)
     match = engine.store.match(asking, array([*HISTORY, 1]), 22)
-    assert match == (asking, Outcome.COLD, None, 0)
+    assert match[:4] == (asking, Outcome.COLD, None, 0)
 
 
 def test_one_session_id_under_two_identities_is_two_sessions(engine: FakeEngine) -> None:
@@ -178,7 +180,7 @@ def test_blocks_must_fit_the_tokens_exactly(engine: FakeEngine) -> None:
     blocks = engine.pool.take(1)
     with pytest.raises(AssertionError):
         engine.store.finish(
-            FinishedTurn(ALICE, array(HISTORY), array([]), len(HISTORY), list(blocks))
+            FinishedTurn(ALICE, array(HISTORY), array([]), len(HISTORY), (Table.of(list(blocks)),))
         )
 
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns over models with several KV cache groups: windows, chunks and states."""
+
+import pytest
+from recorded_engine import ALICE, BOB, Engine
+
+from vllm_stateful.adapters.invariants import check_pool
+from vllm_stateful.prefix import resume_places
+
+KINDS = [
+    ("window", "full"),
+    ("full", "window", "window"),
+    ("chunk", "full"),
+    ("state", "full"),
+    ("state", "state", "state", "full"),
+    ("state", "window", "full"),
+    ("state",),
+    ("window",),
+]
+ENDED = 4
+"""Tokens of an answer."""
+
+
+@pytest.fixture(params=KINDS, ids="-".join)
+def kinds(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def engine(request: pytest.FixtureRequest, kinds: tuple[str, ...]) -> Engine:
+    return Engine(num_blocks=200, kinds=kinds, async_scheduling=request.param)
+
+
+@pytest.fixture(autouse=True)
+def _short_prefixes_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume_places, "MIN_SAVED", 4)
+
+
+@pytest.mark.parametrize("length", [21, 22, 23, 24])
+def test_an_appended_turn_computes_what_is_new_and_one_token(engine: Engine, length: int) -> None:
+    history = engine.turn("first", list(range(length)), max_tokens=ENDED)
+    for number in range(4):
+        history = engine.turn(f"turn-{number}", [*history, 7, 8, number], max_tokens=ENDED)
+        assert engine.num_scheduled(f"turn-{number}") == 3 + 1 + ENDED - 1
+        assert engine.num_copies <= engine_states(engine)  # for the point at the prompt's end
+        check_pool(engine.scheduler)
+    assert engine.outcomes() == {"cold": 1, "resumed": 4}
+    engine.check_nothing_is_lost()
+
+
+def engine_states(engine: Engine) -> int:
+    return sum(kind == "state" for kind in engine.worker.kinds)
+
+
+@pytest.mark.parametrize("length", [21, 24])
+def test_a_changed_answer_costs_no_more_than_itself(engine: Engine, length: int) -> None:
+    """As when a template strips reasoning: the history parts where the answer begins."""
+    history = list(range(length))
+    engine.turn("first", history, max_tokens=ENDED)
+    for number in range(4):
+        history = [*history, 55, 56, number]
+        prompt_tokens = len(history)
+        engine.turn(f"turn-{number}", history, max_tokens=ENDED)
+        new = 3
+        assert engine.num_scheduled(f"turn-{number}") == new + ENDED - 1, prompt_tokens
+    assert len(engine.branches(ALICE)) <= 4
+    engine.check_nothing_is_lost()
+
+
+def test_a_fork_leaves_its_parent_where_it_was(engine: Engine) -> None:
+    history = engine.turn("first", list(range(22)), max_tokens=ENDED)
+    for name in (BOB, "session-carol"):
+        engine.turn(name, [*history, 40, 41], name, max_tokens=ENDED)
+        assert engine.num_scheduled(name) == 2 + 1 + ENDED - 1
+    engine.turn("second", [*history, 50], max_tokens=ENDED)
+    assert engine.num_scheduled("second") == 1 + 1 + ENDED - 1
+    engine.check_nothing_is_lost()
+
+
+def test_where_two_prompts_part_the_third_starts(engine: Engine) -> None:
+    """A fork where no resume point is: the second pays, and leaves one for the others.
+
+    It does not where vLLM's own cache has whole blocks up to little before that place.
+    """
+    shared = list(range(30))
+    engine.turn("first", [*shared, *range(50, 60)])
+    engine.turn("second", [*shared, *range(60, 70)], BOB)
+    engine.turn("third", [*shared, *range(70, 80)], "session-carol")
+    assert engine.num_scheduled("third") in (10, 10 + 30 % engine.block_size)
+    engine.check_nothing_is_lost()
+
+
+def test_running_turns_give_up_their_points_before_anybody_is_refused(
+    kinds: tuple[str, ...],
+) -> None:
+    """A cache for one long turn and no more: it ends, as it does in stock vLLM."""
+    needed = sum(30 if kind == "full" else 5 for kind in kinds)
+    engine = Engine(num_blocks=needed + 20, kinds=kinds)
+    history = engine.turn("first", list(range(40)), max_tokens=ENDED)
+    history = engine.turn("second", [*history, *range(30)], max_tokens=ENDED)
+    engine.turn("third", [*history, *range(20)], max_tokens=16)
+    engine.check_nothing_is_lost()

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes resume points while a prompt is computed: holds windows, and copies states.
+
+A chunk of the prompt ends at the place (``stop``), so that the state is there. Before the next
+tokens are computed (``capture``), the blocks of the last window are held, and the state's block is
+copied, by the same copies that vLLM makes of blocks that are written on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm_stateful.adapters.turn import Turn
+from vllm_stateful.prefix.boundaries import BoundaryRules, Cuts, Kind
+from vllm_stateful.prefix.groups import Group, ResumePoint, Table
+from vllm_stateful.prefix.residency import Match, Residency
+from vllm_stateful.prefix.resume_places import resume_places
+
+LOOK_BACK = 64
+"""Tokens before a position that say what begins behind it (``BoundaryRules.cuts``)."""
+
+
+class ResumePoints:
+    """Of the running turns of one scheduler.
+
+    Args:
+        coordinator: vLLM's managers of all groups.
+        groups: one for each manager.
+        rules: where messages begin; None when that is not known.
+        make_room: makes so many blocks free, or says that it cannot.
+        lookahead: tokens that must be the same behind a point (``Group.lookahead``).
+    """
+
+    def __init__(
+        self,
+        coordinator: Any,
+        groups: Sequence[Group],
+        rules: BoundaryRules | None,
+        make_room: Callable[[int], bool],
+        lookahead: int = 0,
+    ) -> None:
+        self._managers = coordinator.single_type_managers
+        self._pool = coordinator.block_pool
+        self._groups = groups
+        self._rules = rules
+        self._make_room = make_room
+        self._lookahead = lookahead
+        self._num_states = sum(group.is_state for group in groups)
+        self.num_taken = 0
+        self.num_missed = 0
+        """Those for which no block was free, or whose blocks were gone."""
+
+    def counts(self) -> dict[str, int]:
+        """Those that were wanted inside prompts, by result."""
+        return {"taken": self.num_taken, "missed": self.num_missed}
+
+    def plan(self, turn: Turn, match: Match, start: int) -> None:
+        """Decide where a turn leaves resume points. It may be looked up again: then anew.
+
+        Args:
+            turn: its prompt is read from where it continues.
+            match: who shares most with it.
+            start: where it continues.
+        """
+        cuts = Cuts.none()
+        if self._rules is not None:
+            low = max(0, start - LOOK_BACK)
+            found = self._rules.cuts(turn.prompt[low:], start - low, Kind.OTHER)
+            cuts = Cuts(found.starts + np.int32(low), found.kinds)
+        places = resume_places(cuts, start, len(turn.prompt), match.num_shared)
+        ahead = self._lookahead
+        turn.wanted = [
+            place._replace(position=place.position - ahead)
+            for place in places
+            if place.position - ahead > start
+        ]
+
+    @staticmethod
+    def stop(turn: Turn, start: int, num_new: int) -> int:
+        """How many new tokens a chunk may have, so that it ends at the next place."""
+        for place in turn.wanted:
+            if place.position > start:
+                return min(num_new, place.position - start)
+        return num_new
+
+    def inherit(self, turn: Turn, residency: Residency, position: int) -> None:
+        """The turn takes references on the points before the one that it continues at."""
+        for point in residency.points:
+            if point.position > position + self._lookahead:
+                break
+            self._pool.touch(point.blocks)
+            turn.points.append(ResumePoint(point.position, point.tables, point.is_shared))
+
+    def capture(self, turn: Turn, request_id: str, num_computed: int) -> None:
+        """Take the points that a running request has reached. Call before it computes more."""
+        while turn.wanted and turn.wanted[0].position <= num_computed:
+            position, is_shared = turn.wanted.pop(0)
+            point = self._capture(request_id, position, num_computed)
+            if point is None:
+                self.num_missed += 1
+                continue
+            point.is_shared = is_shared
+            turn.points.append(point)
+            self.num_taken += 1
+
+    def _capture(self, request_id: str, position: int, num_computed: int) -> ResumePoint | None:
+        if self._num_states and position != num_computed:
+            return None
+        pieces = [self._piece(place, request_id, position) for place in range(len(self._groups))]
+        if any(piece is None for piece in pieces):
+            return None
+        copied = [group.is_state and position % group.block_size != 0 for group in self._groups]
+        if not self._make_room(sum(copied)):
+            return None
+        tables = []
+        for place, piece in enumerate(pieces):
+            assert piece is not None
+            if copied[place]:
+                piece = self._copied(place, piece)
+            else:
+                self._pool.touch(piece.blocks)
+            tables.append(piece)
+        return ResumePoint(position + self._lookahead, tuple(tables))
+
+    def _piece(self, place: int, request_id: str, position: int) -> Table | None:
+        """What one group needs at a position; None when it is not there."""
+        group = self._groups[place]
+        if group.is_full:
+            return Table.empty()
+        table = self._managers[place].req_to_blocks.get(request_id, ())
+        first, end = group.first(position), group.end(position)
+        blocks = list(table[first:end])
+        if len(blocks) < end - first or any(block.is_null for block in blocks):
+            return None
+        return Table.of(blocks, first)
+
+    def _copied(self, place: int, piece: Table) -> Table:
+        """A copy of a state, made by the workers before they compute the next tokens."""
+        (source,) = piece.blocks
+        (copy,) = self._pool.get_new_blocks(1)
+        source.ref_cnt += 1  # both are held until the copy is made (as by `_apply_cow`)
+        copy.ref_cnt += 1
+        self._managers[place]._pending_cow_copies.append((source, copy))
+        return Table.of([copy], piece.start)

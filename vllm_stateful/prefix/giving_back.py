@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Giving blocks back: under pressure, for the budget, with age, or when a session is over."""
+
+from __future__ import annotations
+
+from vllm_stateful.prefix.residency import Residency
+from vllm_stateful.prefix.residency_book import ResidencyBook
+from vllm_stateful.types import Demotion, SessionKey
+
+MIN_GIVEN_TOKENS = 256
+"""A residency that gives up some of its end gives at least so many tokens."""
+
+
+class GivingBack(ResidencyBook):
+    """Who gives, how much, and in which order."""
+
+    def demote(self, residency: Residency, why: Demotion) -> int:
+        """Return an idle residency's blocks to the pool, tail first.
+
+        Full blocks stay findable by vLLM's own prefix cache until they are reused.
+
+        Returns:
+            The number of blocks that no idle residency holds any longer.
+        """
+        assert residency.borrower is None
+        before = self.pins.num_pinned
+        self._forget(residency)
+        self._unpin(residency.tables)
+        self._give(residency.tables)
+        self._drop_points(residency)
+        self.demotions[why] += 1
+        return before - self.pins.num_pinned
+
+    def demote_next(
+        self, why: Demotion, num_wanted: int = 1, keep: Residency | None = None
+    ) -> int | None:
+        """Take blocks from the least valuable idle residency, from its end inwards.
+
+        What it gives up begins where a message does, where that is known; of what several sessions
+        have in common nothing is taken, but a residency that has no more than that is dropped.
+
+        Args:
+            why: for the count.
+            num_wanted: blocks; it gives fewer when it has no more, and more up to a message.
+            keep: is spared.
+
+        Returns:
+            The number of blocks that no idle residency holds any longer; None when there is none
+            but ``keep``.
+        """
+        victim = self._idle.next_victim(self._clock(), keep)
+        if victim is None:
+            return None
+        frontier = 0 if victim.superseded else self._end_of_rest(victim, num_wanted)
+        return self._cut_back(victim, frontier, why) if frontier else self.demote(victim, why)
+
+    def _end_of_rest(self, victim: Residency, num_wanted: int) -> int:
+        """Where a victim ends that gives so many blocks; 0 when it has to give all."""
+        if self.has_points:
+            return self._earlier_point(victim, num_wanted)
+        num_wanted = max(num_wanted, MIN_GIVEN_TOKENS // self.block_size)
+        num_held = victim.num_blocks
+        for node in victim.tree.own_tail(victim):
+            num_kept = -(-node.start // self.block_size)
+            if not node.is_cut or num_kept > num_held - num_wanted:
+                continue
+            assert node.parent is not None
+            is_all_that_is_own = node.parent.values or len(node.parent.children) > 1
+            return 0 if is_all_that_is_own else num_kept * self.block_size
+        return 0
+
+    def _earlier_point(self, victim: Residency, num_wanted: int) -> int:
+        """The last of its resume points behind which it holds so many blocks."""
+        num_given = 0
+        for earlier, point in zip(victim.points[-2::-1], victim.points[::-1], strict=False):
+            num_given += len(point.blocks)
+            behind = sum(
+                len(table.blocks) - group.end(earlier.position)
+                for group, table in zip(self.groups, victim.tables, strict=True)
+                if group.is_full
+            )
+            if num_given + behind >= num_wanted:
+                return earlier.position
+        return 0
+
+    def _cut_back(self, residency: Residency, frontier: int, why: Demotion) -> int:
+        """Give up what is behind a position."""
+        before = self.pins.num_pinned
+        given = self._shorten(residency, min(frontier, residency.frontier))
+        self._unpin(given)
+        self._idle.shrink(residency, residency.num_blocks)
+        self._give(given)
+        self.demotions[why] += 1
+        return before - self.pins.num_pinned
+
+    def enforce_budget(self) -> None:
+        """Demote until the pinned blocks fit their budget."""
+        while self.pins.over_budget:
+            num_wanted = self.pins.num_pinned - self.pins.budget_blocks
+            if self.demote_next(Demotion.BUDGET, num_wanted) is None:
+                return
+
+    def expire(self, idle_s: float) -> None:
+        """Demote what was not used for ``idle_s`` seconds."""
+        for residency in self._idle.expired(self._clock() - idle_s, self._clock()):
+            self.demote(residency, Demotion.IDLE)
+
+    def close(self, session: SessionKey) -> int:
+        """Demote all idle branches of a session. Returns how many there were."""
+        idle = [branch for branch in self.branches(session) if branch.is_idle]
+        for branch in idle:
+            self.demote(branch, Demotion.CLOSED)
+        self.waits.closed(session)
+        if self.tier is not None:
+            self.tier.closed(session)
+        return len(idle)
+
+    def reset(self) -> None:
+        """Drop everything; borrowed blocks stay with their turns."""
+        for residency in self.residencies():
+            if residency.borrower is None:
+                self.demote(residency, Demotion.RESET)
+            else:
+                self._forget(residency)
+                self.demotions[Demotion.RESET] += 1

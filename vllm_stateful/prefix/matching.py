@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a new turn can reuse, and from whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vllm_stateful.prefix.groups.table import ResumePoint
+from vllm_stateful.prefix.radix_tree import Known, PrefixMatch, RadixTree
+from vllm_stateful.prefix.residency import Match, PromptBase, Residency, is_anonymous
+from vllm_stateful.prefix.residency_book import ResidencyBook
+from vllm_stateful.types import Outcome, SessionKey, TokenArray
+
+MIN_SHARED_TOKENS = 16
+"""A shorter common prefix (a template's opening) is no fork: copying a block costs more."""
+
+MAX_CANDIDATES = 32
+"""Residencies whose resume points are looked at for one turn."""
+
+
+class Matching(ResidencyBook):
+    """Finds the residency that a turn continues. Read-only."""
+
+    def match(
+        self, session: SessionKey, tokens: TokenArray, limit: int, base: PromptBase | None = None
+    ) -> Match:
+        """Find what a turn can reuse. Read-only.
+
+        Args:
+            session: its identity must equal that of the residency; its id is a hint that
+                breaks ties. An anonymous id is replaced by that of the session it continues.
+            tokens: the prompt, shape ``[num_tokens]``.
+            limit: most tokens that may be reused (vLLM must compute at least the last one).
+            base: what is known of the prompt's beginning; it is not compared again.
+        """
+        tree = self._trees.get(session.identity)
+        if tree is None:
+            return Match(session, Outcome.COLD, None, 0)
+        longest = tree.match(tokens[:limit], self._known(session, base))
+        num_tokens, found = longest.num_tokens, longest.value
+        if found is None or num_tokens < min(MIN_SHARED_TOKENS, found.frontier, limit):
+            return Match(session, Outcome.COLD, None, 0)
+        own = self._own_branch(session, tree, longest)
+        if own is not None:
+            found, num_tokens = own, min(own.frontier, num_tokens)
+        if self.has_points:
+            return self._at_a_point(session, tree, longest, found, num_tokens)
+        match = self._classify(session, found, num_tokens, limit)
+        return match._replace(related=found, num_shared=num_tokens)
+
+    def _at_a_point(
+        self,
+        session: SessionKey,
+        tree: RadixTree[Residency],
+        longest: PrefixMatch[Residency],
+        related: Residency,
+        num_shared: int,
+    ) -> Match:
+        """The deepest resume point on the way that is shared; the session's own of equals."""
+        best: tuple[Residency, ResumePoint] | None = None
+        for residency, most in self._candidates(session, tree, longest):
+            if best is not None and most <= best[1].position:
+                continue
+            point = residency.point_at(most)
+            if point is not None and (best is None or point.position > best[1].position):
+                best = residency, point
+        if best is None:
+            return Match(session, Outcome.COLD, None, 0, None, related, num_shared)
+        found, point = best
+        match = self._classify(session, found, point.position, found.frontier)
+        return match._replace(point=point, related=related, num_shared=num_shared)
+
+    def _candidates(
+        self, session: SessionKey, tree: RadixTree[Residency], longest: PrefixMatch[Residency]
+    ) -> Iterator[tuple[Residency, int]]:
+        """Who may be continued, and up to where each is shared: own branches, then the nearest."""
+        node = longest.node
+        assert node is not None
+        seen: set[int] = set()
+        for branch in self.branches(session):
+            seen.add(id(branch))
+            shared = min(tree.num_shared(branch, node), longest.num_tokens)
+            yield branch, shared
+        while node.parent is not None and len(seen) < MAX_CANDIDATES:
+            for residency in tree.values_below(node):
+                if len(seen) >= MAX_CANDIDATES:
+                    return
+                if id(residency) not in seen:
+                    seen.add(id(residency))
+                    yield residency, min(node.end, longest.num_tokens, residency.frontier)
+            node = node.parent
+
+    def _known(self, session: SessionKey, base: PromptBase | None) -> Known[Residency] | None:
+        """The residency of the earlier prompt, if it is still here and nobody else's."""
+        found = None if base is None else self._of_version.get(base.version)
+        if base is None or found is None or found.session.identity != session.identity:
+            return None
+        return Known(found, min(base.num_tokens, found.frontier))
+
+    def _own_branch(
+        self, session: SessionKey, tree: RadixTree[Residency], longest: PrefixMatch[Residency]
+    ) -> Residency | None:
+        """The session's own branch, unless somebody else's saves a whole block more.
+
+        A fork computes its parent's last sampled token first, so it often matches one token
+        further; that is no reason to leave one's own session.
+        """
+        assert longest.node is not None
+        least = longest.num_tokens - self.block_size + 1
+
+        def order(branch: Residency) -> tuple[int, int]:
+            """What shares most, and ends there."""
+            return -min(branch.frontier, longest.num_tokens), branch.frontier
+
+        for branch in sorted(self.branches(session), key=order):
+            if branch.frontier < least:
+                continue
+            shared = min(branch.frontier, longest.num_tokens)
+            if tree.num_shared(branch, longest.node) >= shared:
+                return branch
+        return None
+
+    @staticmethod
+    def _classify(session: SessionKey, found: Residency, num_tokens: int, limit: int) -> Match:
+        whole = num_tokens == min(found.frontier, limit)
+        if whole and is_anonymous(session) and is_anonymous(found.session):
+            session = found.session
+        if session != found.session:
+            return Match(session, Outcome.FORKED, found, num_tokens)
+        outcome = Outcome.RESUMED if whole else Outcome.DIVERGED
+        return Match(session, outcome, found, num_tokens)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept and by whom: the books that matching, one turn and giving back share.
+
+The store owns one reference on each block of an *idle* residency, and one for each of its resume
+points that holds the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
+from vllm_stateful.prefix.groups.full import FullGroup
+from vllm_stateful.prefix.groups.table import (
+    Group,
+    ResumePoint,
+    Table,
+    joined_blocks,
+)
+from vllm_stateful.prefix.pins import PinLedger
+from vllm_stateful.prefix.radix_tree import RadixTree
+from vllm_stateful.prefix.reasoning import ReasoningHabits
+from vllm_stateful.prefix.residency import OffloadTier, Residency
+from vllm_stateful.schedule.fairness import FairQueue
+from vllm_stateful.schedule.waits import WaitBook
+from vllm_stateful.types import Demotion, Identity, SessionKey
+
+WISHED_SHARE = 0.5
+"""Wishes of clients count up to this share of the budget."""
+
+MAX_POINTS = 4
+"""Resume points of one residency, its frontier included."""
+
+
+class ResidencyBook:
+    """All residencies of one engine core. Not thread-safe: owned by the scheduler's thread.
+
+    Args:
+        block_size: tokens per block of the first group.
+        num_blocks: blocks in the pool, the null block included.
+        budget_blocks: most distinct blocks that idle residencies may hold.
+        release: returns blocks to the pool; called with blocks in eviction order (tail first).
+        clock: seconds, monotonic.
+        rules: where messages begin in token ids; None when that is not known.
+        groups: what each KV cache group needs; None: one group of full attention.
+        max_points: resume points of one residency, its frontier included.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        num_blocks: int,
+        budget_blocks: int,
+        release: Callable[[Iterable[Any]], None],
+        clock: Callable[[], float],
+        rules: BoundaryRules | None = None,
+        groups: Sequence[Group] | None = None,
+        max_points: int = MAX_POINTS,
+    ) -> None:
+        self.block_size = block_size
+        self.groups: tuple[Group, ...] = tuple(groups or (FullGroup(block_size),))
+        self.has_points = not all(group.is_full for group in self.groups)
+        """Whether only some positions can be continued."""
+        self.max_points = max_points
+        self.pins = PinLedger(num_blocks, budget_blocks)
+        self.demotions = dict.fromkeys(Demotion, 0)
+        self._release = release
+        self._clock = clock
+        self._trees: dict[Identity, RadixTree[Residency]] = {}
+        self._of_version: dict[Hashable, Residency] = {}
+        self._sessions: dict[SessionKey, list[Residency]] = {}
+        self._idle: FairQueue[Residency] = FairQueue(budget_blocks * WISHED_SHARE)
+        self.waits = WaitBook()
+        self.tier: OffloadTier | None = None
+        """Told of each session that waits or is over."""
+        self.num_reasoning_dropped = 0
+        """Tokens of reasoning, and behind it, that were not kept."""
+        self._rules = rules
+        self._habits = ReasoningHabits()
+
+    # ---- looking -------------------------------------------------------------------------
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def num_residencies(self) -> int:
+        return sum(len(branches) for branches in self._sessions.values())
+
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
+    def residencies(self) -> list[Residency]:
+        return [found for branches in self._sessions.values() for found in branches]
+
+    def sessions(self) -> list[SessionKey]:
+        return list(self._sessions)
+
+    def kind_at(self, residency: Residency, position: int) -> Kind:
+        """The kind of the segment that a token of a residency lies in; OTHER when it is gone."""
+        if not residency.alive:
+            return Kind.OTHER
+        for node in residency.tree.path_up(residency):
+            if node.start <= position:
+                return Kind(node.kind)
+        return Kind.OTHER
+
+    def branches(self, session: SessionKey) -> tuple[Residency, ...]:
+        return tuple(self._sessions.get(session, ()))
+
+    # ---- pins ----------------------------------------------------------------------------
+
+    def _park(self, residency: Residency) -> None:
+        """It is idle now: whatever it holds is pinned."""
+        self._pin(residency.tables)
+        for point in residency.points:
+            self._pin(point.tables)
+        self._enter(residency)
+
+    def _pin(self, tables: Iterable[Table]) -> None:
+        for table in tables:
+            self.pins.pin(table.ids)
+
+    def _unpin(self, tables: Iterable[Table]) -> None:
+        for table in tables:
+            self.pins.unpin(table.ids)
+
+    def _give(self, tables: Iterable[Table]) -> None:
+        """Return blocks to the pool, tail first. Nobody pins them any longer."""
+        self._release(reversed(joined_blocks(tables)))
+
+    def release_points(self, points: Iterable[ResumePoint]) -> None:
+        """Give back what a running turn held for resume points."""
+        for point in points:
+            self._give(point.tables)
+
+    def _drop_points(self, residency: Residency) -> None:
+        """Give back the points that a residency holds, pinned all of them."""
+        for point in residency.points:
+            self._unpin(point.tables)
+            self._give(point.tables)
+        residency.points = []
+
+    def _shorten(self, residency: Residency, frontier: int) -> list[Table]:
+        """Let it end earlier, with a resume point where it needs one.
+
+        Returns:
+            What it held behind the new end. It is pinned as before.
+        """
+        given: list[Table] = []
+        while residency.points and residency.points[-1].position > frontier:
+            given += residency.points.pop().tables
+        if self.has_points:
+            frontier = residency.points[-1].position if residency.points else 0
+        for group, table in zip(self.groups, residency.tables, strict=True):
+            if group.is_full:
+                given.append(table.keep(group.end(frontier)))
+        residency.frontier = frontier
+        if frontier:
+            residency.tree.shorten(residency, frontier)
+        return given
+
+    # ---- entries -------------------------------------------------------------------------
+
+    def _enter(self, residency: Residency) -> None:
+        identity = residency.session.identity
+        self._idle.add(
+            residency,
+            tenant=identity.tenant,
+            salt=identity.cache_salt,
+            num_blocks=residency.num_blocks,
+            worth=residency.worth,
+            forecast=residency.forecast,
+            now_s=self._clock(),
+            wished_until_s=residency.wished_until_s,
+        )
+
+    def _forget(self, residency: Residency) -> None:
+        self._idle.discard(residency)
+        branches = self._sessions[residency.session]
+        branches.remove(residency)
+        if not branches:
+            del self._sessions[residency.session]
+        self._uproot(residency)
+
+    def _uproot(self, residency: Residency) -> None:
+        residency.alive = False
+        residency.tree.remove(residency)
+        identity = residency.session.identity
+        if not len(residency.tree) and self._trees.get(identity) is residency.tree:
+            del self._trees[identity]
+        if self._of_version.get(residency.version) is residency:
+            del self._of_version[residency.version]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a turn should leave resume points, where not every position can be continued.
+
+The frontier is one at no cost: whoever appends to the history starts there. The other places are
+for histories that come back changed, for forks, and for sessions that begin alike:
+
+- The end of the prompt, before any reasoning that the generation prompt opened. Templates strip
+  reasoning and write calls anew, so the next prompt often parts from this one where the answer
+  begins, and a state taken behind that place is worth nothing.
+- The end of system prompt and tools, where new sessions and sub-agents part.
+- A place where this prompt parted from another that could not be continued there.
+
+Source: *stable conversation boundaries* in TensorRT-LLM and several MLX servers; vLLM's own
+``shared_prefix_boundary`` (Marconi, arXiv:2411.19379).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_stateful.prefix.boundaries import Cuts, Kind
+
+MIN_SAVED = 128
+"""A place that saves fewer tokens than that is not worth a state."""
+
+
+class Place(NamedTuple):
+    """A position at which a resume point is wanted."""
+
+    position: int
+    is_shared: bool
+    """Others are expected to start there."""
+
+
+def resume_places(cuts: Cuts, start: int, num_prompt: int, parted_at: int = 0) -> list[Place]:
+    """The places that a prompt should leave a resume point at, by position.
+
+    Args:
+        cuts: the segments of the prompt that begin behind ``start``.
+        start: where the turn continues; nothing before it is computed.
+        num_prompt: tokens of the prompt.
+        parted_at: where the prompt parts from one that is known; 0 when that is ``start``.
+    """
+    wanted: dict[int, bool] = {}
+    if start + MIN_SAVED <= parted_at < num_prompt:
+        wanted[parted_at] = True
+    first = _end_of_instructions(cuts)
+    if first is not None and start + MIN_SAVED <= first < num_prompt:
+        wanted[first] = True
+    wanted.setdefault(_end_of_question(cuts, num_prompt), False)
+    places = [Place(*each) for each in wanted.items() if start < each[0] <= num_prompt]
+    return sorted(places)
+
+
+def _end_of_instructions(cuts: Cuts) -> int | None:
+    """Where the first message of the user begins, if instructions stand before it."""
+    kinds = cuts.kinds
+    users = np.flatnonzero(kinds == Kind.USER)
+    if not len(users) or not users[0]:
+        return None
+    before = kinds[: users[0]]
+    is_first = np.isin(before, (Kind.OTHER, Kind.SYSTEM, Kind.TOOLS)).all()
+    return int(cuts.starts[users[0]]) if is_first else None
+
+
+def _end_of_question(cuts: Cuts, num_prompt: int) -> int:
+    """Where the answer begins: the end of the prompt, before reasoning that it opens."""
+    answers = np.flatnonzero(cuts.kinds == Kind.ASSISTANT)
+    if not len(answers):
+        return num_prompt
+    behind = cuts.kinds[answers[-1] :]
+    others = ~np.isin(behind, (Kind.ASSISTANT, Kind.REASONING))
+    reasoning = np.flatnonzero(behind == Kind.REASONING)
+    if others.any() or not len(reasoning):
+        return num_prompt
+    return int(cuts.starts[answers[-1] + reasoning[0]])
