@@ -103,25 +103,29 @@ def _arguments(engine_args: dict[str, Any]) -> str:
 
 def _chunked(documents: Sequence[dict[str, Any]]) -> str:
     """What stock differs by from itself when the same prompts are computed in smaller chunks."""
-    rows = []
-    for document in documents:
-        sides = document["sides"]
-        if "played" not in sides.get("chunked", {}):
-            continue
-        whole, parts = sides["stock"], sides["chunked"]
-        both: list[list[Turn]] = [[], []]
-        for workload in WORKLOADS:
-            if not workload.shared:  # a prompt that is found in the cache is cut another way
-                for turns, side in zip(both, (whole, parts), strict=True):
-                    turns += [turn for turn in turns_of(side, workload) if not turn.turn]
-        sizes = [str(side["max_num_batched_tokens"]) for side in (whole, parts)]
-        rows.append([document["family"], document["dtype"], *sizes, compared(*both)])
+    rows = [
+        _chunked_row(document, side)
+        for document in documents
+        for name, side in document["sides"].items()
+        if name.startswith("chunked") and "error" not in side
+    ]
     if not rows:
         return ""
     head = ("family", "dtype", "tokens a step", "against", "answers equal, log-probability off by")
     return "### Stock against stock: the same first prompts in other chunks\n\n" + markdown(
         head, rows
     )
+
+
+def _chunked_row(document: dict[str, Any], side: dict[str, Any]) -> list[str]:
+    stock = document["sides"]["stock"]
+    both: list[list[Turn]] = [[], []]
+    for workload in WORKLOADS:
+        if not workload.shared:  # a prompt that is found in the cache is cut another way
+            for turns, each in zip(both, (stock, side), strict=True):
+                turns += [turn for turn in turns_of(each, workload) if not turn.turn]
+    sizes = [str(each["max_num_batched_tokens"]) for each in (stock, side)]
+    return [document["family"], document["dtype"], *sizes, compared(*both)]
 
 
 def _remarks(documents: Sequence[dict[str, Any]]) -> str:

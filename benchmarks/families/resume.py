@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from benchmarks.families.report import tables
 from benchmarks.families.side import play_side
 from benchmarks.families.workloads import TURNS
-from benchmarks.models.shapes import FAMILIES
+from benchmarks.models.shapes import FAMILIES, SERVED
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -38,7 +38,9 @@ ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles one function of its sampler also where it is eager
 }
 TIMEOUT_S = 1800
-CHUNK = 512  # tokens a step, for what stock differs by from itself
+UNITS = (32, 8)  # tokens; 8 divides every block of Mamba layers
+CHUNKS = (512, 500)
+"""Tokens a step, for what stock differs by from itself: as kernels have it, and not."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def settings(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     so a smaller `block_size` changes nothing there.
     """
     if len(groups) > 1 and any(each["spec"] == "MambaSpec" for each in groups):
-        return [{"prefix_match_unit": 32, "prefix_cache_retention_interval": None}]
+        dense = {"prefix_cache_retention_interval": None}
+        return [dense | {"prefix_match_unit": unit} for unit in UNITS]
     if len(groups) > 1:
         return [{"block_size": 32, "prefix_cache_retention_interval": None}]
     return [{"block_size": 32}]
@@ -117,7 +120,8 @@ def run_family(family: str, out: Path, *, strict: bool) -> dict[str, Any]:
         arguments = enumerate(settings(stock["groups"]), 1)
         sides += [Side(f"stock-{number}", each) for number, each in arguments]
     if dtype == "bfloat16":
-        sides.append(Side("chunked", {"max_num_batched_tokens": CHUNK}, turns=1))
+        for chunk in CHUNKS:
+            sides.append(Side(f"chunked-{chunk}", {"max_num_batched_tokens": chunk}, turns=1))
     plugin = {"VLLM_STATEFUL": "1", "VLLM_STATEFUL_CHECK_INVARIANTS": "1"}
     if strict:
         plugin["VLLM_STATEFUL_STRICT"] = "1"
@@ -129,7 +133,7 @@ def run_family(family: str, out: Path, *, strict: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.families.resume", description=__doc__)
-    parser.add_argument("--families", default=",".join(FAMILIES), help="names, with commas between")
+    parser.add_argument("--families", default=",".join(SERVED), help="names, with commas between")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "families")
     parser.add_argument("--strict", action="store_true", help="refuse to serve as stock vLLM")
     options = parser.parse_args()

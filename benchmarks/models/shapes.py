@@ -173,7 +173,7 @@ FAMILIES: dict[str, Family] = {
     "nemotronh": Family(
         "NemotronHForCausalLM",
         "nemotron_h",
-        "bfloat16",
+        "float32",
         {
             "num_hidden_layers": 4,
             "hybrid_override_pattern": "M*M-",
@@ -186,7 +186,7 @@ FAMILIES: dict[str, Family] = {
             "mlp_hidden_act": "relu2",
         },
     ),
-    "deepseek": Family("DeepseekV3ForCausalLM", "deepseek_v3", "bfloat16", _DEEPSEEK),
+    "deepseek": Family("DeepseekV3ForCausalLM", "deepseek_v3", "float32", _DEEPSEEK),
     "deepseek_v32": Family(
         "DeepseekV32ForCausalLM",
         "deepseek_v32",
@@ -301,14 +301,25 @@ FAMILIES: dict[str, Family] = {
             "num_hidden_layers": 3,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
-            "scoring_func": "sigmoid",
-            "use_routing_bias": True,
+            "scoring_func": "softmax",  # its own, sigmoid, has no CPU router
+            "use_routing_bias": False,
             "rotary_dim": 16,
             "rope_theta": 1e6,
             "use_qk_norm": True,
         },
     ),
 }
+
+
+NOT_ON_CPU = {
+    "deepseek_v32": "NotImplementedError: Sparse Attention is not supported on CPU.",
+    "glm5": "NotImplementedError: Sparse Attention is not supported on CPU.",
+    "jamba": "AttributeError: '_OpNamespace' '_C' object has no attribute 'selective_scan_fwd'",
+    "kimi_linear": "ModuleNotFoundError: No module named 'cutlass'",
+    "mamba": "AttributeError: '_OpNamespace' '_C' object has no attribute 'selective_scan_fwd'",
+}
+"""Families that vLLM 0.32.0's CPU build cannot serve, and what it says. Their configs are right."""
+SERVED = tuple(family for family in FAMILIES if family not in NOT_ON_CPU)
 
 
 def write(family: str, folder: Path) -> None:
