@@ -8,6 +8,7 @@ builds the same frozen ``StatefulConfig`` from it; children inherit it without f
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from vllm_stateful.errors import ConfigError
@@ -280,3 +281,12 @@ def load_config(environ: Mapping[str, str] = os.environ) -> StatefulConfig:
         if key in environ
     }
     return StatefulConfig(**values)
+
+
+@lru_cache(maxsize=1)
+def process_config() -> StatefulConfig:
+    """The options of this process, read once: for what is asked at every request.
+
+    A test that changes the environment calls ``process_config.cache_clear()``.
+    """
+    return load_config()

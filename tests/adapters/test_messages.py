@@ -130,6 +130,21 @@ def test_an_edit_and_other_tools_are_rendered_in_full(
     assert rendered(counts) == {"incremental": 0, "full": 3}
 
 
+def test_any_change_in_the_tools_is_rendered_in_full(
+    renderers: tuple[Any, Any], counts: PromptCounts
+) -> None:
+    """Also one of a type, or of the order of the keys: both show in the text."""
+    rng = random.Random(5)
+    template = TOOLS_TEMPLATE.read_text()
+    messages = [message(rng, i) for i in range(18)]
+    for number, default in enumerate([1, True, 1.0, {"a": 1, "b": 2}, {"b": 2, "a": 1}]):
+        tools = [{"type": "function", "function": {"name": "f", "default": default}}]
+        for _ in range(2):
+            same_text(renderers, messages, template, tools)
+            messages.append(message(rng, len(messages)))
+        assert rendered(counts) == {"incremental": number + 1, "full": number + 1}
+
+
 def test_a_template_that_looks_ahead_is_rendered_in_full(
     renderers: tuple[Any, Any], counts: PromptCounts
 ) -> None:

@@ -14,6 +14,7 @@ from vllm.entrypoints.openai.chat_completion.api_router import router
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from vllm_stateful.adapters import request_validation as adapter
+from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PromptCounts
 
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -166,6 +167,7 @@ def test_what_vllm_reads_only_when_it_is_asked_for_is_no_difference(
     odd = {"role": "user", "content": content}
     client.post("/v1/chat/completions", json={"model": "m", "messages": [*PLAIN, odd]})
     monkeypatch.setenv("VLLM_STATEFUL_VERIFY_TOKENS", "0")
+    process_config.cache_clear()
     client.post("/v1/chat/completions", json={"model": "m", "messages": PLAIN})
     assert validated(counts) == {"shape": 1, "full": 1}
     assert len(chat.seen) == 2

@@ -16,6 +16,7 @@ from vllm_stateful.config import (
     is_enabled,
     load_config,
     parse_bool,
+    process_config,
 )
 from vllm_stateful.errors import ConfigError, StatefulError, UnsupportedError
 from vllm_stateful.plugin import _asks_for_cli
@@ -206,3 +207,14 @@ def test_only_a_command_line_that_may_name_our_options_installs_them(
     argv: list[str], asks: bool
 ) -> None:
     assert _asks_for_cli(argv) is asks
+
+
+def test_a_process_reads_its_options_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    process_config.cache_clear()
+    monkeypatch.setenv("VLLM_STATEFUL_VERIFY_TOKENS", "0.5")
+    assert process_config().verify_tokens == 0.5
+    monkeypatch.setenv("VLLM_STATEFUL_VERIFY_TOKENS", "0.25")
+    assert process_config().verify_tokens == 0.5
+    process_config.cache_clear()
+    assert process_config().verify_tokens == 0.25
+    process_config.cache_clear()

@@ -8,13 +8,13 @@ it is seen where the request is sent to the engine; the tools are added once the
 from __future__ import annotations
 
 import hashlib
-import json
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from vllm_stateful.config import load_config
+from vllm_stateful.render.message_memory import exact_image
 
 TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call")
 """Of a chat, responses or Anthropic request."""
@@ -62,7 +62,8 @@ def note_tools(body: dict[str, Any]) -> None:
     asked = _asked.get()
     if asked is not None:
         said = {name: body[name] for name in TOOL_FIELDS if name in body}
-        asked.tools = hashlib.blake2b(json.dumps(said).encode(), digest_size=16).digest()
+        image = exact_image(said) or repr(said).encode()
+        asked.tools = hashlib.blake2b(image, digest_size=16).digest()
 
 
 def current() -> Asked | None:

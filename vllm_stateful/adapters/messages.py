@@ -10,7 +10,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_stateful.adapters.identity import prompt_owner
-from vllm_stateful.config import load_config
+from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Rendered
 from vllm_stateful.render.append_only import is_append_only
 from vllm_stateful.render.continued_text import continued_text, generation_prompt
@@ -19,6 +19,7 @@ from vllm_stateful.render.message_memory import (
     Known,
     MessageMemory,
     Text,
+    exact_image,
     images_of,
 )
 
@@ -117,7 +118,7 @@ class ChatRenderer:
         if source is None or not is_append_only(source):
             return None
         others = {key: options[key] for key in sorted(options) if key != _ASKS}
-        return (source, repr(others))
+        return (source, exact_image(others) or repr(others))
 
     @staticmethod
     def _continue(render: Any, conversation: ParsedMessages, template: Hashable) -> Text | None:
@@ -150,7 +151,7 @@ class ChatRenderer:
         self, text: str, model_config: Any, tokenizer: Any, conversation: Any, options: Any
     ) -> str:
         """Render a share of the conversations in full as well; that is what is used then."""
-        if random.random() >= load_config().verify_tokens:
+        if random.random() >= process_config().verify_tokens:
             return text
         full = self._render(model_config, tokenizer, list(conversation), **options)
         if full != text:

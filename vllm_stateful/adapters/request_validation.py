@@ -22,7 +22,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.logger import init_logger
 
 from vllm_stateful.api.plain_messages import SplitMessages
-from vllm_stateful.config import load_config
+from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Validated
 
 logger = init_logger("vllm.stateful")
@@ -52,7 +52,7 @@ class PlainMessagesField:
         messages = value.get("messages") if isinstance(value, dict) else None
         if self._off or not isinstance(messages, list) or len(messages) < MIN_MESSAGES:
             return self._stock(value, values, loc)
-        is_checked = random.random() < load_config().verify_tokens
+        is_checked = random.random() < process_config().verify_tokens
         parts = SplitMessages(messages)
         made = self._validate(value, parts, values, loc)
         if made is not None and not is_checked:

@@ -71,6 +71,15 @@ class Known(NamedTuple):
 NOTHING = Known(0, Conversation([], [], {}))
 
 
+def exact_image(value: Any) -> bytes | None:
+    """Bytes that only values share that are equal in type and in the order of their keys; None when
+    it is not plain JSON."""
+    try:
+        return marshal.dumps(value, _CANONICAL)
+    except ValueError:
+        return None
+
+
 def images_of(messages: Sequence[Any]) -> list[bytes] | None:
     """An exact image of each message, in its types too; None when one is not plain JSON.
 

@@ -14,6 +14,7 @@ from vllm_stateful.render.message_memory import (
     MIN_MESSAGES,
     NOTHING,
     MessageMemory,
+    exact_image,
     images_of,
 )
 
@@ -67,6 +68,42 @@ def test_equal_means_equal_in_type(one: Any, other: Any) -> None:
     messages = copy.deepcopy(messages)
     messages[2]["n"] = other
     assert turn(memory, [*messages, message("x")]) == 0
+
+
+@pytest.mark.parametrize("place", range(20))
+def test_a_change_in_any_message_is_seen(place: int) -> None:
+    memory = MessageMemory()
+    turn(memory, conversation(20))
+    edited = conversation(22)
+    edited[place]["content"] += "!"
+    assert turn(memory, edited) == 0
+
+
+def test_another_order_of_the_keys_is_another_message() -> None:
+    for plain in (message("m2"), {"role": "assistant", "tool_calls": [{"id": "a", "type": "f"}]}):
+        memory = MessageMemory()
+        messages = conversation(20)
+        messages[2] = plain
+        turn(memory, messages)
+        assert turn(memory, copy.deepcopy(messages)) == 20
+        messages[2] = dict(reversed(plain.items()))
+        assert turn(memory, [*messages, message("x")]) == 0
+
+
+def test_a_text_of_another_class_is_left_alone() -> None:
+    class Odd(str):
+        __slots__ = ()
+
+    assert images_of([*conversation(20), message(Odd("x"))]) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [([1], [True]), ([1], [1.0]), ({"a": 1, "b": 2}, {"b": 2, "a": 1}), ({}, []), ("1", 1)],
+)
+def test_an_exact_image_tells_types_and_orders_apart(one: Any, other: Any) -> None:
+    assert exact_image(one) == exact_image(copy.deepcopy(one)) != exact_image(other)
+    assert exact_image([one, object()]) is None
 
 
 def test_short_strange_and_foreign_conversations_find_nothing() -> None:
