@@ -173,3 +173,16 @@ def test_what_is_not_known_to_be_safe_goes_to_the_engine(
 def test_without_a_known_source_or_with_no_store_nothing_is_kept() -> None:
     assert key(asked=None) is Uncached.SOURCE
     assert key(asked=Asked(False, False)) is Uncached.NO_STORE
+
+
+def test_a_long_prompt_has_the_key_of_its_ids_whatever_it_continues() -> None:
+    """Of a remembered prompt only what is new is read; the key is that of a plain list."""
+    parent = PromptTokenIds(range(10_000), version=1)
+    assert key(request_of(prompt_token_ids=parent)) == key(
+        request_of(prompt_token_ids=[*range(10_000)])
+    )
+    edited = [*range(9_000), 7, 7]
+    turn = PromptTokenIds(edited, version=2, parent=1, digests=parent.digests[:2])
+    assert key(request_of(prompt_token_ids=turn)) == key(request_of(prompt_token_ids=edited))
+    edited[5_000] += 1
+    assert key(request_of(prompt_token_ids=turn)) != key(request_of(prompt_token_ids=edited))

@@ -8,13 +8,13 @@ from enum import StrEnum
 from typing import Any
 
 import msgspec
-import numpy as np
 from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_stateful.adapters.asked import Asked
 from vllm_stateful.adapters.model_input import identity_of
 from vllm_stateful.adapters.turn import RETAIN_ACTION, TOOL_ACTION
+from vllm_stateful.transport.prompt_ids import digest_of
 
 
 class Uncached(StrEnum):
@@ -72,14 +72,14 @@ def key_of(request: EngineCoreRequest, asked: Asked | None) -> bytes | Uncached:
         request.reasoning_parser_kwargs,
     )
     assert request.sampling_params is not None
+    assert request.prompt_token_ids is not None
     try:
         said = msgspec.msgpack.encode((others, _parameters(request.sampling_params)))
     except (TypeError, ValueError, OverflowError):
         return Uncached.PARAMETERS
-    ids = np.array(request.prompt_token_ids, np.int32)
     digest = hashlib.blake2b(len(said).to_bytes(8, "little"), digest_size=32)
     digest.update(said)
-    digest.update(ids.tobytes())
+    digest.update(digest_of(request.prompt_token_ids))
     return digest.digest()
 
 

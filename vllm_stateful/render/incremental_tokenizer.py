@@ -16,10 +16,13 @@ import numpy as np
 from vllm_stateful.render.safe_cuts import ByteArray, CutRules, Cuts
 from vllm_stateful.render.splicer import Splicer
 from vllm_stateful.render.text_memory import Entry, Found, TextMemory
-from vllm_stateful.transport.prompt_ids import LastPlace, PromptTokenIds
+from vllm_stateful.transport.prompt_ids import DIGEST_TOKENS, LastPlace, PromptTokenIds
 
 MIN_BYTES = 1024
 """A shorter text is tokenized as ever: there is nothing to gain."""
+
+MAX_RUNS = 32
+"""Runs that a remembered text's ids may consist of: then they are made one again."""
 
 Encode = Callable[[str, bool], Sequence[int]]
 """Tokenizes a text in full; the flag says whether special tokens are added around it."""
@@ -106,7 +109,7 @@ class IncrementalTokenizer:
             splice = self._splicer.splice(found.entry, data, self.rules)
             if splice is not None:
                 num_cuts = len(found.entry.cuts) + 1
-                num_tokens = len(found.entry.token_ids) + len(splice.answer)
+                num_tokens = found.entry.num_tokens + len(splice.answer)
                 return Start(found, num_cuts, splice.byte, num_tokens, splice.answer)
         cuts = found.entry.cuts
         count = cuts.last_within(found.num_bytes - self.rules.reach)
@@ -139,7 +142,16 @@ class IncrementalTokenizer:
         # The first cut of the tail is the start itself.
         cuts = known.joined(max(start.num_cuts - 1, 0), tail, start.byte, start.token + num_leading)
         made = Entry(
-            scope, ids.version, len(data), tuple(ids), cuts, ids.last_places, [], ids.is_spliced
+            scope,
+            ids.version,
+            len(data),
+            _runs_of(ids, start.found),
+            len(ids),
+            cuts,
+            ids.last_places,
+            ids.digests,
+            answers=[],
+            is_spliced=ids.is_spliced,
         )
         self.memory.keep(view, made, start.found)
         return ids
@@ -152,18 +164,34 @@ class IncrementalTokenizer:
         entry = start.found.entry
         num_parent_tokens = start.token - len(start.answer)
         ids = PromptTokenIds(
-            entry.token_ids,
+            entry.token_runs[0],
             version=version,
             parent=entry.version,
             num_parent_tokens=num_parent_tokens,
             parent_ends=start.found.is_continued,
             is_spliced=entry.is_spliced or bool(start.answer),
             last_places=_last_places_within(entry, num_parent_tokens),
+            digests=entry.digests[: num_parent_tokens // DIGEST_TOKENS],
         )
+        for run in entry.token_runs[1:]:
+            ids += run
         del ids[num_parent_tokens:]
         ids += map(self._shared_ints.__getitem__, start.answer)
         ids += shared
         return ids
+
+
+def _runs_of(ids: PromptTokenIds, found: Found | None) -> tuple[tuple[int, ...], ...]:
+    """The ids of a text in runs; what it shares with the one that it continues is not copied."""
+    if found is None or len(found.entry.token_runs) >= MAX_RUNS:
+        return (tuple(ids),)
+    runs, num_left = [], ids.num_parent_tokens
+    for run in found.entry.token_runs:
+        runs.append(run[:num_left])
+        num_left -= len(runs[-1])
+        if num_left == 0:
+            break
+    return (*runs, tuple(ids[ids.num_parent_tokens :]))
 
 
 def _last_places_within(entry: Entry, num_tokens: int) -> dict[int, LastPlace]:

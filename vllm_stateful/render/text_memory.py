@@ -45,11 +45,15 @@ class Entry:
     scope: Hashable
     version: int
     num_bytes: int
-    token_ids: tuple[int, ...]
-    """A tuple: the garbage collector stops looking at it after its first pass."""
+    token_runs: tuple[tuple[int, ...], ...]
+    """Its ids in order, in runs that it may share with the text that it continues. Tuples: the
+    garbage collector stops looking at them after its first pass."""
+    num_tokens: int
     cuts: Cuts
     last_places: dict[int, LastPlace]
     """What ``PromptTokenIds.last_place`` found; filled later, by whoever asks."""
+    digests: list[bytes]
+    """As ``PromptTokenIds.digests``; filled later, too."""
     answers: list[tuple[int, ...]]
     """What was generated for this prompt, with ``--stateful-history generated``."""
     is_spliced: bool
@@ -57,10 +61,10 @@ class Entry:
 
     @property
     def cost(self) -> int:
-        """Bytes held: text in the index, token ids, cuts, answers."""
+        """Bytes held: text in the index, token ids, cuts, answers. Shared runs count in full."""
         return (
             self.num_bytes
-            + BYTES_PER_TOKEN * len(self.token_ids)
+            + BYTES_PER_TOKEN * self.num_tokens
             + BYTES_PER_ANSWER_TOKEN * sum(map(len, self.answers))
             + BYTES_PER_CUT * len(self.cuts)
             + BYTES_PER_ENTRY

@@ -4,7 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from hashlib import blake2b
 from typing import NamedTuple
+
+import numpy as np
+
+DIGEST_TOKENS = 4096
+"""A digest of a prompt is made of digests of so many tokens each, which later prompts share."""
 
 
 class LastPlace(NamedTuple):
@@ -31,6 +37,8 @@ class PromptTokenIds(list[int]):
         parent: version of the prompt that it continues; 0 for none.
         num_parent_tokens: leading tokens that it shares with its parent.
         last_places: what ``last_place`` found, by token id; shared with the memory of prompts.
+        digests: of its first chunks of ``DIGEST_TOKENS`` tokens, as far as ``digest_of`` was asked
+            for; shared with the memory of prompts.
         is_spliced: whether generated ids stand in it for text that was rendered anew: then it
             is not what a tokenizer makes of the text.
         parent_ends: whether hardly anything of the parent lies behind the shared tokens, so
@@ -38,6 +46,7 @@ class PromptTokenIds(list[int]):
     """
 
     __slots__ = (
+        "digests",
         "is_spliced",
         "last_places",
         "num_parent_tokens",
@@ -56,6 +65,7 @@ class PromptTokenIds(list[int]):
         parent_ends: bool = False,
         is_spliced: bool = False,
         last_places: dict[int, LastPlace] | None = None,
+        digests: list[bytes] | None = None,
     ) -> None:
         super().__init__(token_ids)
         self.version = version
@@ -64,6 +74,7 @@ class PromptTokenIds(list[int]):
         self.parent_ends = parent_ends
         self.is_spliced = is_spliced
         self.last_places = {} if last_places is None else last_places
+        self.digests = [] if digests is None else digests
 
     def __reduce__(self) -> tuple[type[list[int]], tuple[list[int]]]:
         """Pickled as the plain list that it is to everybody else."""
@@ -82,3 +93,24 @@ class PromptTokenIds(list[int]):
                     break
             self.last_places[token_id] = LastPlace(place, len(self))
         return place
+
+
+def digest_of(token_ids: list[int]) -> bytes:
+    """32 bytes that only equal prompts share, whatever they were made of.
+
+    Of a ``PromptTokenIds`` only the chunks are read that no prompt before it was asked for. To be
+    called by one thread, the event loop.
+    """
+    known = token_ids.digests if isinstance(token_ids, PromptTokenIds) else []
+    for start in range(len(known) * DIGEST_TOKENS, len(token_ids), DIGEST_TOKENS):
+        if len(token_ids) - start >= DIGEST_TOKENS:
+            known.append(_digest(token_ids[start : start + DIGEST_TOKENS]))
+    tail = token_ids[len(known) * DIGEST_TOKENS :]
+    whole = blake2b(len(token_ids).to_bytes(8, "little"), digest_size=32)
+    whole.update(b"".join(known))
+    whole.update(_digest(tail))
+    return whole.digest()
+
+
+def _digest(token_ids: list[int]) -> bytes:
+    return blake2b(np.array(token_ids, np.int32).tobytes(), digest_size=32).digest()

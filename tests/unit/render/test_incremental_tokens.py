@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given, settings
 from tokenizer_kinds import NAMES, Kind, kind
 
-from vllm_stateful.render.incremental_tokenizer import IncrementalTokenizer
+from vllm_stateful.render.incremental_tokenizer import MAX_RUNS, IncrementalTokenizer
 from vllm_stateful.render.safe_cuts import CutRules
 from vllm_stateful.render.text_memory import BYTES_PER_ENTRY, CONTINUED_TAIL_BYTES, TextMemory
-from vllm_stateful.transport.prompt_ids import PromptTokenIds
+from vllm_stateful.transport.prompt_ids import PromptTokenIds, digest_of
 
 EXAMPLES_PER_KIND = 24
 SEEDS_PER_KIND = 24
@@ -379,6 +379,28 @@ def test_only_what_is_new_is_tokenized() -> None:
         tokenizer.tokenize(text, encode, tenant=0, add_special_tokens=False)
     assert len(seen[0]) > 1000
     assert all(len(part) < 100 for part in seen[1:])
+
+
+def test_a_remembered_text_shares_the_ids_of_the_one_that_it_continues() -> None:
+    """Through more turns than it may have runs, and edits that cut into runs; digests as well."""
+    it = kind("qwen")
+    tokenizer = it.incremental()
+    text, random, first = "", Random(3), ()
+    for turn in range(3 * MAX_RUNS):
+        if turn % 7 == 6:
+            text = text[: random.randrange(len(text))]
+        text += f"<|im_start|>user\nfox {turn}<|im_end|>\n" * 400 ** (turn == 0)
+        ids = tokenizer.tokenize(text, it.encode, tenant=0, add_special_tokens=False)
+        assert ids == it.encode(text, False)
+        assert ids is not None
+        assert digest_of(ids) == digest_of([*ids])
+        entry = next(reversed(tokenizer.memory._entries.values()))
+        assert [each for run in entry.token_runs for each in run] == ids
+        assert entry.num_tokens == len(ids)
+        assert 1 <= len(entry.token_runs) <= MAX_RUNS + 1
+        if 1 < turn < 6:  # the first one is cut once
+            assert entry.token_runs[0] is first
+        first = entry.token_runs[0]
 
 
 def test_a_memory_too_small_for_any_text_still_gives_the_right_ids() -> None:

@@ -42,7 +42,9 @@ def entry(
 ) -> Entry:
     cuts = Cuts(np.arange(num_cuts), np.arange(num_cuts))
     ids = tuple(range(num_tokens))
-    return Entry(scope, version, len(text), ids, cuts, {}, answers=[], is_spliced=False)
+    return Entry(
+        scope, version, len(text), (ids,), len(ids), cuts, {}, [], answers=[], is_spliced=False
+    )
 
 
 @pytest.fixture(autouse=True)
