@@ -58,12 +58,12 @@ def settings(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     A retention interval of None keeps the states of windows and Mamba layers at every block.
     `prefix_match_unit` lets a hit end within a block, where no group has windows; vLLM takes it
-    where there are several groups. Blocks of models with Mamba layers are as large as their states,
-    so a smaller `block_size` changes nothing there.
+    where there are several groups. A block of a model with Mamba layers is at least as large as a
+    state, so `block_size` is left alone there.
     """
     if len(groups) > 1 and any(each["spec"] == "MambaSpec" for each in groups):
         dense = {"prefix_cache_retention_interval": None}
-        return [dense | {"prefix_match_unit": unit} for unit in UNITS]
+        return [{"prefix_match_unit": unit} | dense for unit in UNITS]
     if len(groups) > 1:
         return [{"block_size": 32, "prefix_cache_retention_interval": None}]
     return [{"block_size": 32}]
@@ -104,7 +104,9 @@ def _be_side(family: str, side: Side, result: Path, log: Path) -> NoReturn:
 
 
 def _last_line(log: Path, text: str) -> str:
-    found = [line.strip() for line in log.read_text().splitlines() if text in line]
+    """The last line with `text` in it. vLLM warns of an Error where there is no tokenizer."""
+    lines = (line.strip() for line in log.read_text().splitlines())
+    found = [each for each in lines if text in each and "Tokenizer not available" not in each]
     return found[-1] if found else ""
 
 

@@ -177,7 +177,7 @@ FAMILIES: dict[str, Family] = {
         {
             "num_hidden_layers": 4,
             "hybrid_override_pattern": "M*M-",
-            "mamba_num_heads": 8,
+            "mamba_num_heads": 16,  # see MAMBA2
             "mamba_head_dim": 64,
             "n_groups": 2,
             "ssm_state_size": 128,
@@ -282,8 +282,8 @@ FAMILIES: dict[str, Family] = {
         "float32",
         {
             "num_hidden_layers": 3,
-            "mamba_d_ssm": 128,
-            "mamba_n_heads": 2,
+            "mamba_d_ssm": 1024,
+            "mamba_n_heads": 16,  # see MAMBA2
             "mamba_d_head": 64,
             "mamba_n_groups": 1,
             "mamba_d_state": 128,
@@ -311,6 +311,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+MAMBA2 = 2176
+"""Tokens in a block of the models with Mamba 2 layers, from the size of a state.
+
+vLLM 0.32.0 ends with an IndexError on a CPU where a step would keep a state at a block's end within
+a chunk: its scan gives back the last state alone. So no prompt may be longer than a block.
+"""
 NOT_ON_CPU = {
     "deepseek_v32": "NotImplementedError: Sparse Attention is not supported on CPU.",
     "glm5": "NotImplementedError: Sparse Attention is not supported on CPU.",
