@@ -8,6 +8,7 @@ every step, and at the end no block may be lost.
 """
 
 import itertools
+import os
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -280,7 +281,7 @@ class AgentSessionsAllKinds(AgentSessionsAsync):
 
 
 RUN = settings(
-    max_examples=100,
+    max_examples=int(os.environ.get("STATEFUL_EXAMPLES", "100")),
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -385,6 +385,12 @@ class _StatefulMixin:
         for request in self.requests.values():
             if request.session_id in session_ids:
                 self.kv_cache_manager.turn_of(request)  # one that was not looked up yet counts too
+        if self.speculation is not None:
+            self.speculation.closed(
+                lambda session: (
+                    session.session_id in session_ids and session.identity.cache_salt == cache_salt
+                )
+            )
         return sum(self.kv_cache_manager.close_session(each, cache_salt) for each in session_ids)
 
 

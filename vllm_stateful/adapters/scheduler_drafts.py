@@ -8,6 +8,7 @@ step verify them; here the scheduler fills them in.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingType
@@ -21,6 +22,7 @@ from vllm_stateful.adapters.turn import token_array
 from vllm_stateful.prefix.boundaries import BoundaryRules
 from vllm_stateful.speculate.session_drafts import SessionDrafts
 from vllm_stateful.speculate.step_costs import LEAST_CHANCE, StepCosts
+from vllm_stateful.types import SessionKey
 
 MAX_BYTES = 512 << 20
 """For the indexes of waiting sessions, and as much for the answers of agents."""
@@ -124,7 +126,15 @@ class SchedulerDrafts:
         """A request is over: its session keeps its index, its agent its answer."""
         if request.request_id in self.drafts:
             self._catch_up(request)
-            self.drafts.ends(request.request_id)
+            now_s = time.monotonic()
+            self.drafts.ends(request.request_id, now_s)
+            self.drafts.forget_before(now_s - self._manager.idle_seconds)
+
+    def closed(self, is_meant: Callable[[SessionKey], bool]) -> None:
+        """Some sessions are over: their indexes are given up."""
+        for session in self.drafts.waiting():
+            if isinstance(session, SessionKey) and is_meant(session):
+                self.drafts.forget(session)
 
     def _is_decoding(self, request: Request | None) -> bool:
         if request is None or request.is_finished() or request.is_prefill_chunk:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,11 @@ class _Running:
     draft: Draft = NO_DRAFT
 
 
+class _Waiting(NamedTuple):
+    known: LookupIndex
+    since_s: float
+
+
 class SessionDrafts:
     """All running turns of one engine core. Not thread-safe.
 
@@ -48,7 +54,8 @@ class SessionDrafts:
         self.num_accepted = 0
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._waiting: OrderedDict[Hashable, LookupIndex] = OrderedDict()
+        self._waiting: OrderedDict[Hashable, _Waiting] = OrderedDict()
+        """Those that ended their last turn longest ago first."""
         self._running: dict[Hashable, _Running] = {}
         self._earlier = EarlierAnswers(max_bytes)
         self._acceptance: dict[Hashable, Acceptance] = {}
@@ -70,11 +77,8 @@ class SessionDrafts:
             agent: tenant, LoRA adapter, system message and tools: whose answers it may be drafted.
             prompt: shape ``[num_tokens]``. What the index has of it is not indexed again.
         """
-        index = self._waiting.pop(session, None)
-        if index is None:
-            index = LookupIndex()
-        else:
-            self._num_bytes -= index.num_bytes
+        known = self.forget(session)
+        index = LookupIndex() if known is None else known
         num_shared = _num_shared(index.tokens, prompt)
         index.truncate(num_shared)
         index.extend(prompt[num_shared:])
@@ -117,7 +121,7 @@ class SessionDrafts:
         if name in self._running:
             self._running[name].draft = NO_DRAFT
 
-    def ends(self, name: Hashable) -> None:
+    def ends(self, name: Hashable, now_s: float = 0.0) -> None:
         """A turn is over; a no-op when it is not running. Its index waits for the next."""
         turn = self._running.pop(name, None)
         if turn is None:
@@ -125,12 +129,31 @@ class SessionDrafts:
         tokens, num_prompt = turn.index.tokens, turn.num_prompt
         if len(tokens) > num_prompt:
             self._earlier.add(turn.agent, tokens[:num_prompt], tokens[num_prompt:])
-        replaced = self._waiting.pop(turn.session, None)
-        self._num_bytes += turn.index.num_bytes - (0 if replaced is None else replaced.num_bytes)
-        self._waiting[turn.session] = turn.index
+        self.forget(turn.session)
+        self._num_bytes += turn.index.num_bytes
+        self._waiting[turn.session] = _Waiting(turn.index, now_s)
         while self._num_bytes > self._max_bytes:
-            _, forgotten = self._waiting.popitem(last=False)
-            self._num_bytes -= forgotten.num_bytes
+            self.forget(next(iter(self._waiting)))
+
+    def forget(self, session: Hashable) -> LookupIndex | None:
+        """Give a waiting session's index up, and return it; None when it has none."""
+        waiting = self._waiting.pop(session, None)
+        if waiting is None:
+            return None
+        self._num_bytes -= waiting.known.num_bytes
+        return waiting.known
+
+    def forget_before(self, deadline_s: float) -> None:
+        """Give the indexes of those up that ended their last turn before a time."""
+        while self._waiting:
+            session, waiting = next(iter(self._waiting.items()))
+            if waiting.since_s >= deadline_s:
+                return
+            self.forget(session)
+
+    def waiting(self) -> list[Hashable]:
+        """The sessions whose index waits for their next turn."""
+        return list(self._waiting)
 
     def _of(self, agent: Hashable) -> Acceptance:
         """What drafts of an agent were worth; forgotten together with its answers."""

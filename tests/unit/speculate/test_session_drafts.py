@@ -18,6 +18,19 @@ def turn(drafts: SessionDrafts, name: str, prompt: list[int], answer: list[int])
     drafts.ends(name)
 
 
+def test_an_index_is_given_up_with_age_or_when_its_session_is_over() -> None:
+    drafts = SessionDrafts(1 << 20)
+    for number, session in enumerate(("one", "two", "three")):
+        drafts.begins(session, session, "agent", np.arange(40, dtype=np.int32))
+        drafts.ends(session, 10.0 * number)
+    drafts.forget_before(10.0)
+    assert drafts.waiting() == ["two", "three"]
+    assert drafts.forget("two") is not None
+    assert drafts.forget("two") is None
+    drafts.forget("three")
+    assert drafts._num_bytes == 0
+
+
 def test_a_turn_is_drafted_what_stands_in_its_prompt() -> None:
     drafts = SessionDrafts(1 << 20)
     drafts.begins("a", "session", "agent", array(1, 2, 3, 4, 5, 6, 7, 90, 1, 2, 3))
@@ -32,7 +45,7 @@ def test_a_turn_is_drafted_what_stands_in_its_prompt() -> None:
 def test_the_next_turn_goes_on_with_the_index_of_its_session() -> None:
     drafts = SessionDrafts(1 << 20)
     turn(drafts, "a", [1, 2, 3, 4], [5, 6])
-    index = drafts._waiting["session"]
+    index = drafts._waiting["session"].known
     drafts.begins("b", "session", "agent", array(1, 2, 3, 4, 5, 6, 7))
     assert drafts._running["b"].index is index
     assert index.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7]
@@ -56,8 +69,8 @@ def test_two_turns_of_a_session_at_once_do_not_meet() -> None:
     drafts.ends("a")
     drafts.ends("b")
     drafts.ends("b")
-    assert drafts._waiting["session"].tokens.tolist() == [7, 8, 9, 5]
-    assert drafts._num_bytes == drafts._waiting["session"].num_bytes
+    assert drafts._waiting["session"].known.tokens.tolist() == [7, 8, 9, 5]
+    assert drafts._num_bytes == drafts._waiting["session"].known.num_bytes
 
 
 def test_an_agent_is_drafted_its_own_earlier_answers_only() -> None:
