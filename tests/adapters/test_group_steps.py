@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns over models with several KV cache groups: windows, chunks and states."""
 
+import random
+
 import pytest
 from recorded_engine import ALICE, BOB, Engine
+from simulated_engine import expected_answer
 
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.prefix import resume_places
@@ -99,4 +102,26 @@ def test_running_turns_give_up_their_points_before_anybody_is_refused(
     history = engine.turn("first", list(range(40)), max_tokens=ENDED)
     history = engine.turn("second", [*history, *range(30)], max_tokens=ENDED)
     engine.turn("third", [*history, *range(20)], max_tokens=16)
+    engine.check_nothing_is_lost()
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_many_sessions_on_a_cache_for_few(is_async: bool) -> None:
+    """200 sessions with states on a cache for about 20: none is stuck, no block is lost."""
+    draw = random.Random(0)
+    kinds = ("state", "state", "full")
+    engine = Engine(num_blocks=20 * 18, kinds=kinds, async_scheduling=is_async, max_num_seqs=8)
+    histories = {f"session-{number:03}": list(range(30)) for number in range(200)}
+    for number in range(600):
+        name = draw.choice(list(histories))
+        prompt = [*histories[name], number % 100, *draw.choices(range(100), k=5)][-60:]
+        engine.add(f"turn-{number}", prompt, session_id=name, max_tokens=3)
+        histories[name] = prompt + expected_answer(prompt, 3)
+        if number % 4 == 3:
+            engine.run()
+            check_pool(engine.scheduler)
+    engine.run()
+    assert len(engine.finished) == 600
+    assert all(request.is_finished() for request in engine.finished.values())
+    assert engine.demotions()["budget"] + engine.demotions().get("pressure", 0) > 100
     engine.check_nothing_is_lost()
