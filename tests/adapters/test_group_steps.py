@@ -80,6 +80,16 @@ def test_a_fork_leaves_its_parent_where_it_was(engine: Engine) -> None:
     engine.check_nothing_is_lost()
 
 
+def test_a_state_that_a_fork_holds_is_not_overwritten(engine: Engine) -> None:
+    """Both go on from one point. Who comes first must leave it to the other, and to a third."""
+    history = engine.turn("first", list(range(22)), max_tokens=ENDED)
+    engine.turn("fork", [*history, 40, 41], BOB, max_tokens=ENDED)
+    engine.turn("second", [*history, 50, 51, 52, 53], max_tokens=ENDED)
+    engine.turn("third", [*history, 60], "session-carol", max_tokens=ENDED)
+    assert engine.num_scheduled("third") == 1 + 1 + ENDED - 1
+    engine.check_nothing_is_lost()
+
+
 def test_where_two_prompts_part_the_third_starts(engine: Engine) -> None:
     """A fork where no resume point is: the second pays, and leaves one for the others.
 

@@ -233,7 +233,11 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         held = offer.point.tables if offer.point is not None else found.tables
         for group, full, table in zip(self.groups, found.tables, held, strict=True):
             blocks = (full if group.is_full else table).blocks
-            if num_tokens % group.block_size and blocks and blocks[-1].block_hash is not None:
+            if num_tokens % group.block_size == 0 or not blocks:
+                continue
+            if blocks[-1].block_hash is not None:
+                return False
+            if group.is_state and blocks[-1].ref_cnt != 1:  # another holds this state
                 return False
         return True
 
