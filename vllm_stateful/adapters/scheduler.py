@@ -37,6 +37,7 @@ from vllm_stateful.adapters.turn import session_of
 from vllm_stateful.adapters.waiting_queue import ProgramQueue
 from vllm_stateful.config import StatefulConfig, load_config
 from vllm_stateful.errors import UnsupportedError
+from vllm_stateful.prefix.groups import Group
 from vllm_stateful.types import SessionKey
 
 if TYPE_CHECKING:
@@ -53,20 +54,29 @@ def unsupported_reason(scheduler: Scheduler) -> str | None:
     managers = manager.coordinator.single_type_managers
     if not managers:
         return "the model has no KV cache"
-    for each in managers:
-        try:
-            group_of(each)
-        except UnsupportedError as error:
-            return str(error)
-        if each.block_pool is not manager.block_pool:
-            return "its KV cache groups have blocks of their own"
-    return _unsupported_setting(scheduler)
+    try:
+        groups = [group_of(each) for each in managers]
+    except UnsupportedError as error:
+        return str(error)
+    if any(each.block_pool is not manager.block_pool for each in managers):
+        return "its KV cache groups have blocks of their own"
+    return _unsupported_connector(scheduler, groups) or _unsupported_setting(scheduler)
+
+
+def _unsupported_connector(scheduler: Scheduler, groups: list[Group]) -> str | None:
+    connector = scheduler.connector
+    if connector is None:
+        return None
+    if not is_offloading(connector):
+        return f"a KV connector other than OffloadingConnector: {type(connector).__name__}"
+    if not all(group.is_full for group in groups):
+        return "an offload tier beside windows or states"
+    if scheduler.use_eagle or scheduler.num_prefill_lookahead:
+        return "an offload tier beside a draft head"
+    return None
 
 
 def _unsupported_setting(scheduler: Scheduler) -> str | None:
-    connector = scheduler.connector
-    if connector is not None and not is_offloading(connector):
-        return f"a KV connector other than OffloadingConnector: {type(connector).__name__}"
     if scheduler.num_prefill_lookahead > 1:
         return "the draft head's KV depends on more than the next token (several MTP modules)"
     if scheduler.prefix_replay_tokens:

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of vLLM's KV cache groups can be continued, and why others cannot."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from recorded_engine import Engine
+from simulated_groups import CHUNK, WINDOW, spec_of
+from vllm.v1.core.single_type_kv_cache_manager import (
+    CrossAttentionManager,
+    FullAttentionManager,
+    MambaManager,
+    RSWAManager,
+)
+
+from vllm_stateful.adapters.kv_groups import group_of, kinds_of
+from vllm_stateful.adapters.scheduler import _unsupported_connector
+from vllm_stateful.errors import UnsupportedError
+from vllm_stateful.prefix.groups import ChunkGroup, FullGroup, StateGroup, WindowGroup
+
+
+def test_each_kind_is_told_from_its_manager() -> None:
+    engine = Engine(num_blocks=50, kinds=("full", "window", "chunk", "state"))
+    groups = [group_of(each) for each in engine.manager.coordinator.single_type_managers]
+    assert groups == [
+        FullGroup(4),
+        WindowGroup(4, window=WINDOW),
+        ChunkGroup(4, chunk=CHUNK),
+        StateGroup(4),
+    ]
+    assert kinds_of(groups) == "1 full, 2 window, 1 state"
+
+
+def made(manager: type, spec: Any, **more: Any) -> Any:
+    found = object.__new__(manager)
+    found.__dict__ |= {"kv_cache_spec": spec, "block_size": 4, **more}
+    return found
+
+
+class Compressed(type(spec_of("full", 4))):  # type: ignore[misc]
+    """Looks like full attention to whoever asks for the base class only."""
+
+
+@pytest.mark.parametrize(
+    ("manager", "reason"),
+    [
+        (made(RSWAManager, spec_of("full", 4)), "kept by a RSWAManager"),
+        (made(CrossAttentionManager, spec_of("full", 4)), "kept by a CrossAttentionManager"),
+        (
+            made(FullAttentionManager, object.__new__(Compressed)),
+            "a Compressed kept by a FullAttentionManager",
+        ),
+        (made(MambaManager, spec_of("state", 4), mamba_cache_mode="all"), "the mode 'all'"),
+    ],
+    ids=["gaps", "cross attention", "a spec that is not known", "states at every block"],
+)
+def test_what_is_not_known_is_named(manager: Any, reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        group_of(manager)
+
+
+@pytest.mark.parametrize(
+    ("groups", "use_eagle", "reason"),
+    [
+        ([FullGroup(4)], False, "a KV connector other than OffloadingConnector"),
+        ([FullGroup(4), StateGroup(4)], False, "a KV connector other than OffloadingConnector"),
+    ],
+)
+def test_a_connector_that_is_not_known_is_named(
+    groups: list[Any], use_eagle: bool, reason: str
+) -> None:
+    scheduler: Any = SimpleNamespace(
+        connector=object(), use_eagle=use_eagle, num_prefill_lookahead=int(use_eagle)
+    )
+    assert reason in str(_unsupported_connector(scheduler, groups))
+
+
+@pytest.mark.parametrize(
+    ("groups", "use_eagle", "reason"),
+    [
+        ([FullGroup(4)], False, None),
+        ([FullGroup(4), StateGroup(4)], False, "an offload tier beside windows or states"),
+        ([FullGroup(4)], True, "an offload tier beside a draft head"),
+    ],
+)
+def test_an_offload_tier_beside_other_kinds(
+    monkeypatch: pytest.MonkeyPatch, groups: list[Any], use_eagle: bool, reason: str | None
+) -> None:
+    monkeypatch.setattr("vllm_stateful.adapters.scheduler.is_offloading", lambda _: True)
+    scheduler: Any = SimpleNamespace(
+        connector=object(), use_eagle=use_eagle, num_prefill_lookahead=int(use_eagle)
+    )
+    assert _unsupported_connector(scheduler, groups) == reason
