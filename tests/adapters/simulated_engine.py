@@ -15,10 +15,11 @@ import json
 from collections import deque
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import lcm
 from pathlib import Path
 from typing import Any
 
-from simulated_groups import cache_config, first_read
+from simulated_groups import cache_config, first_read, head_config, parted
 from simulated_tier import SimulatedTier
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -101,8 +102,9 @@ class SimulatedWorker:
         self, num_blocks: int, block_size: int, kinds: tuple[str, ...] = ("full",)
     ) -> None:
         self.block_size = block_size
-        self.kinds = kinds
-        self.slots = [[0] * block_size for _ in range(num_blocks)]
+        self.kinds = [parted(kind)[0] for kind in kinds]
+        self.sizes = [block_size * parted(kind)[1] for kind in kinds]
+        self.slots = [[0] * max(self.sizes) for _ in range(num_blocks)]
         self.requests: dict[str, WorkerRequest] = {}
         self.num_tokens_computed = 0
         self.tier: SimulatedTier | None = None
@@ -160,6 +162,7 @@ class SimulatedWorker:
         assert end <= known + len(drafts), f"{request_id}: scheduled beyond its tokens"
         self._read(request_id, request, start, end)
         prefix = request.prefix_after(min(start, known))
+        first_prefix = prefix
         computed = [*request.tokens, *drafts][start:end]
         sampled = []
         accepting = True
@@ -172,7 +175,21 @@ class SimulatedWorker:
         self.num_tokens_computed += num_tokens
         request.num_computed = end
         request.tokens.extend(sampled)
+        if "head" in self.kinds:
+            self._run_head(request, start, end, first_prefix, computed)
         return sampled
+
+    def _run_head(
+        self, request: WorkerRequest, start: int, end: int, prefix: int, computed: list[int]
+    ) -> None:
+        """The draft head reads what the step has computed, each with the token behind it."""
+        for position, token in zip(range(start, end), computed, strict=True):
+            prefix = next_prefix(prefix, token)
+            behind = request.tokens[position + 1] if position + 1 < len(request.tokens) else 0
+            for group, kind in enumerate(self.kinds):
+                if kind == "head":
+                    block = request.tables[group][position // self.sizes[group]]
+                    self.slots[block][position % self.sizes[group]] = next_prefix(prefix, behind)
 
     def _read(self, request_id: str, request: WorkerRequest, start: int, end: int) -> None:
         """What the first token of the step reads must be the request's own prefix."""
@@ -184,16 +201,18 @@ class SimulatedWorker:
                     raise AssertionError(f"{request_id}: wrong state of group {group} at {start}")
                 continue
             for position in range(first_read(kind, start), start):
-                if self._slot(request, group, position) != request.prefix_after(position + 1):
+                made_of = position + (2 if kind == "head" else 1)
+                if self._slot(request, group, position) != request.prefix_after(made_of):
                     raise AssertionError(
                         f"{request_id}: wrong KV of group {group} at {position} of {start}"
                     )
 
     def _move_states(self, request: WorkerRequest, start: int, end: int) -> None:
+        size = self.sizes[self.kinds.index("state")]
         before = request.state_block
         if before is None:
-            before = (start - 1) // self.block_size
-        now = request.state_block = -(-end // self.block_size) - 1
+            before = (start - 1) // size
+        now = request.state_block = -(-end // size) - 1
         if before in (-1, now):
             return
         for group, kind in enumerate(self.kinds):
@@ -202,20 +221,21 @@ class SimulatedWorker:
                 self.slots[table[now]] = list(self.slots[table[before]])
 
     def _write(self, request: WorkerRequest, position: int, prefix: int) -> None:
-        place = position // self.block_size
         for group, kind in enumerate(self.kinds):
-            table = request.tables[group]
+            table, size = request.tables[group], self.sizes[group]
+            if kind == "head":
+                continue
             if kind == "state":
                 assert request.state_block is not None
                 block, slot = table[request.state_block], 0
             else:
-                block, slot = table[place], position % self.block_size
+                block, slot = table[position // size], position % size
             assert block, "a write to the null block"
             self.slots[block][slot] = prefix
 
     def _slot(self, request: WorkerRequest, group: int, position: int) -> int:
-        block_id = request.tables[group][position // self.block_size]
-        return self.slots[block_id][position % self.block_size]
+        size = self.sizes[group]
+        return self.slots[request.tables[group][position // size]][position % size]
 
     def _state(self, request: WorkerRequest, group: int) -> int:
         assert request.state_block is not None
@@ -264,23 +284,29 @@ class SimulatedEngine:
         kv_transfer: KVTransferConfig | None = None,
         session_drafts: bool = False,
         kinds: tuple[str, ...] = ("full",),
+        retention: int | None = 0,
     ) -> None:
         config = vllm_config(block_size, max_num_seqs, max_batched)
-        config.cache_config.mamba_cache_mode = "align" if "state" in kinds else "none"
+        names, times = zip(*map(parted, kinds), strict=True)
+        scheduled = block_size * lcm(*times)
+        config.cache_config.mamba_cache_mode = "align" if "state" in names else "none"
+        config.cache_config.block_size = scheduled
+        config.speculative_config = head_config() if "head" in names else None
         config.kv_transfer_config = kv_transfer
         config.cache_config.num_gpu_blocks = num_blocks
         config.scheduler_config.async_scheduling = async_scheduling
         default = StatefulAsyncScheduler if async_scheduling else StatefulScheduler
-        kv_config = cache_config(kinds, num_blocks, block_size)
+        kv_config = cache_config(kinds, num_blocks, block_size, retention)
         self.scheduler: Any = (scheduler_cls or default)(
             vllm_config=config,
             kv_cache_config=kv_config,
             structured_output_manager=StructuredOutputManager(config),
-            block_size=block_size,
+            block_size=scheduled,
             hash_block_size=block_size,
             log_stats=not num_drafts,
         )
         self.num_drafts = self.scheduler.num_spec_tokens = num_drafts
+        self.manager_may_have_drafts(num_drafts)
         self.manager = self.scheduler.kv_cache_manager
         if session_drafts:
             self.scheduler.speculation = SchedulerDrafts(self.manager, None, num_drafts)
@@ -292,6 +318,12 @@ class SimulatedEngine:
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.finished: dict[str, Request] = {}
         self.hasher = get_request_block_hasher(block_size, get_hash_fn_by_name("sha256"))
+
+    def manager_may_have_drafts(self, num_drafts: int) -> None:
+        """As the scheduler says at its start, where it is told of drafts at once."""
+        manager = self.scheduler.kv_cache_manager
+        if hasattr(manager, "may_have_drafts"):
+            manager.may_have_drafts = num_drafts > 0
 
     def add(
         self,

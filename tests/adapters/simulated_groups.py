@@ -4,11 +4,15 @@
 ``full``: each position reads all before it. ``window``: the last ``WINDOW`` ones. ``chunk``: those
 of its chunk. ``state``: the state that the block of the last token holds, as vLLM's mode ``align``
 has it (``v1/worker/mamba_utils.preprocess_mamba``): the worker copies the running state to the
-block of the chunk's last token, and overwrites it there.
+block of the chunk's last token, and overwrites it there. ``head``: the KV of a draft head, which
+each position makes of its prefix and the token behind it.
+
+``window*2`` is a group whose blocks are twice as long.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,13 +48,23 @@ def spec_of(kind: str, block_size: int) -> Any:
     return FullAttentionSpec(**sizes)
 
 
-def cache_config(kinds: tuple[str, ...], num_blocks: int, block_size: int) -> KVCacheConfig:
+def parted(kind: str) -> tuple[str, int]:
+    """A kind, and how many times as long its blocks are."""
+    name, _, times = kind.partition("*")
+    return name, int(times or 1)
+
+
+def cache_config(
+    kinds: tuple[str, ...], num_blocks: int, block_size: int, retention: int | None
+) -> KVCacheConfig:
     """One group of each kind, in that order."""
-    groups = [
-        KVCacheGroupSpec([f"layer.{number}"], spec_of(kind, block_size))
-        for number, kind in enumerate(kinds)
-    ]
-    return KVCacheConfig(num_blocks, [], groups)
+    groups = []
+    for number, (kind, times) in enumerate(map(parted, kinds)):
+        spec = spec_of(kind, times * block_size)
+        groups.append(KVCacheGroupSpec([f"layer.{number}"], spec, kind == "head"))
+    config = KVCacheConfig(num_blocks, [], groups)
+    config.prefix_cache_retention_interval = retention
+    return config
 
 
 def first_read(kind: str, position: int) -> int:
@@ -58,3 +72,19 @@ def first_read(kind: str, position: int) -> int:
     if kind == "window":
         return max(0, position - WINDOW + 1)
     return position // CHUNK * CHUNK if kind == "chunk" else 0
+
+
+def head_config() -> Any:
+    """The part of vLLM's ``SpeculativeConfig`` that a scheduler asks, of an EAGLE head."""
+    return SimpleNamespace(
+        method="eagle",
+        num_speculative_tokens=1,
+        max_num_new_slots_for_drafting=1,
+        num_speculative_tokens_per_batch_size=None,
+        use_eagle=lambda: True,
+        use_eagle_block_drop=lambda: True,
+        use_dspark=lambda: False,
+        use_dflash=lambda: False,
+        use_multi_module_mtp=lambda: False,
+        uses_draft_model=lambda: False,
+    )

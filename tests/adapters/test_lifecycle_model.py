@@ -280,6 +280,26 @@ class AgentSessionsAllKinds(AgentSessionsAsync):
     num_blocks = 70
 
 
+class AgentSessionsUnequal(AgentSessions):
+    """Blocks of several sizes (Gemma 4)."""
+
+    kinds = ("window*2", "full", "window")
+    num_blocks = 60
+
+
+class AgentSessionsUnits(AgentSessionsAsync):
+    """States whose blocks are longer than what is hashed (``--prefix-match-unit``)."""
+
+    kinds = ("state*2", "state*2", "full*2")
+
+
+class AgentSessionsHead(AgentSessions):
+    """A draft head, whose KV depends on the token behind."""
+
+    kinds = ("head", "full", "window")
+    num_blocks = 60
+
+
 RUN = settings(
     max_examples=int(os.environ.get("STATEFUL_EXAMPLES", "100")),
     stateful_step_count=40,
@@ -304,6 +324,9 @@ RUN = settings(
         AgentSessionsStates,
         AgentSessionsStatesAsync,
         AgentSessionsAllKinds,
+        AgentSessionsUnequal,
+        AgentSessionsUnits,
+        AgentSessionsHead,
     ],
 )
 def test_any_order_of_events(machine: type[RuleBasedStateMachine]) -> None:

@@ -17,6 +17,7 @@ from vllm.v1.request import Request
 
 from vllm_stateful.adapters.kv_lookup import KVLookup
 from vllm_stateful.adapters.turn import Offer, Turn
+from vllm_stateful.prefix.groups import ResumePoint
 from vllm_stateful.prefix.groups.table import NO_IDS
 from vllm_stateful.types import Demotion, Outcome
 
@@ -74,12 +75,14 @@ class KVAdmission(KVLookup):
             allocated = self._adopt(ask, turn)
         turn.lookup_s += time.perf_counter() - started
         if allocated is None:
-            turn.only_full_blocks = turn.offer is not None
+            turn.only_full_blocks = turn.offer is not None and self._may_give_up_hit()
             return None
         if turn.borrowed is not None:
             turn.points = list(turn.borrowed.points)
         elif turn.offer is not None:
             self.resume_points.inherit(turn, turn.offer.residency, turn.offer.num_tokens)
+            for ids in turn.inherited_ids:
+                self.store.pins.use(ids)
             self._share(turn, turn.offer)
         if not turn.is_counted:
             self._count_admission(ask, turn)
@@ -99,6 +102,13 @@ class KVAdmission(KVLookup):
         if turn.shared_ids is not None:
             self.store.pins.unuse(turn.shared_ids)
             turn.shared_ids = None
+        self._disown(turn)
+
+    def _disown(self, turn: Turn) -> None:
+        """The ledger forgets what the turn took over."""
+        for ids in turn.inherited_ids:
+            self.store.pins.unuse(ids)
+        turn.inherited_ids = []
 
     def _adopt(self, ask: Ask, turn: Turn) -> KVCacheBlocks | None:
         """Take what was offered. When refused: some room is made, if that can help."""
@@ -163,41 +173,64 @@ class KVAdmission(KVLookup):
             return None
         return max(1, int(needed - num_free))
 
+    def _may_give_up_hit(self) -> bool:
+        """Whether a turn may lose some of its hit, so that it is admitted at all.
+
+        Where every position can be continued it loses less than a block. Elsewhere it would lose
+        all, so only where it waits for nobody: no running turn will ever make room.
+        """
+        if not self.store.has_points:
+            return True
+        return not any(any(each.req_to_blocks.values()) for each in self._managers)
+
     def _num_points_in_use(self) -> int:
-        """Blocks that running turns hold for resume points only, at most."""
+        """Blocks that nobody holds but one resume point of a running turn."""
         if not self.store.has_points:
             return 0
-        points = (point for turn in self.turns.values() for point in turn.points)
-        return sum(len(table.blocks) for point in points for table in point.tables)
+        return sum(self._num_own(point) for turn in self.turns.values() for point in turn.points)
+
+    @staticmethod
+    def _num_own(point: ResumePoint) -> int:
+        return sum(block.ref_cnt == 1 for table in point.tables for block in table.blocks)
 
     def _demote_one(self, lacking: int, turn: Turn | None = None) -> bool:
         """Whether somebody gave some of the blocks that are lacking; False when nobody is left.
 
         The one that the turn builds on goes last, and not at all when the turn continues it in
         place: then it needs no block that stock vLLM would not need. Before it go the resume
-        points of running turns, all at once.
+        points of running turns.
         """
         offer = None if turn is None else turn.offer
         base = None if offer is None else offer.residency
         if self.store.demote_next(Demotion.PRESSURE, lacking, keep=base) is not None:
             return True
-        if self._drop_points_in_use():
+        if self._drop_points_in_use(lacking):
             return True
         if turn is None or offer is None or not offer.residency.is_idle:
             return False
-        if self._is_borrowing(turn, offer):
+        if self._is_borrowing(turn, offer) or not self._may_give_up_hit():
             return False
         self.store.demote(offer.residency, Demotion.PRESSURE)
         return True
 
-    def _drop_points_in_use(self) -> bool:
-        """Give back the resume points of running turns. Whether there were any."""
-        number = sum(len(turn.points) for turn in self.turns.values())
+    def _drop_points_in_use(self, lacking: int) -> bool:
+        """Give back resume points of running turns, until so many blocks are free.
+
+        Returns:
+            Whether any block was given.
+        """
+        num_given = 0
         for turn in self.turns.values():
-            self._drop_points(turn)
-        return number > 0
+            if num_given >= lacking:
+                break
+            num_own = sum(map(self._num_own, turn.points))
+            if num_own:
+                self._drop_points(turn)
+                num_given += num_own
+        return num_given > 0
 
     def _drop_points(self, turn: Turn) -> None:
+        self._disown(turn)
         self.store.release_points(turn.points)
         turn.points = []
         if turn.borrowed is not None:

@@ -71,7 +71,7 @@ class StatefulKVCacheManager(KVAdmission):
             turn.is_loading = False
             self._unshare(turn)
             self._drop_points(turn)
-            turn.wanted = []
+            turn.wanted, turn.planned_for = [], None
             self._forfeit(turn, Demotion.PREEMPTED)
 
     def _forfeit(self, turn: Turn, why: Demotion) -> None:
@@ -88,6 +88,7 @@ class StatefulKVCacheManager(KVAdmission):
         frontier, has_state = self._end_of(request)
         if frontier > 0:
             self.cache_blocks(request, frontier)  # blocks that accepted drafts filled
+        self.resume_points.capture_at_end(turn, request.request_id, frontier)
         known = None if turn.borrowed is None else turn.borrowed.tables
         tables, held = self.request_tables.take(
             request.request_id, frontier, known, has_state=has_state

@@ -66,6 +66,8 @@ def group_of(manager: Any) -> Group:
     if kinds == (MambaManager, MambaSpec):
         if manager.mamba_cache_mode != "align":
             raise UnsupportedError(f"its states are kept in the mode {manager.mamba_cache_mode!r}")
+        if manager.has_prefill_checkpoint_blocks and manager.block_pool.hash_block_size < size:
+            raise UnsupportedError("its states are saved within chunks, at parts of a block")
         return StateGroup(size)
     raise UnsupportedError(
         f"a KV cache group is a {type(spec).__name__} kept by a {type(manager).__name__}"
@@ -96,6 +98,18 @@ def in_place(table: Table, null: Any) -> Blocks:
     return [null] * table.start + table.blocks if table.start else table.blocks
 
 
+def _num_hashed(blocks: Blocks, least: int, most: int) -> int:
+    """Blocks at the front that vLLM must not hash again: up to the last that bears a hash.
+
+    vLLM hashes up to a common multiple of all groups' block sizes only (``least``), but a longer
+    history that was cut back to this one may have hashed more.
+    """
+    for place in range(most, least, -1):
+        if blocks[place - 1].block_hash is not None:
+            return place
+    return least
+
+
 class RequestTables:
     """The block tables that requests have in all managers.
 
@@ -113,9 +127,12 @@ class RequestTables:
     def install(self, request_id: str, tables: Tables, position: int) -> None:
         """Let a request continue at a position, without copying and counting anything."""
         for place, (manager, table) in enumerate(zip(self._managers, tables, strict=True)):
-            manager.req_to_blocks[request_id] = in_place(table, self._pool.null_block)
+            blocks = in_place(table, self._pool.null_block)
+            manager.req_to_blocks[request_id] = blocks
             cached = self._coordinator.get_num_cacheable_tokens(position, place)
-            manager.num_cached_block[request_id] = cached // manager.block_size
+            manager.num_cached_block[request_id] = _num_hashed(
+                blocks, cached // manager.block_size, position // manager.block_size
+            )
 
     def uninstall(self, request_id: str) -> None:
         """Undo it, before the request was given any block."""

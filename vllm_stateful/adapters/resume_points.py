@@ -65,6 +65,9 @@ class ResumePoints:
             match: who shares most with it.
             start: where it continues.
         """
+        if turn.planned_for == (start, match.num_shared):
+            return
+        turn.planned_for = (start, match.num_shared)
         cuts = Cuts.none()
         if self._rules is not None:
             low = max(0, start - LOOK_BACK)
@@ -92,6 +95,7 @@ class ResumePoints:
             if point.position > position + self._lookahead:
                 break
             self._pool.touch(point.blocks)
+            turn.inherited_ids.append(point.ids)
             turn.points.append(ResumePoint(point.position, point.tables, point.is_shared))
 
     def capture(self, turn: Turn, request_id: str, num_computed: int) -> None:
@@ -105,6 +109,14 @@ class ResumePoints:
             point.is_shared = is_shared
             turn.points.append(point)
             self.num_taken += 1
+
+    def capture_at_end(self, turn: Turn, request_id: str, num_computed: int) -> None:
+        """Take those that no later step will take, of a turn that has just ended.
+
+        Windows only: a state has gone on, and its end is a point anyway.
+        """
+        if turn.wanted and not self._num_states:
+            self.capture(turn, request_id, num_computed)
 
     def _capture(self, request_id: str, position: int, num_computed: int) -> ResumePoint | None:
         if self._num_states and position != num_computed:

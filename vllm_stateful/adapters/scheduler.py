@@ -17,6 +17,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
@@ -77,6 +78,10 @@ def _unsupported_connector(scheduler: Scheduler, groups: list[Group]) -> str | N
 
 
 def _unsupported_setting(scheduler: Scheduler) -> str | None:
+    size = scheduler.cache_config.block_size
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    if any(isinstance(each, MambaManager) and each.block_size != size for each in managers):
+        return "chunks of a prompt do not end where blocks of states do"
     if scheduler.num_prefill_lookahead > 1:
         return "the draft head's KV depends on more than the next token (several MTP modules)"
     if scheduler.prefix_replay_tokens:

@@ -62,8 +62,12 @@ class Turn:
     """Who shares most tokens with it, and how many, by its last lookup."""
     wanted: list[Place] = field(default_factory=list)
     """Where resume points are still to be left."""
+    planned_for: tuple[int, int] | None = None
+    """Where it continued and what it shared when those were chosen."""
     points: list[ResumePoint] = field(default_factory=list)
     """Those that it holds, by position."""
+    inherited_ids: list[BlockIds] = field(default_factory=list)
+    """Blocks of those that it took over from an idle residency, as the pin ledger was told."""
     borrowed: Residency | None = None
     shared_ids: BlockIds | None = None
     """The full blocks that it shares with a residency, as the pin ledger was told."""
