@@ -107,6 +107,8 @@ class SimulatedWorker:
         self.slots = [[0] * max(self.sizes) for _ in range(num_blocks)]
         self.requests: dict[str, WorkerRequest] = {}
         self.num_tokens_computed = 0
+        self.are_heads_read = True
+        """Whether the KV of draft heads must be right, too; it decides what is drafted only."""
         self.tier: SimulatedTier | None = None
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
@@ -199,6 +201,8 @@ class SimulatedWorker:
             if kind == "state":
                 if start and self._state(request, group) != request.prefix_after(start):
                     raise AssertionError(f"{request_id}: wrong state of group {group} at {start}")
+                continue
+            if kind == "head" and not self.are_heads_read:
                 continue
             for position in range(first_read(kind, start), start):
                 made_of = position + (2 if kind == "head" else 1)

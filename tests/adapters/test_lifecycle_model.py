@@ -70,6 +70,8 @@ class AgentSessions(RuleBasedStateMachine):
             kinds=self.kinds,
             kv_transfer=offloading(self.num_chunks) if self.num_chunks else None,
         )
+        # vLLM's own hits may join blocks of two requests whose tokens behind were not the same.
+        self.engine.worker.are_heads_read = False
         self.manager = self.engine.manager
         self.manager.store._clock = lambda: self.now
         self.ids = (f"request-{n}" for n in itertools.count())
