@@ -40,7 +40,8 @@ DRAFTS = {
     "model": "vllm_stateful.adapters.speculation.SessionDrafter",
 }
 SMALL_CACHES = ("--stateful-render-bytes", "8M", "--stateful-base-bytes", "2M")
-"""Small, so that they are full long before memory is looked at."""
+SMALL_CACHES += ("--stateful-idle-seconds", "60")
+"""Small and short, so that all is full long before memory is looked at."""
 
 _ENTRY = re.compile(r"^(?:\(([^)]*)\) )?(?:(DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+ \S+ (\[\S+\]))?")
 _BAD = re.compile(r"Traceback \(most recent call last\)|\bERROR\b|\bCRITICAL\b")
