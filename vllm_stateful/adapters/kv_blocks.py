@@ -145,6 +145,7 @@ class StatefulKVCacheManager(KVAdmission):
             if before is not None:
                 self.store.release_points([before])
                 point.is_shared |= before.is_shared
+                point.is_question |= before.is_question
             by_position[point.position] = point
         return [by_position[position] for position in sorted(by_position)]
 

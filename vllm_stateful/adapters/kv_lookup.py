@@ -28,7 +28,7 @@ from vllm_stateful.adapters.turn import (
     tokens_so_far,
 )
 from vllm_stateful.observe.turn_counts import TurnCounts
-from vllm_stateful.prefix.boundaries import BoundaryRules
+from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
 from vllm_stateful.prefix.groups import Group
 from vllm_stateful.prefix.groups.table import Blocks
 from vllm_stateful.prefix.residency import Match
@@ -180,7 +180,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
                 turn.offer = None
                 return stock
         if self.store.has_points:
-            self.resume_points.plan(turn, match, turn.offer.num_tokens)
+            self._plan(turn, match, turn.offer.num_tokens)
         self._report_reuse(request, turn.offer)
         return turn.offer.blocks, turn.offer.num_tokens, 0
 
@@ -189,8 +189,14 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
     ) -> Computed:
         computed: Computed = super().get_computed_blocks(request)
         if turn is not None and match is not None and self.store.has_points:
-            self.resume_points.plan(turn, match, computed[1])
+            self._plan(turn, match, computed[1])
         return computed
+
+    def _plan(self, turn: Turn, match: Match, start: int) -> None:
+        before = Kind.OTHER
+        if match.related is not None and 0 < start <= match.num_shared:
+            before = self.store.kind_at(match.related, start - 1)
+        self.resume_points.plan(turn, match, start, before)
 
     def _offer(self, match: Match, turn: Turn) -> Offer | None:
         """The blocks behind a match: to the exact token, or whole ones only."""

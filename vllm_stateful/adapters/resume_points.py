@@ -9,6 +9,7 @@ copied, by the same copies that vLLM makes of blocks that are written on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,13 +58,14 @@ class ResumePoints:
         """Those that were wanted inside prompts, by result."""
         return {"taken": self.num_taken, "missed": self.num_missed}
 
-    def plan(self, turn: Turn, match: Match, start: int) -> None:
+    def plan(self, turn: Turn, match: Match, start: int, before: Kind) -> None:
         """Decide where a turn leaves resume points. It may be looked up again: then anew.
 
         Args:
             turn: its prompt is read from where it continues.
             match: who shares most with it.
             start: where it continues.
+            before: the kind of the segment that holds the token before.
         """
         if turn.planned_for == (start, match.num_shared):
             return
@@ -71,9 +73,12 @@ class ResumePoints:
         cuts = Cuts.none()
         if self._rules is not None:
             low = max(0, start - LOOK_BACK)
-            found = self._rules.cuts(turn.prompt[low:], start - low, Kind.OTHER)
+            found = self._rules.cuts(turn.prompt[low:], start - low, before)
             cuts = Cuts(found.starts + np.int32(low), found.kinds)
-        places = resume_places(cuts, start, len(turn.prompt), match.num_shared)
+        is_fork = match.related is not None and match.related.session != turn.session
+        places = resume_places(
+            cuts, start, len(turn.prompt), match.num_shared, is_fork=is_fork, before=before
+        )
         ahead = self._lookahead
         turn.wanted = [
             place._replace(position=place.position - ahead)
@@ -96,17 +101,17 @@ class ResumePoints:
                 break
             self._pool.touch(point.blocks)
             turn.inherited_ids.append(point.ids)
-            turn.points.append(ResumePoint(point.position, point.tables, point.is_shared))
+            turn.points.append(replace(point))
 
     def capture(self, turn: Turn, request_id: str, num_computed: int) -> None:
         """Take the points that a running request has reached. Call before it computes more."""
         while turn.wanted and turn.wanted[0].position <= num_computed:
-            position, is_shared = turn.wanted.pop(0)
-            point = self._capture(request_id, position, num_computed)
+            place = turn.wanted.pop(0)
+            point = self._capture(request_id, place.position, num_computed)
             if point is None:
                 self.num_missed += 1
                 continue
-            point.is_shared = is_shared
+            point.is_shared, point.is_question = place.is_shared, place.is_question
             turn.points.append(point)
             self.num_taken += 1
 

@@ -145,12 +145,19 @@ class ResidencyStore(Matching, GivingBack):
         """As many as a residency may have; the others are given back.
 
         First the last one, then the one before it (the end of the last prompt, for a history that
-        comes back changed), then those where others start, and of the rest the later ones.
+        comes back changed), the last question before that, then those where others start, the first
+        of them first, and of the rest the later ones.
         """
         if len(points) <= self.max_points:
             return points
         last, others = points[-2:], points[:-2]
-        others.sort(key=lambda point: (not point.is_shared, -point.position))
+        asked = [point for point in others if point.is_question][-1:]
+
+        def order(point: ResumePoint) -> tuple[bool, bool, int]:
+            where = point.position if point.is_shared else -point.position
+            return point not in asked, not point.is_shared, where
+
+        others.sort(key=order)
         room = max(0, self.max_points - len(last))
         kept = [*last[-self.max_points :], *others[:room]]
         kept.sort(key=lambda point: point.position)

@@ -30,11 +30,21 @@ class Place(NamedTuple):
     """A position at which a resume point is wanted."""
 
     position: int
-    is_shared: bool
+    is_shared: bool = False
     """Others are expected to start there."""
+    is_question: bool = False
+    """It is the end of a prompt whose last message is the user's."""
 
 
-def resume_places(cuts: Cuts, start: int, num_prompt: int, parted_at: int = 0) -> list[Place]:
+def resume_places(
+    cuts: Cuts,
+    start: int,
+    num_prompt: int,
+    parted_at: int = 0,
+    *,
+    is_fork: bool = True,
+    before: Kind = Kind.OTHER,
+) -> list[Place]:
     """The places that a prompt should leave a resume point at, by position.
 
     Args:
@@ -42,27 +52,36 @@ def resume_places(cuts: Cuts, start: int, num_prompt: int, parted_at: int = 0) -
         start: where the turn continues; nothing before it is computed.
         num_prompt: tokens of the prompt.
         parted_at: where the prompt parts from one that is known; 0 when that is ``start``.
+        is_fork: whether that one is of another session; else the session's own history changed.
+        before: the kind of the segment that holds the token before ``start``.
     """
-    wanted: dict[int, bool] = {}
+    wanted: dict[int, Place] = {}
     if start + MIN_SAVED <= parted_at < num_prompt:
-        wanted[parted_at] = True
-    first = _end_of_instructions(cuts)
+        wanted[parted_at] = Place(parted_at, is_shared=is_fork)
+    first = _end_of_instructions(cuts, before)
     if first is not None and start + MIN_SAVED <= first < num_prompt:
-        wanted[first] = True
-    wanted.setdefault(_end_of_question(cuts, num_prompt), False)
-    places = [Place(*each) for each in wanted.items() if start < each[0] <= num_prompt]
-    return sorted(places)
+        wanted[first] = Place(first, is_shared=True)
+    end = _end_of_question(cuts, num_prompt)
+    wanted.setdefault(end, Place(end, is_question=_is_question(cuts)))
+    return sorted(place for place in wanted.values() if start < place.position <= num_prompt)
 
 
-def _end_of_instructions(cuts: Cuts) -> int | None:
+def _end_of_instructions(cuts: Cuts, before: Kind) -> int | None:
     """Where the first message of the user begins, if instructions stand before it."""
     kinds = cuts.kinds
     users = np.flatnonzero(kinds == Kind.USER)
-    if not len(users) or not users[0]:
+    if not len(users):
         return None
-    before = kinds[: users[0]]
-    is_first = np.isin(before, (Kind.OTHER, Kind.SYSTEM, Kind.TOOLS)).all()
+    if not users[0]:
+        return int(cuts.starts[0]) if before in (Kind.SYSTEM, Kind.TOOLS) else None
+    is_first = np.isin(kinds[: users[0]], (Kind.OTHER, Kind.SYSTEM, Kind.TOOLS)).all()
     return int(cuts.starts[users[0]]) if is_first else None
+
+
+def _is_question(cuts: Cuts) -> bool:
+    """Whether the last message before the answer is the user's."""
+    said = cuts.kinds[~np.isin(cuts.kinds, (Kind.ASSISTANT, Kind.REASONING))]
+    return bool(len(said)) and said[-1] == Kind.USER
 
 
 def _end_of_question(cuts: Cuts, num_prompt: int) -> int:

@@ -4,8 +4,17 @@
 import hypothesis.strategies as st
 from hypothesis import given
 
-from vllm_stateful.prefix.groups import ChunkGroup, FullGroup, Group, StateGroup, Table, WindowGroup
+from vllm_stateful.prefix.groups import (
+    ChunkGroup,
+    FullGroup,
+    Group,
+    ResumePoint,
+    StateGroup,
+    Table,
+    WindowGroup,
+)
 from vllm_stateful.prefix.groups.table import joined_blocks, joined_ids
+from vllm_stateful.prefix.residency_store import ResidencyStore
 
 SIZES = st.integers(1, 9)
 POSITIONS = st.integers(1, 200)
@@ -79,3 +88,31 @@ def test_a_table_gives_up_its_end() -> None:
     both = (table, Table.empty(), given_up)
     assert joined_ids(both).tolist() == [5, 6, 7, 8]
     assert [block.block_id for block in joined_blocks(both)] == [5, 6, 7, 8]
+
+
+def test_the_points_that_are_kept_are_the_last_two_a_question_and_where_others_start() -> None:
+    released: list[int] = []
+    store = ResidencyStore(
+        4,
+        100,
+        100,
+        lambda blocks: released.extend(block.block_id for block in blocks),
+        lambda: 0.0,
+        groups=[StateGroup(4)],
+    )
+
+    def point(number: int, **more: bool) -> ResumePoint:
+        return ResumePoint(10 * number, (Table.of([Block(number)]),), **more)
+
+    points = [
+        point(1, is_shared=True),
+        point(2, is_question=True),
+        point(3, is_shared=True),
+        point(4, is_question=True),
+        point(5),
+        point(6),
+        point(7),
+    ]
+    kept = store._chosen(points)
+    assert [each.position for each in kept] == [10, 40, 60, 70]
+    assert sorted(released) == [2, 3, 5]

@@ -59,6 +59,24 @@ CASES = {
 }
 
 
+def test_the_end_of_instructions_is_found_from_within_them() -> None:
+    segments = cuts((700, USER), (760, ANSWER))
+    within = resume_places(segments, 500, 763, 600, is_fork=False, before=SYSTEM)
+    assert [(place.position, place.is_shared) for place in within] == [(700, True), (763, False)]
+    assert [place.position for place in resume_places(segments, 500, 763, before=ANSWER)] == [763]
+
+
+def test_a_question_is_told_from_a_result() -> None:
+    (asked,) = resume_places(cuts((700, USER), (760, ANSWER)), 690, 763)
+    (called,) = resume_places(cuts((700, RESULT), (760, ANSWER)), 690, 763)
+    assert (asked.is_question, called.is_question) == (True, False)
+
+
+def test_a_history_of_its_own_that_changed_is_shared_with_nobody() -> None:
+    place, _ = resume_places(cuts((960, ANSWER)), 300, 963, 650, is_fork=False)
+    assert (place.position, place.is_shared) == (650, False)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_places(name: str) -> None:
     segments, start, num_prompt, parted_at, expected = CASES[name]

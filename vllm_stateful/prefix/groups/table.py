@@ -87,6 +87,9 @@ class ResumePoint:
     tables: Tables
     is_shared: bool = False
     """Others are expected to start here: the end of system and tools, a fork that was seen."""
+    is_question: bool = False
+    """Here ends a prompt whose last message is the user's. Templates that keep reasoning while
+    tools are called strip it at the next question, so the next prompt may part here."""
 
     @property
     def ids(self) -> BlockIds:
