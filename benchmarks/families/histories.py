@@ -5,7 +5,8 @@
 
 Recorded conversations, written anew for each turn by chat templates (`recorded_turns`), run through
 vLLM's scheduler and KV cache manager (`modelless`): stock, stock at its best, and with the plugin.
-Eight conversations at a time, one turn of each; nothing is ever evicted. DIR gets every turn.
+Eight conversations at a time, one turn of each; nothing is ever evicted. DIR gets every turn, and
+the tables are of all that DIR has, so a long run can be made in parts.
 """
 
 from __future__ import annotations
@@ -74,19 +75,21 @@ def waves(recorded: Sequence[Talk]) -> list[list[tuple[int, int]]]:
 def blank(recorded: Sequence[Talk]) -> list[Played]:
     """All turns in the order in which they are played, with the least that each can compute.
 
-    That is the prompt behind what it has in common with any prompt and answer that ended before.
+    That is the prompt behind what it has in common with any prompt and answer that ended before,
+    or with a prompt that runs at the same time and came earlier.
     """
     made, known = [], list[Ids]()
     for wave in waves(recorded):
+        ended = len(known)
         for talk, number in wave:
             turn = recorded[talk].turns[number]
             shared = max((_num_shared(turn.prompt, each) for each in known), default=0)
             least = max(1, len(turn.prompt) - shared)
             sizes = len(turn.prompt), len(turn.answer)
             made.append(Played(recorded[talk].name, number, *sizes, least))
-        for talk, number in wave:
-            turn = recorded[talk].turns[number]
-            known.append(np.concatenate([turn.prompt, turn.answer]))
+            known.append(turn.prompt)
+        for place, (talk, number) in enumerate(wave, ended):
+            known[place] = np.concatenate([known[place], recorded[talk].turns[number].answer])
     return made
 
 
@@ -144,11 +147,14 @@ def _seen(engine: Engine) -> dict[str, Any]:
 
 
 HEAD = ("template", "family", "turns", "stock", "stock best", "with", "plugin", "least")
-RATIOS = ("best / plugin", "plugin / least")
+RATIOS = ("best / plugin", "over least", "ratio")
 
 
 def table(documents: Sequence[Mapping[str, Any]]) -> str:
-    """Sums and medians over all turns but the first ones of each conversation."""
+    """Sum and median over all turns but the first ones of conversations.
+
+    ``over least``: what stock at its best and the plugin computed more than the least, in sum.
+    """
     return markdown(HEAD + RATIOS, [_row(document) for document in documents])
 
 
@@ -162,8 +168,9 @@ def _row(document: Mapping[str, Any]) -> list[str]:
     stock, stock_best, plugin, at_least = (f"{sum(c)} / {median(c):g}" for c in columns)
     cells = [document["style"], document["family"], str(len(later)), stock, stock_best]
     cells += [best.removeprefix("stock").strip() or "defaults", plugin, at_least]
-    done = sum(computed[PLUGIN])
-    return [*cells, ratio(sum(computed[best]), done), ratio(done, sum(least))]
+    done = sum(computed[best]), sum(computed[PLUGIN])
+    more = [each - sum(least) for each in done]
+    return [*cells, ratio(*done), f"{more[0]} / {more[1]}", ratio(*more)]
 
 
 def main() -> None:
@@ -178,7 +185,6 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     sources = {name: SOURCES[name] for name in options.sources.split(",")}
-    documents = []
     for style in options.styles.split(","):
         text = text_of(STYLES[style], options.model)
         recorded = talks(style, options.traces, text, sources)
@@ -186,8 +192,10 @@ def main() -> None:
             num_blocks = options.blocks or enough(SHAPES[family], recorded)
             document = play_family(family, style, recorded, text, num_blocks)
             (options.out / f"{style}.{family}.json").write_text(json.dumps(document) + "\n")
-            documents.append(document)
-    print(table(documents))
+    found = [options.out / f"{style}.{family}.json" for style in STYLES for family in SHAPES]
+    text_table = table([json.loads(path.read_text()) for path in found if path.exists()])
+    (options.out / "tables.md").write_text(text_table + "\n")
+    print(text_table)
 
 
 def enough(shape: Shape, recorded: Sequence[Talk]) -> int:
