@@ -127,21 +127,23 @@ def play_family(
     shape = SHAPES[family]
     turns = blank(recorded)
     seen: dict[str, Any] = {}
+    off: dict[str, str] = {}
     for name, setting in sides(shape).items():
         is_stateful = name.startswith(PLUGIN)
         started = time.perf_counter()
         engine = Engine(shape, num_blocks, setting, is_stateful=is_stateful, tokenizer=text)
         play(name, engine, recorded, text, turns)
-        if name == PLUGIN:
+        if is_stateful and engine.scheduler.stateful_off is not None:
+            off[name] = engine.scheduler.stateful_off
+        elif name == PLUGIN:
             seen = _seen(engine)
         print(f"{style} {family} {name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    return {"family": family, "style": style, "turns": [asdict(each) for each in turns], **seen}
+    played = [asdict(each) for each in turns]
+    return {"family": family, "style": style, "turns": played, "off": off, **seen}
 
 
 def _seen(engine: Engine) -> dict[str, Any]:
     manager = engine.scheduler.kv_cache_manager
-    if engine.scheduler.stateful_off is not None:
-        return {"off": engine.scheduler.stateful_off}
     demoted = {str(why): count for why, count in manager.store.demotions.items() if count}
     return {"points": manager.resume_points.counts(), "demoted": demoted}
 
@@ -169,6 +171,8 @@ def _row(document: Mapping[str, Any]) -> list[str]:
     tuned = computed.get(TUNED, computed[PLUGIN])
     columns = [computed[STOCK], computed[best], computed[PLUGIN], tuned, least]
     stock, stock_best, *ours = (f"{sum(c)} / {median(c):g}" for c in columns)
+    for place, name in enumerate((PLUGIN, TUNED)):
+        ours[place] += " (off)" if name in document["off"] else ""
     cells = [document["style"], document["family"], str(len(later)), stock, stock_best]
     cells += [best.removeprefix("stock").strip() or "defaults", *ours]
     done = sum(computed[best]), sum(computed[PLUGIN])
