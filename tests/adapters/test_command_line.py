@@ -148,7 +148,11 @@ def test_options_reach_the_configuration_of_every_process(parse: Parse) -> None:
     )
     assert os.environ["VLLM_STATEFUL_PIN_FRACTION"] == "0.3"
     assert load_config() == StatefulConfig(
-        0.3, 60.0, "cache-salt", strict=True, check_invariants=True
+        pin_fraction=0.3,
+        idle_seconds=60.0,
+        tenant="cache-salt",
+        strict=True,
+        check_invariants=True,
     )
     assert (arguments.stateful_pin_fraction, arguments.stateful_strict) == (0.3, True)
 
