@@ -8,7 +8,7 @@ from recorded_engine import ALICE, BOB, Engine
 from simulated_engine import expected_answer
 
 from vllm_stateful.adapters.invariants import check_pool
-from vllm_stateful.prefix import resume_places
+from vllm_stateful.prefix import matching, resume_places
 from vllm_stateful.types import Demotion
 
 KINDS = [
@@ -94,6 +94,20 @@ def test_a_state_that_a_fork_holds_is_not_overwritten(engine: Engine) -> None:
     engine.turn("second", [*history, 50, 51, 52, 53], max_tokens=ENDED)
     engine.turn("third", [*history, 60], "session-carol", max_tokens=ENDED)
     assert engine.num_scheduled("third") == 1 + 1 + ENDED - 1
+    engine.check_nothing_is_lost()
+
+
+def test_a_fork_near_the_beginning_does_not_see_its_parent_grow(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the whole block table is held, so both would have the very same list."""
+    monkeypatch.setattr(matching, "MIN_SHARED_TOKENS", 2)
+    history = engine.turn("first", [1, 2], max_tokens=3)
+    engine.turn("fork", [*history, 40, 41], BOB, max_tokens=ENDED)
+    history = engine.turn("second", [*history, *range(50, 60)], max_tokens=ENDED)
+    check_pool(engine.scheduler)
+    engine.turn("third", [*history, 70], max_tokens=ENDED)
+    check_pool(engine.scheduler)
     engine.check_nothing_is_lost()
 
 

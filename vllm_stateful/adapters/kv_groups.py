@@ -94,8 +94,8 @@ def kinds_of(groups: Sequence[Group]) -> str:
 
 
 def in_place(table: Table, null: Any) -> Blocks:
-    """A block table with nothing before the part that is held."""
-    return [null] * table.start + table.blocks if table.start else table.blocks
+    """A block table with nothing before the part that is held: a list of its own."""
+    return [null] * table.start + table.blocks
 
 
 def _num_hashed(blocks: Blocks, least: int, most: int) -> int:
@@ -127,7 +127,9 @@ class RequestTables:
     def install(self, request_id: str, tables: Tables, position: int) -> None:
         """Let a request continue at a position, without copying and counting anything."""
         for place, (manager, table) in enumerate(zip(self._managers, tables, strict=True)):
-            blocks = in_place(table, self._pool.null_block)
+            # That of a full group grows where it is. Others may hold a resume point's table too.
+            is_full = self._groups[place].is_full
+            blocks = table.blocks if is_full else in_place(table, self._pool.null_block)
             manager.req_to_blocks[request_id] = blocks
             cached = self._coordinator.get_num_cacheable_tokens(position, place)
             manager.num_cached_block[request_id] = _num_hashed(
