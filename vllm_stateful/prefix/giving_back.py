@@ -58,8 +58,8 @@ class GivingBack(ResidencyBook):
         """Where a victim ends that gives so many blocks; 0 when it has to give all."""
         if self.has_points:
             return self._earlier_point(victim, num_wanted)
-        num_wanted = max(num_wanted, MIN_GIVEN_TOKENS // self.block_size)
-        num_held = victim.num_blocks
+        num_wanted = max(-(-num_wanted // len(self.groups)), MIN_GIVEN_TOKENS // self.block_size)
+        num_held = len(victim.tables[0].blocks)  # each group gives as many
         for node in victim.tree.own_tail(victim):
             num_kept = -(-node.start // self.block_size)
             if not node.is_cut or num_kept > num_held - num_wanted:

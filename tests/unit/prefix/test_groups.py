@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each kind of group needs at a position, against what its tokens attend to."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
+from vllm_stateful.prefix import giving_back
 from vllm_stateful.prefix.groups import (
     ChunkGroup,
     FullGroup,
@@ -88,6 +93,26 @@ def test_a_table_gives_up_its_end() -> None:
     both = (table, Table.empty(), given_up)
     assert joined_ids(both).tolist() == [5, 6, 7, 8]
     assert [block.block_id for block in joined_blocks(both)] == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("start", [10, 23, 38])
+def test_each_of_several_full_groups_gives_blocks_up_to_a_message(
+    start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that begins in the last block is no place to stop: nothing would be given."""
+    monkeypatch.setattr(giving_back, "MIN_GIVEN_TOKENS", 4)
+    groups = [FullGroup(4), FullGroup(4)]
+    store = ResidencyStore(4, 100, 100, lambda _: None, lambda: 0.0, groups=groups)
+    parent = SimpleNamespace(values=[], children={0: None})
+    nodes = [SimpleNamespace(start=place, is_cut=True, parent=parent) for place in (start, 0)]
+    blocks = [Block(number) for number in range(10)]
+    victim: Any = SimpleNamespace(
+        tables=(Table.of(blocks), Table.of(blocks)),
+        num_blocks=20,
+        tree=SimpleNamespace(own_tail=lambda _: iter(nodes)),
+    )
+    kept = store._end_of_rest(victim, 2)
+    assert kept == (-(-start // 4) * 4 if start < 36 else 0)
 
 
 def test_the_points_that_are_kept_are_the_last_two_a_question_and_where_others_start() -> None:
