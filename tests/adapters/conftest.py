@@ -16,6 +16,7 @@ os.environ["VLLM_STATEFUL_CHECK_INVARIANTS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 from recorded_engine import Engine
+from response_client import counts as counts
 
 from vllm_stateful.config import process_config
 

@@ -2,12 +2,10 @@
 """Answers from memory through vLLM's own client of the engine core, without its sockets."""
 
 import asyncio
-from collections.abc import Coroutine, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_response_key import request_of
+from response_client import ABORT, LENGTH, STOP, Client, run
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import (
@@ -15,111 +13,14 @@ from vllm.v1.engine import (
     EngineCoreEventType,
     EngineCoreOutput,
     EngineCoreOutputs,
-    EngineCoreRequest,
-    EngineCoreRequestType,
-    FinishReason,
 )
-from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.output_processor import RequestOutputCollector
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_stateful.adapters import asked, response_cache
 from vllm_stateful.adapters.prompt_sender import BASE_MISS
-from vllm_stateful.adapters.response_cache import Responses
-from vllm_stateful.adapters.response_epoch import EPOCH, answer_epoch
-from vllm_stateful.compat.patch import apply_all
-from vllm_stateful.compat.v0_32 import response_abort, response_forget, response_request
 from vllm_stateful.observe.response_counts import ResponseCounts
 
-PATCHED = (response_request, response_abort, response_forget)
-PATCHES = [each.PATCH for each in PATCHED]
-
-
-class Client(AsyncMPClient):
-    """The real sending and receiving, between lists instead of sockets."""
-
-    def __init__(self, max_bytes: int = 1 << 20, core: Any = None, num_clients: int = 1) -> None:
-        self.core_engine, self.client_index = b"engine-0", 0
-        self.client_count = num_clients
-        self.core = SimpleNamespace() if core is None else core
-        self.encoder = MsgpackEncoder()
-        self.outputs_queue: Any = asyncio.Queue()
-        self.utility_results: dict[int, Any] = {}
-        self.resources: Any = SimpleNamespace(engine_dead=False)
-        self.added: list[str] = []
-        self.ended: list[str] = []
-        self.stateful_responses = Responses(self, max_bytes)
-
-    def __del__(self) -> None:
-        """There is nothing to shut down."""
-
-    def _ensure_output_queue_task(self) -> None:
-        """No socket is read."""
-
-    async def _send_input_message(self, message: Any, engine: Any) -> None:
-        request_type, *frames = message
-        if request_type == EngineCoreRequestType.ADD.value:
-            self.added.append(MsgpackDecoder(EngineCoreRequest).decode(frames).request_id)
-        elif request_type == EngineCoreRequestType.ABORT.value:
-            self.ended += MsgpackDecoder().decode(frames)
-        else:
-            _, call_id, method, arguments = MsgpackDecoder().decode(frames)
-            answer = None
-            if method == "stateful" and arguments and arguments[0] == EPOCH:
-                answer = answer_epoch(self.core, **arguments[1])
-            self.utility_results[call_id].set_result(answer)
-
-    async def ask(self, name: str, **changes: Any) -> None:
-        await self.add_request_async(request_of(request_id=name, **changes))
-
-    async def say(
-        self, name: str, *tokens: int, last: FinishReason | None = None
-    ) -> dict[str, Any]:
-        """One step of the engine; what comes of it, by request."""
-        output = EngineCoreOutput(name, list(tokens), finish_reason=last)
-        self.outputs_queue.put_nowait(EngineCoreOutputs(outputs=[output]))
-        return await self.got()
-
-    async def got(self) -> dict[str, Any]:
-        """All that waits to be read: token ids by request, the finish reason behind them."""
-        found: dict[str, Any] = {}
-        for _ in range(100):
-            await asyncio.sleep(0)
-            while not self.outputs_queue.empty():
-                outputs = (await self.get_output_async()).outputs
-                for output in response_cache.with_followers(outputs):
-                    mine = found.setdefault(output.request_id, [])
-                    mine += output.new_token_ids
-                    mine += [] if output.finish_reason is None else [output.finish_reason]
-        return found
-
-
-@pytest.fixture(autouse=True)
-def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[ResponseCounts]:
-    """Patched, from an HTTP request, with totals of this test alone."""
-    made = ResponseCounts()
-    monkeypatch.setattr(response_cache, "RESPONSE_COUNTS", made)
-    apply_all(PATCHES, strict=True, log=response_cache.__dict__.get("logger"))  # type: ignore[arg-type]
-    response_request.hook.set(lambda client, asked: client.stateful_responses.is_answered(asked))
-    response_abort.hook.set(lambda client, names: client.stateful_responses.aborted(names))
-    response_forget.hook.set(response_cache.called)
-    response_forget.done.set(response_cache.done)
-    token = asked._asked.set(asked.Asked(True, True))
-    response_cache._all.clear()
-    yield made
-    asked._asked.reset(token)
-    for patch in reversed(PATCHES):
-        patch.undo()
-    for each in PATCHED:
-        each.hook.clear()
-    response_forget.done.clear()
-
-
-def run(what: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(what)
-
-
-STOP, LENGTH, ABORT = FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT
+pytestmark = pytest.mark.usefixtures("counts")
 
 
 def test_an_equal_request_is_answered_in_the_same_steps_without_the_engine(
@@ -421,90 +322,5 @@ def test_a_stream_from_memory_comes_in_the_pieces_of_the_first_time() -> None:
             pieces.append(list(answer.outputs[0].token_ids))
         handler.cancel()
         assert pieces == [[number] for number in range(8)]
-
-    run(main())
-
-
-# ---- several API servers -----------------------------------------------------------------------
-
-
-async def answered(client: Client, name: str, *tokens: int) -> None:
-    """One request to its end, at the engine."""
-    await client.ask(name)
-    await client.say(name, *tokens, last=STOP)
-
-
-def two_servers() -> tuple[Client, Client]:
-    core = SimpleNamespace()
-    return Client(core=core, num_clients=2), Client(core=core, num_clients=2)
-
-
-def test_with_several_servers_answers_are_remembered_once_the_epoch_is_known(
-    counts: ResponseCounts,
-) -> None:
-    async def main() -> None:
-        client, _ = two_servers()
-        await answered(client, "a", 5)
-        await answered(client, "b", 5)
-        await client.ask("c")
-        assert await client.got() == {"c": [5, STOP]}
-        assert client.added == ["a", "b"]
-        assert counts.snapshot()["responses"] == {"hit": 1, "joined": 0, "miss": 2, "stored": 1}
-
-    run(main())
-
-
-@pytest.mark.parametrize("method", ["collective_rpc", "add_lora", "reset_prefix_cache"])
-def test_what_another_server_did_to_the_model_is_known_here(method: str) -> None:
-    async def main() -> None:
-        client, other = two_servers()
-        for name in "ab":
-            await answered(client, name, 5)
-        await other._call_utility_async(method, engine=other.core_engine)
-        await client.ask("c")
-        assert await client.say("c", 8, last=STOP) == {"c": [8, STOP]}
-        await client.ask("d")
-        assert await client.got() == {"d": [8, STOP]}
-        assert client.added == ["a", "b", "c"]
-
-    run(main())
-
-
-def test_an_answer_during_which_another_server_changed_the_model_is_not_kept() -> None:
-    async def main() -> None:
-        client, other = two_servers()
-        await answered(client, "a", 5)
-        await client.ask("b")
-        await client.say("b", 5)
-        await other._call_utility_async("collective_rpc", engine=other.core_engine)
-        await client.say("b", 6, last=STOP)
-        await client.ask("c")
-        assert client.added == ["a", "b", "c"]
-
-    run(main())
-
-
-def test_with_several_servers_nobody_follows_what_began_before() -> None:
-    async def main() -> None:
-        client, other = two_servers()
-        await answered(client, "a", 5)
-        changed = {"prompt_token_ids": [7]}
-        await client.ask("b", **changed)
-        await other._call_utility_async("collective_rpc", engine=other.core_engine)
-        await client.ask("c", **changed)
-        assert client.added == ["a", "b", "c"]
-
-    run(main())
-
-
-def test_one_that_leaves_while_the_epoch_is_asked_for_reaches_nobody() -> None:
-    async def main() -> None:
-        client, _ = two_servers()
-        for name in "ab":
-            await answered(client, name, 5)
-        await client.ask("c")
-        await client.abort_requests_async(["c"])
-        assert await client.got() == {}
-        assert client.added == ["a", "b"]
 
     run(main())
