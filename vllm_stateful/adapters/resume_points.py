@@ -12,16 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from vllm_stateful.adapters.turn import Turn
 from vllm_stateful.prefix.boundaries import BoundaryRules, Cuts, Kind
 from vllm_stateful.prefix.groups import Group, ResumePoint, Table
 from vllm_stateful.prefix.residency import Match, Residency
 from vllm_stateful.prefix.resume_places import resume_places
-
-LOOK_BACK = 64
-"""Tokens before a position that say what begins behind it (``BoundaryRules.cuts``)."""
 
 
 class ResumePoints:
@@ -72,9 +67,7 @@ class ResumePoints:
         turn.planned_for = (start, match.num_shared)
         cuts = Cuts.none()
         if self._rules is not None:
-            low = max(0, start - LOOK_BACK)
-            found = self._rules.cuts(turn.prompt[low:], start - low, before)
-            cuts = Cuts(found.starts + np.int32(low), found.kinds)
+            cuts = self._rules.cuts(turn.prompt, start, before)
         is_fork = match.related is not None and match.related.session != turn.session
         places = resume_places(
             cuts, start, len(turn.prompt), match.num_shared, is_fork=is_fork, before=before

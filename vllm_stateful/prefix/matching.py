@@ -59,8 +59,6 @@ class Matching(ResidencyBook):
         """The deepest resume point on the way that is shared; the session's own of equals."""
         best: tuple[Residency, ResumePoint] | None = None
         for residency, most in self._candidates(session, tree, longest):
-            if best is not None and most <= best[1].position:
-                continue
             point = residency.point_at(most)
             if point is not None and (best is None or point.position > best[1].position):
                 best = residency, point
