@@ -19,7 +19,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-from simulated_groups import cache_config, first_read, head_config, parted
+from simulated_groups import Vocabulary, cache_config, first_read, head_config, parted
 from simulated_tier import SimulatedTier
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -289,6 +289,7 @@ class SimulatedEngine:
         session_drafts: bool = False,
         kinds: tuple[str, ...] = ("full",),
         retention: int | None = 0,
+        has_markers: bool = False,
     ) -> None:
         config = vllm_config(block_size, max_num_seqs, max_batched)
         names, times = zip(*map(parted, kinds), strict=True)
@@ -301,16 +302,18 @@ class SimulatedEngine:
         config.scheduler_config.async_scheduling = async_scheduling
         default = StatefulAsyncScheduler if async_scheduling else StatefulScheduler
         kv_config = cache_config(kinds, num_blocks, block_size, retention)
+        structured = StructuredOutputManager(config)
+        structured.tokenizer = Vocabulary(VOCAB) if has_markers else None
         self.scheduler: Any = (scheduler_cls or default)(
             vllm_config=config,
             kv_cache_config=kv_config,
-            structured_output_manager=StructuredOutputManager(config),
+            structured_output_manager=structured,
             block_size=scheduled,
             hash_block_size=block_size,
             log_stats=not num_drafts,
         )
         self.num_drafts = self.scheduler.num_spec_tokens = num_drafts
-        self.manager_may_have_drafts(num_drafts)
+        self.manager_may_have_drafts(num_drafts, names)
         self.manager = self.scheduler.kv_cache_manager
         if session_drafts:
             self.scheduler.speculation = SchedulerDrafts(self.manager, None, num_drafts)
@@ -323,11 +326,12 @@ class SimulatedEngine:
         self.finished: dict[str, Request] = {}
         self.hasher = get_request_block_hasher(block_size, get_hash_fn_by_name("sha256"))
 
-    def manager_may_have_drafts(self, num_drafts: int) -> None:
+    def manager_may_have_drafts(self, num_drafts: int, kinds: tuple[str, ...]) -> None:
         """As the scheduler says at its start, where it is told of drafts at once."""
         manager = self.scheduler.kv_cache_manager
         if hasattr(manager, "may_have_drafts"):
             manager.may_have_drafts = num_drafts > 0
+            manager.are_answers_read &= not (num_drafts and "state" in kinds)
 
     def add(
         self,

@@ -88,3 +88,23 @@ def head_config() -> Any:
         use_multi_module_mtp=lambda: False,
         uses_draft_model=lambda: False,
     )
+
+
+MARKERS = ("<|im_start|>", "<think>", "</think>", "<tool_call>")
+
+
+class Vocabulary:
+    """A tokenizer whose last token ids are markers of ChatML, and whose others are words.
+
+    Args:
+        size: ids that it has.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._texts = [f"word{token} " for token in range(size - len(MARKERS))] + list(MARKERS)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {text: token for token, text in enumerate(self._texts)}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(self._texts[token] for token in ids)

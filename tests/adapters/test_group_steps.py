@@ -5,7 +5,8 @@ import random
 
 import pytest
 from recorded_engine import ALICE, BOB, Engine
-from simulated_engine import expected_answer
+from simulated_engine import VOCAB, expected_answer
+from simulated_groups import MARKERS
 
 from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.prefix import matching, resume_places
@@ -74,6 +75,31 @@ def test_a_changed_answer_costs_no_more_than_itself(engine: Engine, length: int)
         new = 3 + ("head" in engine.worker.kinds)  # whose token behind must be the same
         assert engine.num_scheduled(f"turn-{number}") <= new + ENDED - 1, prompt_tokens
     assert len(engine.branches(ALICE)) <= 4
+    engine.check_nothing_is_lost()
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_an_answer_written_anew_behind_a_marker_goes_on_there(
+    kinds: tuple[str, ...], is_async: bool
+) -> None:
+    """As when a template re-serializes a call: what is before the call is not computed again."""
+    engine = Engine(num_blocks=900, kinds=kinds, async_scheduling=is_async, has_markers=True)
+    num_taken = 0
+    for number in range(12):
+        name = f"session-{number:03}"
+        prompt = [number, *range(1, 21)]
+        history = engine.turn(f"first-{number}", prompt, name, max_tokens=24)
+        check_pool(engine.scheduler)
+        inside = [each for each in range(21 + 4, 43) if history[each] >= VOCAB - len(MARKERS)]
+        if not inside:
+            continue
+        num_taken += 1
+        kept = inside[0] + 2  # the marker, and a token behind it
+        changed = [*history[:kept], (history[kept] + 1) % 90, *range(30, 36)]
+        engine.turn(f"second-{number}", changed, name, max_tokens=ENDED)
+        assert engine.num_scheduled(f"second-{number}") <= len(changed) - inside[0] + ENDED - 1
+        check_pool(engine.scheduler)
+    assert num_taken > 3
     engine.check_nothing_is_lost()
 
 

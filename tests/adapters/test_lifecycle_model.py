@@ -55,6 +55,7 @@ class AgentSessions(RuleBasedStateMachine):
     num_blocks = NUM_BLOCKS
     session_drafts = False
     kinds: tuple[str, ...] = ("full",)
+    has_markers = False
     conversations = Bundle("conversations")
 
     @initialize()
@@ -68,6 +69,7 @@ class AgentSessions(RuleBasedStateMachine):
             num_drafts=self.num_drafts,
             session_drafts=self.session_drafts,
             kinds=self.kinds,
+            has_markers=self.has_markers,
             kv_transfer=offloading(self.num_chunks) if self.num_chunks else None,
         )
         # vLLM's own hits may join blocks of two requests whose tokens behind were not the same.
@@ -252,6 +254,7 @@ class AgentSessionsWindows(AgentSessions):
     """Sliding windows beside full attention (Gemma, gpt-oss)."""
 
     kinds = ("window", "full", "window")
+    has_markers = True
     num_blocks = 60
 
 
@@ -259,6 +262,7 @@ class AgentSessionsChunksAsync(AgentSessionsAsync):
     """Local chunks beside full attention (Llama 4), with two steps in flight."""
 
     kinds = ("chunk", "full")
+    has_markers = True
     num_blocks = 60
 
 
@@ -266,6 +270,7 @@ class AgentSessionsStates(AgentSessions):
     """States beside full attention (Qwen3-Next, Nemotron-H)."""
 
     kinds = ("state", "state", "full")
+    has_markers = True
     num_blocks = 60
 
 
@@ -279,6 +284,7 @@ class AgentSessionsAllKinds(AgentSessionsAsync):
     """Every kind at once."""
 
     kinds = ("state", "window", "chunk", "full")
+    has_markers = True
     num_blocks = 70
 
 
@@ -293,12 +299,14 @@ class AgentSessionsUnits(AgentSessionsAsync):
     """States whose blocks are longer than what is hashed (``--prefix-match-unit``)."""
 
     kinds = ("state*2", "state*2", "full*2")
+    has_markers = True
 
 
 class AgentSessionsHead(AgentSessions):
     """A draft head, whose KV depends on the token behind."""
 
     kinds = ("head", "full", "window")
+    has_markers = True
     num_blocks = 60
 
 

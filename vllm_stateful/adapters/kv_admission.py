@@ -55,6 +55,8 @@ class KVAdmission(KVLookup):
                 return self._admit(ask, turn)
             if turn.wanted:
                 self.resume_points.capture(turn, request.request_id, request.num_computed_tokens)
+            if self.are_answers_read and turn.num_read < request.num_tokens:
+                self.resume_points.read_answer(turn, request)
         allocated = self._stock_allocate(ask)
         while allocated is None and self._may_make_room(ask):
             allocated = self._stock_allocate(ask)

@@ -98,7 +98,7 @@ class StatefulKVCacheManager(KVAdmission):
             return
         num_known = frontier + self.lookahead
         last = None if held is None else ResumePoint(num_known, held)
-        points, turn.points = self._points_of(turn, last), []
+        points, turn.points = self._points_of(turn, last, num_known), []
         related, num_shared = turn.related or (None, 0)
         made = self.store.finish(
             FinishedTurn(
@@ -136,11 +136,17 @@ class StatefulKVCacheManager(KVAdmission):
             return request.num_computed_tokens, not self.may_have_drafts
         return min(frontier, most), False
 
-    def _points_of(self, turn: Turn, last: ResumePoint | None) -> list[ResumePoint]:
-        """The resume points that a turn leaves, by position, each once."""
-        points = turn.points if last is None else [*turn.points, last]
+    def _points_of(self, turn: Turn, last: ResumePoint | None, frontier: int) -> list[ResumePoint]:
+        """The resume points that a turn leaves, by position, each once.
+
+        None behind its frontier, and none inside the answers before its own.
+        """
         by_position: dict[int, ResumePoint] = {}
-        for point in points:
+        for point in turn.points if last is None else [*turn.points, last]:
+            is_old = point.is_answer and point.position <= len(turn.prompt)
+            if is_old or point.position > frontier:
+                self.store.release_points([point])
+                continue
             before = by_position.get(point.position)
             if before is not None:
                 self.store.release_points([before])

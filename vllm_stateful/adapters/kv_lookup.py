@@ -53,6 +53,8 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
     epoch: int
     may_have_drafts: bool
     """Whether a step may compute tokens that are taken back: a state behind them is not right."""
+    are_answers_read: bool
+    """Whether resume points are left inside answers."""
     resume_points: ResumePoints
     request_tables: RequestTables
 
@@ -69,6 +71,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         groups: Sequence[Group],
         max_points: int = MAX_POINTS,
         lookahead: int = 0,
+        may_have_drafts: bool = False,
     ) -> None:
         """Add the residencies' state to a manager that the stock constructor made."""
         num_blocks = self.block_pool.num_gpu_blocks
@@ -96,7 +99,9 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         self.idle_seconds = idle_seconds
         self.called_tool = called_tool
         self.epoch = 0
-        self.may_have_drafts = False
+        self.may_have_drafts = may_have_drafts
+        is_sure = not (may_have_drafts and any(group.is_state for group in groups))
+        self.are_answers_read = self.store.has_points and rules is not None and is_sure
 
     @property
     def _managers(self) -> Any:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes resume points while a prompt is computed: holds windows, and copies states.
+"""Takes resume points while a turn is computed: holds windows, and copies states.
 
 A chunk of the prompt ends at the place (``stop``), so that the state is there. Before the next
 tokens are computed (``capture``), the blocks of the last window are held, and the state's block is
-copied, by the same copies that vLLM makes of blocks that are written on.
+copied, by the same copies that vLLM makes of blocks that are written on. In an answer the place is
+a marker that was sampled (``read_answer``).
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from vllm.v1.request import Request
+
 from vllm_stateful.adapters.turn import Turn
+from vllm_stateful.prefix import resume_places
 from vllm_stateful.prefix.boundaries import BoundaryRules, Cuts, Kind
 from vllm_stateful.prefix.groups import Group, ResumePoint, Table
 from vllm_stateful.prefix.residency import Match, Residency
-from vllm_stateful.prefix.resume_places import resume_places
+from vllm_stateful.prefix.resume_places import Place
 
 
 class ResumePoints:
@@ -45,12 +49,13 @@ class ResumePoints:
         self._make_room = make_room
         self._lookahead = lookahead
         self._num_states = sum(group.is_state for group in groups)
+        self._markers = frozenset[int]() if rules is None else rules.marker_ids
         self.num_taken = 0
         self.num_missed = 0
         """Those for which no block was free, or whose blocks were gone."""
 
     def counts(self) -> dict[str, int]:
-        """Those that were wanted inside prompts, by result."""
+        """Those that were wanted inside prompts and answers, by result."""
         return {"taken": self.num_taken, "missed": self.num_missed}
 
     def plan(self, turn: Turn, match: Match, start: int, before: Kind) -> None:
@@ -69,7 +74,7 @@ class ResumePoints:
         if self._rules is not None:
             cuts = self._rules.cuts(turn.prompt, start, before)
         is_fork = match.related is not None and match.related.session != turn.session
-        places = resume_places(
+        places = resume_places.resume_places(
             cuts, start, len(turn.prompt), match.num_shared, is_fork=is_fork, before=before
         )
         ahead = self._lookahead
@@ -99,14 +104,43 @@ class ResumePoints:
     def capture(self, turn: Turn, request_id: str, num_computed: int) -> None:
         """Take the points that a running request has reached. Call before it computes more."""
         while turn.wanted and turn.wanted[0].position <= num_computed:
-            place = turn.wanted.pop(0)
-            point = self._capture(request_id, place.position, num_computed)
-            if point is None:
-                self.num_missed += 1
+            self._take(turn, request_id, turn.wanted.pop(0), num_computed)
+
+    def _take(self, turn: Turn, request_id: str, place: Place, num_computed: int) -> None:
+        point = self._capture(request_id, place.position, num_computed)
+        if point is None:
+            self.num_missed += 1
+            return
+        point.is_shared, point.is_question = place.is_shared, place.is_question
+        point.is_answer = place.is_answer
+        turn.points.append(point)
+        self.num_taken += 1
+
+    def read_answer(self, turn: Turn, request: Request) -> None:
+        """Take a point where a segment of the answer begins. Call before each step of a request.
+
+        Only tokens that no earlier call saw are read. A state is behind all that was computed: that
+        is the marker too, where a step in flight reads it. Not for states beside drafts, for a step
+        may compute tokens that are taken back.
+        """
+        first = max(turn.num_read, request.num_prompt_tokens)
+        turn.num_read = request.num_tokens
+        num_computed = request.num_computed_tokens
+        tokens = request.all_token_ids
+        for place in range(first, turn.num_read):
+            if tokens[place] not in self._markers or place > num_computed:
                 continue
-            point.is_shared, point.is_question = place.is_shared, place.is_question
-            turn.points.append(point)
-            self.num_taken += 1
+            position = num_computed if self._num_states else place
+            if position <= place + 1 and self._is_wanted(turn, position):
+                self._take(turn, request.request_id, Place(position, is_answer=True), num_computed)
+
+    @staticmethod
+    def _is_wanted(turn: Turn, position: int) -> bool:
+        """Whether a point inside the answer is far enough behind what the turn has."""
+        inside = [p.position for p in turn.points if p.is_answer and p.position > len(turn.prompt)]
+        before = max(inside, default=len(turn.prompt))
+        is_far = position >= before + resume_places.MIN_SAVED
+        return is_far and len(inside) < resume_places.MOST_IN_ANSWER
 
     def capture_at_end(self, turn: Turn, request_id: str, num_computed: int) -> None:
         """Take those that no later step will take, of a turn that has just ended.

@@ -158,8 +158,8 @@ class _StatefulMixin:
             groups=[group_of(each) for each in manager.coordinator.single_type_managers],
             max_points=self.config.resume_points,
             lookahead=int(self.use_eagle or self.num_prefill_lookahead > 0),
+            may_have_drafts=self.num_spec_tokens > 0,
         )
-        manager.may_have_drafts = self.num_spec_tokens > 0
         logger.info(
             "stateful: on, sessions may pin %d of %d blocks of %d tokens; KV cache groups: %s",
             manager.store.pins.budget_blocks,

@@ -66,6 +66,8 @@ class Turn:
     """Where it continued and what it shared when those were chosen."""
     points: list[ResumePoint] = field(default_factory=list)
     """Those that it holds, by position."""
+    num_read: int = 0
+    """Tokens, prompt included, that were looked at for where segments of the answer begin."""
     inherited_ids: list[BlockIds] = field(default_factory=list)
     """Blocks of those that it took over from an idle residency, as the pin ledger was told."""
     borrowed: Residency | None = None

@@ -106,8 +106,9 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "resume_points",
         "result",
-        "Resume points that were wanted inside prompts, of models that cannot be continued at "
-        "every position: taken, missed (no block was free, or what it needs was gone).",
+        "Resume points that were wanted inside prompts and answers, of models that cannot be "
+        "continued at every position: taken, missed (no block was free, or what it needs was "
+        "gone).",
     ),
     Metric(
         "vllm_stateful_waits",

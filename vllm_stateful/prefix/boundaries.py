@@ -242,6 +242,11 @@ class BoundaryRules:
         known = {text: marker for text, marker in markers.items() if text in vocabulary}
         return cls(known, vocabulary, decode)
 
+    @property
+    def marker_ids(self) -> frozenset[int]:
+        """The tokens at which, or behind which, a segment can begin."""
+        return frozenset(self._markers)
+
     def cuts(self, tokens: TokenArray, start: int = 0, before: Kind = Kind.OTHER) -> Cuts:
         """The segments that begin at ``start`` or behind it. Never fails, whatever the ids.
 

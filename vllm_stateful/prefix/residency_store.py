@@ -144,22 +144,19 @@ class ResidencyStore(Matching, GivingBack):
     def _chosen(self, points: list[ResumePoint]) -> list[ResumePoint]:
         """As many as a residency may have; the others are given back.
 
-        First the last one, then the one before it (the end of the last prompt, for a history that
-        comes back changed), the last question before that, then those where others start, the first
-        of them first, and of the rest the later ones.
+        First the last one, then the end of the last prompt and the places inside the answer, for a
+        history that comes back changed, the last question before that, then those where others
+        start, the first of them first, and of the rest the later ones.
         """
         if len(points) <= self.max_points:
             return points
-        last, others = points[-2:], points[:-2]
-        asked = [point for point in others if point.is_question][-1:]
-
-        def order(point: ResumePoint) -> tuple[bool, bool, int]:
-            where = point.position if point.is_shared else -point.position
-            return point not in asked, not point.is_shared, where
-
-        others.sort(key=order)
-        room = max(0, self.max_points - len(last))
-        kept = [*last[-self.max_points :], *others[:room]]
+        frontier = points[-1]
+        prompt = [point for point in points[:-1] if not point.is_answer][-1:]
+        asked = [point for point in points[:-1] if point.is_question and point not in prompt][-1:]
+        first = [frontier, *prompt, *(p for p in points[:-1] if p.is_answer), *asked]
+        others = [point for point in points if point not in first]
+        others.sort(key=lambda p: (not p.is_shared, p.position if p.is_shared else -p.position))
+        kept = [*first, *others][: self.max_points]
         kept.sort(key=lambda point: point.position)
         names = set(map(id, kept))
         self.release_points(point for point in points if id(point) not in names)

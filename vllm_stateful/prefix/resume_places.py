@@ -9,6 +9,8 @@ for histories that come back changed, for forks, and for sessions that begin ali
   begins, and a state taken behind that place is worth nothing.
 - The end of system prompt and tools, where new sessions and sub-agents part.
 - A place where this prompt parted from another that could not be continued there.
+- The places where the first segments of the answer begin: a call behind reasoning, for example.
+  Templates may write the segment anew and keep what is before it.
 
 Source: *stable conversation boundaries* in TensorRT-LLM and several MLX servers; vLLM's own
 ``shared_prefix_boundary`` (Marconi, arXiv:2411.19379).
@@ -25,6 +27,9 @@ from vllm_stateful.prefix.boundaries import Cuts, Kind
 MIN_SAVED = 128
 """A place that saves fewer tokens than that is not worth a state."""
 
+MOST_IN_ANSWER = 2
+"""Resume points inside one answer."""
+
 
 class Place(NamedTuple):
     """A position at which a resume point is wanted."""
@@ -34,6 +39,8 @@ class Place(NamedTuple):
     """Others are expected to start there."""
     is_question: bool = False
     """It is the end of a prompt whose last message is the user's."""
+    is_answer: bool = False
+    """A segment of the answer begins here."""
 
 
 def resume_places(

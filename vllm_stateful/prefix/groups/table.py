@@ -90,6 +90,9 @@ class ResumePoint:
     is_question: bool = False
     """Here ends a prompt whose last message is the user's. Templates that keep reasoning while
     tools are called strip it at the next question, so the next prompt may part here."""
+    is_answer: bool = False
+    """A segment of an answer begins here. The next prompt may write the segment in another way
+    (harmony's templates do); once it has come, the point is worth nothing."""
 
     @property
     def ids(self) -> BlockIds:
