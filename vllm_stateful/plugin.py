@@ -7,6 +7,7 @@ asked for by ``vllm serve --plugin stateful`` or by ``VLLM_STATEFUL=1``.
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from vllm_stateful.config import is_enabled
 
@@ -23,6 +24,33 @@ def register() -> None:
     activation.install_command_line()
     if enabled:
         activation.activate()
+
+
+def make_endpoint_plugin() -> Any:
+    """Our routes and metrics: entry point of ``vllm.endpoint_plugins``."""
+    from vllm_stateful.adapters import activation
+
+    if activation.off_reason() is not None:  # said already
+        return _NoEndpoint()
+    drift = activation.drift_of("endpoint", "api")
+    if drift is not None:
+        activation.report_problem(drift)
+        return _NoEndpoint()
+    from vllm_stateful.adapters.endpoint import StatefulEndpoint
+
+    return StatefulEndpoint()
+
+
+class _NoEndpoint:
+    """No routes. vLLM takes whatever a factory returns for a plugin."""
+
+    required_tasks = None
+
+    def attach_router(self, app: Any) -> None:
+        """None."""
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Nothing."""
 
 
 def _asks_for_cli(argv: Sequence[str]) -> bool:

@@ -22,7 +22,7 @@ from vllm_stateful.adapters import asked, response_cache
 from vllm_stateful.adapters.response_cache import Responses
 from vllm_stateful.adapters.response_epoch import EPOCH, answer_epoch
 from vllm_stateful.compat.patch import apply_all
-from vllm_stateful.compat.v0_32 import response_abort, response_forget, response_request
+from vllm_stateful.compat.patches import response_abort, response_forget, response_request
 from vllm_stateful.observe.response_counts import ResponseCounts
 
 PATCHED = (response_request, response_abort, response_forget)

@@ -324,7 +324,11 @@ class SimulatedEngine:
         self.depth = 2 if async_scheduling else 1
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.finished: dict[str, Request] = {}
-        self.hasher = get_request_block_hasher(block_size, get_hash_fn_by_name("sha256"))
+        # With a draft head vLLM hashes the token behind a block as well, from 0.33 on.
+        num_ahead = getattr(config, "num_hash_lookahead_tokens", 0)
+        self.hasher = get_request_block_hasher(
+            block_size, get_hash_fn_by_name("sha256"), *([num_ahead] if num_ahead else [])
+        )
 
     def manager_may_have_drafts(self, num_drafts: int, kinds: tuple[str, ...]) -> None:
         """As the scheduler says at its start, where it is told of drafts at once."""

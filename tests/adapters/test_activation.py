@@ -21,7 +21,7 @@ from vllm_stateful.adapters.scheduler import StatefulAsyncScheduler, StatefulSch
 from vllm_stateful.compat import probe
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.compat.patch import Patch
-from vllm_stateful.compat.v0_32 import cli_flags, prompt_miss, scheduler_class, session_identity
+from vllm_stateful.compat.patches import cli_flags, prompt_miss, scheduler_class, session_identity
 from vllm_stateful.config import FEATURES
 from vllm_stateful.errors import ConfigError, UnsupportedError
 
@@ -176,7 +176,7 @@ def test_the_command_line_alone_patches_nothing_else() -> None:
     assert cli_flags.hook.fn is not None
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0"])
 def test_an_unsupported_vllm_is_one_line_and_nothing_is_patched(
     version: str, monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
@@ -186,7 +186,7 @@ def test_an_unsupported_vllm_is_one_line_and_nothing_is_patched(
     assert all(hook.fn is None for hook in HOOKS)
     assert lines == [f"stateful: off, serving as stock vLLM: {activation.problems()[0]}"]
     assert version in lines[0]
-    assert "0.32.x" in lines[0]
+    assert "0.32.x and 0.33.x" in lines[0]
 
 
 def test_the_rust_frontend_is_one_line_and_nothing_is_patched(
@@ -202,9 +202,9 @@ def test_the_rust_frontend_is_one_line_and_nothing_is_patched(
 def test_strict_an_unsupported_vllm_is_an_error_and_nothing_is_patched(
     monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
-    monkeypatch.setattr(probe, "vllm_version", lambda: "0.33.0")
+    monkeypatch.setattr(probe, "vllm_version", lambda: "0.34.0")
     monkeypatch.setenv("VLLM_STATEFUL_STRICT", "1")
-    with pytest.raises(UnsupportedError, match=r"vLLM 0\.33\.0 is not supported"):
+    with pytest.raises(UnsupportedError, match=r"vLLM 0\.34\.0 is not supported"):
         activation.activate()
     assert applied() == set()
     assert lines == []

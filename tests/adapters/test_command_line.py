@@ -11,7 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ModuleNotFoundError:  # from vllm 0.33 on
+    from vllm.entrypoints.common.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_stateful.adapters import activation, command_line
@@ -284,16 +288,16 @@ def test_strict_an_unsupported_vllm_is_refused(
     strict_first: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(probe, "vllm_version", lambda: "0.33.0")
+    monkeypatch.setattr(probe, "vllm_version", lambda: "0.34.0")
     plugin, strict = ["--plugin", "stateful"], ["--stateful-strict"]
     words = strict + plugin if strict_first else plugin + strict
-    assert "vLLM 0.33.0 is not supported" in refused(parse, capsys, *words)
+    assert "vLLM 0.34.0 is not supported" in refused(parse, capsys, *words)
 
 
 def test_an_unsupported_vllm_is_one_line_and_stock_vllm(
     parse: Parse, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "vllm_version", lambda: "0.33.0")
+    monkeypatch.setattr(probe, "vllm_version", lambda: "0.34.0")
     parse("--plugin", "stateful")
     assert len(warnings) == 1
     assert applied() == set()

@@ -17,7 +17,7 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 from benchmarks.models import CACHE
 from vllm_stateful.adapters import messages as adapter
 from vllm_stateful.adapters.renderer import StatefulHfRenderer
-from vllm_stateful.compat.v0_32 import message_parsing
+from vllm_stateful.compat.patches import message_parsing
 from vllm_stateful.observe.prompt_counts import PromptCounts
 from vllm_stateful.render.message_memory import MessageMemory
 

@@ -23,7 +23,7 @@ from vllm_stateful.adapters import prompt_receiver, prompt_sender
 from vllm_stateful.adapters.prompt_sender import BASE_MISS, ask_for_deltas, pack, sender_of
 from vllm_stateful.adapters.turn import prompt_array
 from vllm_stateful.adapters.worker_ids import worker_ids
-from vllm_stateful.compat.v0_32 import prompt_abort
+from vllm_stateful.compat.patches import prompt_abort
 
 
 @pytest.fixture
@@ -239,6 +239,7 @@ def test_with_several_engines_an_aborted_request_is_not_sent_again(
     client: Any = object.__new__(DPLBAsyncMPClient)
     client.stateful_sender = link.sender
     client.reqs_in_flight = {"r": b"engine-0"}
+    client.streaming_reqs = set()  # from vLLM 0.33 on
     client.engine_inflight = {b"engine-0": 1}
     client.resources = SimpleNamespace(engine_dead=False)
     miss = EngineCoreOutput("r", [], finish_reason=FinishReason.ERROR, stop_reason=BASE_MISS)

@@ -26,6 +26,7 @@ class Client(DPLBAsyncMPClient):  # type: ignore[misc]
         self.lb_engines = [[0, 0, 0.0] for _ in self.core_engines]
         self.engine_inflight = Counter()
         self.reqs_in_flight = {}
+        self.streaming_reqs = set()  # from vLLM 0.33 on
         self.client_count, self.client_index, self.eng_start_index = client_count, 0, 0
 
     def serve(self, request: Any, opening: str | None = None) -> int:

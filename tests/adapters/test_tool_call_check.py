@@ -22,7 +22,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm_stateful.adapters import tool_call_check, tool_call_plan
 from vllm_stateful.adapters.identity import identify, stamp
 from vllm_stateful.adapters.tool_call_check import state_maker
-from vllm_stateful.compat.v0_32 import request_state
+from vllm_stateful.compat.patches import request_state
 from vllm_stateful.observe.tool_call_counts import ToolCallCounts
 from vllm_stateful.respond.tool_call_stream import Form
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncGenerator, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from fastapi import FastAPI, Request
@@ -25,7 +26,7 @@ from vllm_stateful.adapters.anthropic_usage import with_cache_creation
 from vllm_stateful.adapters.identity import identify, stamp
 from vllm_stateful.adapters.request_validation import validate_plain_messages
 from vllm_stateful.adapters.turn import retention_wish
-from vllm_stateful.compat.v0_32 import anthropic_usage
+from vllm_stateful.compat.patches import anthropic_usage
 
 HOUR = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 FIVE_MINUTES = {"cache_control": {"type": "ephemeral"}}
@@ -108,6 +109,7 @@ class Server:
         assert validate_plain_messages(app)
         messages = object.__new__(AnthropicServingMessages)
         messages._merge_inline_system = False
+        messages.disabled_thinking_effort_resolver = AsyncMock()  # from vLLM 0.33 on
         messages.create_chat_completion = self.engine.create_chat_completion
         app.state.anthropic_serving_messages = messages
         app.state.openai_serving_chat = app.state.openai_serving_responses = self.engine

@@ -25,7 +25,7 @@ def test_readme_is_what_the_ledger_renders() -> None:
 
 
 def test_every_patch_has_a_diff_and_every_diff_a_patch() -> None:
-    on_disk = {str(path.relative_to(PAGES)) for path in PAGES.glob("vllm-*/*")}
+    on_disk = {str(path.relative_to(PAGES)) for path in PAGES.glob("vllm-0.32/*")}
     assert on_disk == {patch.upstream for patch in PATCHES}
 
 
@@ -45,7 +45,7 @@ def test_a_diff_is_named_after_its_patch_and_only_patches_of_one_feature_share_o
 
 
 def test_every_patch_file_is_in_the_ledger() -> None:
-    folder = Path(ledger.__file__).parent / "v0_32"
+    folder = Path(ledger.__file__).parent / "patches"
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     assert files == {stem(patch) for patch in PATCHES}
 
@@ -67,13 +67,13 @@ def test_every_field_is_filled(patch: Patch) -> None:
 def test_diff_names_the_file_it_retires(patch: Patch) -> None:
     text = (PAGES / patch.upstream).read_text()
     assert text.startswith("Subject: [")
-    assert f"Retires: vllm_stateful/compat/v0_32/{stem(patch)}.py\n" in text
+    assert f"Retires: vllm_stateful/compat/patches/{stem(patch)}.py\n" in text
 
 
 def test_patches_stay_few_and_small() -> None:
     assert len(PATCHES) <= 25
     assert len({patch.upstream for patch in PATCHES}) <= 16
-    folder = Path(ledger.__file__).parent / "v0_32"
+    folder = Path(ledger.__file__).parent / "patches"
     assert max(len(path.read_text().splitlines()) for path in folder.glob("*.py")) <= 60
 
 

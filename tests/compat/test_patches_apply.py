@@ -18,8 +18,11 @@ from vllm_stateful.compat.ledger import PATCHES
 PAGES = Path(__file__).parents[2] / "patches"
 # Finds the package without importing it.
 SPEC = importlib.util.find_spec("vllm")
+# Each series of vLLM has a folder with the same diffs, named after its major and minor version.
+SERIES = "none" if SPEC is None else ".".join(probe.vllm_version().split(".")[:2])
+DIFFS = PAGES / f"vllm-{SERIES}"
 # Some patches share a diff: what is one seam upstream is several places to wrap.
-SHARED = Counter(patch.upstream for patch in PATCHES)
+SHARED = Counter(Path(patch.upstream).name for patch in PATCHES)
 
 pytestmark = [
     pytest.mark.skipif(SPEC is None, reason="vLLM is not installed"),
@@ -29,11 +32,11 @@ pytestmark = [
 
 def changed_files(diff: str) -> list[str]:
     """Files of vLLM that a diff changes; those that it adds are not among them."""
-    return re.findall(r"^--- a/(\S+)$", (PAGES / diff).read_text(), re.MULTILINE)
+    return re.findall(r"^--- a/(\S+)$", (DIFFS / diff).read_text(), re.MULTILINE)
 
 
 def added_files(diff: str) -> list[str]:
-    return re.findall(r"^--- /dev/null\n\+\+\+ b/(\S+)$", (PAGES / diff).read_text(), re.MULTILINE)
+    return re.findall(r"^--- /dev/null\n\+\+\+ b/(\S+)$", (DIFFS / diff).read_text(), re.MULTILINE)
 
 
 def copy_sources(diffs: Iterable[str], folder: Path) -> list[Path]:
@@ -52,7 +55,7 @@ def copy_sources(diffs: Iterable[str], folder: Path) -> list[Path]:
 def git_apply(diff: str, folder: Path, *options: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     done = subprocess.run(
-        ["git", "apply", "-p1", *options, str(PAGES / diff)],
+        ["git", "apply", "-p1", *options, str(DIFFS / diff)],
         cwd=folder,
         env=environment | {"GIT_CEILING_DIRECTORIES": str(folder.parent)},
         capture_output=True,
@@ -62,9 +65,17 @@ def git_apply(diff: str, folder: Path, *options: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_folders_are_those_of_the_supported_series_and_hold_the_same_diffs() -> None:
+    series = {f"vllm-{major}.{minor}" for major, minor in probe.SUPPORTED}
+    assert {path.parent.name for path in PAGES.glob("vllm-*/*")} == series
+    for folder in series:
+        assert {path.name for path in (PAGES / folder).iterdir()} == set(SHARED)
+
+
 @pytest.mark.parametrize("diff", SHARED)
 def test_diff_applies_alone_and_compiles(diff: str, tmp_path: Path) -> None:
     assert probe.is_supported(probe.vllm_version())
+    assert f"\nBase: vLLM {SERIES}." in (DIFFS / diff).read_text()
     copies = copy_sources([diff], tmp_path)
     stock = [copy.read_text() for copy in copies]
     git_apply(diff, tmp_path, "--check")
@@ -79,7 +90,7 @@ def test_diff_applies_alone_and_compiles(diff: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("diff", "num_patches"), SHARED.items())
 def test_diff_is_small(diff: str, num_patches: int) -> None:
-    lines = (PAGES / diff).read_text().partition("\n---\n")[2].splitlines()
+    lines = (DIFFS / diff).read_text().partition("\n---\n")[2].splitlines()
     changed = [line for line in lines if re.match(r"[+-](?!\+\+ |-- )", line)]
     assert 0 < len(changed) < 30 + 10 * num_patches
 

@@ -10,7 +10,8 @@ from vllm_stateful.compat.patch import CompatError
 
 
 @pytest.mark.parametrize(
-    "version", ["0.32.0", "0.32.0+cpu", "0.32.1.dev3", "0.32.0rc1", "0.32", "v0.32.2+cu129.g1a2b"]
+    "version",
+    ["0.32.0", "0.32.0+cpu", "0.32.1.dev3", "0.32.0rc1", "0.32", "v0.32.2+cu129.g1a2b", "0.33.1"],
 )
 def test_supported(version: str) -> None:
     assert probe.is_supported(version)
@@ -18,13 +19,13 @@ def test_supported(version: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "version", ["0.31.9", "0.33.0", "1.32.0", "0.320.0", "0.3.2", "0.1.dev1+g1a2b", "dev", ""]
+    "version", ["0.31.9", "0.34.0", "1.32.0", "0.320.0", "0.3.2", "0.1.dev1+g1a2b", "dev", ""]
 )
 def test_unsupported(version: str) -> None:
     assert not probe.is_supported(version)
     reason = probe.unsupported_reason(version)
     assert reason is not None
-    assert "0.32.x" in reason
+    assert "0.32.x and 0.33.x" in reason
 
 
 def fake_metadata(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False), compiler=None)
 
-from vllm_stateful.adapters import lookup_kernels  # vLLM looks for its drivers once
+from vllm_stateful.adapters import lookup_kernels, row_kernel  # vLLM looks for its drivers once
 from vllm_stateful.speculate.answer_buffer import MAX_MATCH
 
 del backends["cpu"]
@@ -26,6 +26,7 @@ KERNELS = {
     "find_kernel, answers": {"OWN": False, "BLOCK": lookup_kernels.BLOCK, **SIZES},
     "draft_kernel": {"COLUMNS_BLOCK": 1024, **DRAFTS},
     "learn_kernel": DRAFTS,
+    "row_kernel": {"BLOCK": row_kernel.ROW_BLOCK},
 }
 TYPES = {
     "ends_ptr": "*i32",
@@ -45,12 +46,17 @@ TYPES = {
     "counts_ptr": "*fp32",
     "drafts_ptr": "*i64",
     "chances_ptr": "*fp32",
+    "index": "i32",
+    "start": "i32",
+    "ids_ptr": "*i32",
+    "count": "i32",
 }
 
 
 def main(capabilities: list[int]) -> None:
     for label, constants in KERNELS.items():
-        kernel = getattr(lookup_kernels, label.split(",")[0])
+        name = label.split(",")[0]
+        kernel = getattr(row_kernel if name == "row_kernel" else lookup_kernels, name)
         signature = {
             name: "constexpr" if name in constants else TYPES[name] for name in kernel.arg_names
         }

@@ -41,7 +41,7 @@ from benchmarks.models.dummy import SHAPES, write_config, write_weights
 from benchmarks.models.tiny import ensure_tiny
 from vllm_stateful.adapters import lookup_speculator, scheduler_lookup
 from vllm_stateful.adapters.turn import WORKER_ARRAY
-from vllm_stateful.compat.v0_32 import staged_ids
+from vllm_stateful.compat.patches import staged_ids
 
 NUM_TOKENS, BLOCK = 64, 32
 SESSIONS, TURNS, SYSTEM, FIRST, ADDED, ANSWER, SAID = 3, 3, 40, 30, 20, 14, 24

@@ -28,4 +28,4 @@ def test_they_compile_for_gpus() -> None:
         timeout=600,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert len(done.stdout.splitlines()) == 4 * len(capabilities)
+    assert len(done.stdout.splitlines()) == 5 * len(capabilities)

@@ -10,10 +10,10 @@ from typing import Any
 from vllm import envs
 from vllm.logger import init_logger
 
-from vllm_stateful.compat import probe
+from vllm_stateful.compat import probe, uses
 from vllm_stateful.compat.ledger import PATCHES
-from vllm_stateful.compat.patch import CompatError, Patch, apply_all
-from vllm_stateful.compat.v0_32 import (
+from vllm_stateful.compat.patch import CompatError, Patch, Process, apply_all
+from vllm_stateful.compat.patches import (
     anthropic_usage,
     cli_flags,
     detokenizer_prompt,
@@ -101,33 +101,56 @@ def activate() -> None:
         report_problem(reason)
         return
     _fill_hooks()
-    wanted = _patches_of(multiprocessing.current_process().name)
+    processes = _processes(multiprocessing.current_process().name)
+    wanted = _patches_of(processes)
     try:
         for patch in reversed(PATCHES):
             if patch not in wanted and patch is not cli_flags.PATCH:
                 patch.undo()
-        applied = apply_all(wanted, strict=strict, log=logger)
+        applied = apply_all(
+            wanted, strict=strict, log=logger, check=lambda feature: _check(feature, processes)
+        )
     except CompatError as error:
         _problems.append(str(error))
         raise UnsupportedError(str(error)) from error
     _problems.extend(text for text in _missing(wanted, applied) if text not in _problems)
-    if not multiprocessing.current_process().name.startswith(("VllmWorker", "EngineCore")):
+    if "api" in processes:
         _register_renderer()
-    _choose_attention()
+    _choose_attention(processes)
 
 
-def _patches_of(process_name: str) -> list[Patch]:
-    """The patches that a process needs, by the name that vLLM gives it.
+def _processes(name: str) -> frozenset[Process]:
+    """What runs in a process, by the name that vLLM gives it.
 
     A worker and the engine core, which may hold a worker, need only their own: the others would
     import vLLM's HTTP entry points there. Any other process may hold everything (``LLM`` without
     multiprocessing).
     """
-    runs_here = {"api", "engine", "worker", "all"}
-    if process_name.startswith("VllmWorker"):
-        runs_here = {"worker"}
-    elif process_name.startswith("EngineCore"):
-        runs_here = {"engine", "worker", "all"}
+    if name.startswith("VllmWorker"):
+        return frozenset({"worker"})
+    if name.startswith("EngineCore"):
+        return frozenset({"engine", "worker", "all"})
+    return frozenset({"api", "engine", "worker", "all"})
+
+
+def _check(feature: str, processes: frozenset[Process]) -> None:
+    """Whether what a feature uses is there. What the engine and its workers use is looked at where
+    they are: importing it takes seconds (`_choose_scheduler`).
+    """
+    uses.check(feature, frozenset({"api", "all"}) if "api" in processes else processes)
+
+
+def drift_of(feature: str, process: Process) -> str | None:
+    """What of vLLM a feature does not fit; None when it fits all."""
+    try:
+        uses.check(feature, frozenset({process, "all"}))
+    except CompatError as error:
+        return f"feature {feature!r} is off: {error}"
+    return None
+
+
+def _patches_of(runs_here: frozenset[Process]) -> list[Patch]:
+    """The patches that a process needs."""
     config = load_config()
     off = set(config.disable)
     off |= set() if config.history == "generated" else {"history"}
@@ -138,14 +161,17 @@ def _patches_of(process_name: str) -> list[Patch]:
     return [patch for patch in usable if patch.process in runs_here]
 
 
-def _choose_attention() -> None:
+def _choose_attention(processes: frozenset[Process]) -> None:
     """Where it is asked for, or was before."""
     choice = load_config().attention
     if choice == "off" and "vllm_stateful.adapters.attention_choice" not in sys.modules:
         return
     from vllm_stateful.adapters.attention_choice import choose_attention
 
-    choose_attention(choice, report_problem)
+    # An API server attends to nothing. Importing vLLM's kernels to look at them takes seconds.
+    attends = "api" not in processes or not envs.VLLM_ENABLE_V1_MULTIPROCESSING
+    drift = drift_of if attends else None
+    choose_attention(choice, report_problem, drift_of=drift)
 
 
 def _register_renderer() -> None:
@@ -161,6 +187,10 @@ def _register_renderer() -> None:
         return
     if found != stock:
         report_problem(f"prompts are rendered by {found}")
+        return
+    drift = drift_of("renderer", "api")
+    if drift is not None:
+        report_problem(drift)
         return
     del RENDERER_REGISTRY.renderers["hf"]  # else ``register`` warns of overwriting it
     RENDERER_REGISTRY.register("hf", *ours)
@@ -211,6 +241,10 @@ def _fill_hooks() -> None:
 
 
 def _choose_scheduler(_: Any, stock: type) -> type:
+    drift = drift_of("sessions", "engine")
+    if drift is not None:
+        report_problem(drift)
+        return stock
     from vllm_stateful.adapters.scheduler import stateful_scheduler_class
 
     chosen = stateful_scheduler_class(stock)

@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_stateful.attention.libraries import CPU, CUDA, library
+from vllm_stateful.compat.patch import Process
 
 logger = init_logger("vllm.stateful")
 
@@ -28,12 +29,14 @@ class Place(NamedTuple):
         backend: ours.
         library: its kernels.
         is_measured: whether they were seen to be faster, so that ``auto`` takes them.
+        feature: what of vLLM ours needs (`compat.uses`).
     """
 
     stock: AttentionBackendEnum
     backend: str
     library: Path
     is_measured: bool
+    feature: str
 
 
 ON_CUDA = Place(
@@ -41,17 +44,22 @@ ON_CUDA = Place(
     "vllm_stateful.adapters.attention_backend.StatefulAttentionBackend",
     library(CUDA),
     is_measured=False,
+    feature="attention-cuda",
 )
 ON_CPU = Place(
     AttentionBackendEnum.CPU_ATTN,
     "vllm_stateful.adapters.cpu_attention_backend.StatefulCPUBackend",
     library(CPU),
     is_measured=True,
+    feature="attention-cpu",
 )
 
 
 def choose_attention(
-    choice: str, report_problem: Callable[[str], None], place: Place | None = None
+    choice: str,
+    report_problem: Callable[[str], None],
+    place: Place | None = None,
+    drift_of: Callable[[str, Process], str | None] | None = None,
 ) -> None:
     """Follow ``--stateful-attention``, through vLLM's registry. No device is touched here.
 
@@ -60,6 +68,7 @@ def choose_attention(
             built; a problem where not).
         report_problem: Told why the backend is left as it is.
         place: That of this platform.
+        drift_of: Says what of vLLM a feature does not fit. None: not asked, where nothing attends.
     """
     if place is None:
         place = ON_CPU if current_platform.is_cpu() else ON_CUDA
@@ -72,7 +81,12 @@ def choose_attention(
     reason = "" if place.library.exists() else f"{place.library.name} was not built"
     if stock.is_overridden() and not is_ours:
         reason = f"{stock.name} is {stock.get_path()}"
-    if not reason and not is_ours:
+    drift = drift_of(place.feature, "worker") if drift_of is not None and not reason else None
+    if drift is not None:
+        if is_ours:
+            stock.clear_override()
+        report_problem(drift)
+    elif not reason and not is_ours:
         register_backend(stock, place.backend)
     elif reason and choice == "on":
         report_problem(reason)

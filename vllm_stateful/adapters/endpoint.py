@@ -25,7 +25,7 @@ from vllm_stateful.adapters.metrics_exporter import MetricsExporter
 from vllm_stateful.adapters.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.request_validation import validate_plain_messages
 from vllm_stateful.api.session_identity import ids_of_client
-from vllm_stateful.compat.v0_32 import engine_utility, prompt_send
+from vllm_stateful.compat.patches import engine_utility, prompt_send
 from vllm_stateful.config import is_enabled, load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
@@ -123,8 +123,3 @@ async def _poll(engine_client: Any, exporter: MetricsExporter, asks_engine: bool
             pause = min(2 * pause, MOST_POLL_SECONDS)
             ask_at = time.monotonic() + pause
         await asyncio.sleep(POLL_SECONDS)
-
-
-def make_endpoint_plugin() -> StatefulEndpoint:
-    """Entry point of ``vllm.endpoint_plugins``."""
-    return StatefulEndpoint()

@@ -24,11 +24,13 @@ class HashCheck:
     Args:
         hash_block_size: tokens of a hash.
         algorithm: vLLM's name of the hash function.
+        num_ahead: tokens behind a block that its hash covers too. vLLM 0.32 knows none.
     """
 
-    def __init__(self, hash_block_size: int, algorithm: str) -> None:
+    def __init__(self, hash_block_size: int, algorithm: str, num_ahead: int = 0) -> None:
+        ahead = (num_ahead,) if num_ahead else ()
         self._hasher: Callable[[Any], list[Any]] = get_request_block_hasher(
-            hash_block_size, get_hash_fn_by_name(algorithm)
+            hash_block_size, get_hash_fn_by_name(algorithm), *ahead
         )
         self._right: dict[str, list[Any]] = {}
         """Of each running request the hashes that were found right."""

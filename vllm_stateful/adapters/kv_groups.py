@@ -160,7 +160,8 @@ class RequestTables:
         held: list[Table] = []
         is_complete = frontier > 0
         for place, (group, manager) in enumerate(zip(self._groups, self._managers, strict=True)):
-            blocks = manager.pop_blocks_for_free(request_id)
+            blocks = manager.req_to_blocks.get(request_id, [])
+            manager.pop_blocks_for_free(request_id)  # what it returns may lack leading null blocks
             first, end = group.first(frontier), group.end(frontier)
             kept = blocks[first:end]
             self._free(blocks[:first] + blocks[end:])

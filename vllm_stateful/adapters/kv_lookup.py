@@ -116,11 +116,19 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
 
     # ---- what is here --------------------------------------------------------------------
 
-    def get_computed_blocks(self, request: Request) -> Computed:
+    def get_computed_blocks(self, request: Request, *limit: int | None) -> Computed:
         """The longest prefix of the request that is in the cache, exact to the token.
 
         A residency wins over vLLM's block hashes unless those reach further.
+
+        Args:
+            request: vLLM's.
+            limit: from vLLM 0.33 on, the longest hit that is wanted, in tokens. Only requests whose
+                auxiliary outputs are kept have one, and for those the plugin is off.
         """
+        if any(most is not None for most in limit):
+            computed: Computed = super().get_computed_blocks(request, *limit)
+            return computed
         started = time.perf_counter()
         turn = self.turn_of(request)
         if turn is None:

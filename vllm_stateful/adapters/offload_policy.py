@@ -58,8 +58,9 @@ class StatefulCachePolicy(CachePolicy):  # type: ignore[misc]
         """The chunk with this key; None when it is not here."""
         return self._chunks.get(key)
 
-    def insert(self, key: OffloadKey, chunk: ChunkStatus) -> None:
-        """A running request stores a chunk."""
+    def insert(self, key: OffloadKey, chunk: ChunkStatus, *_: ReqContext) -> None:
+        """A running request stores a chunk. vLLM 0.33 says which one; `on_request_finished` does
+        in both."""
         self._chunks[key] = chunk
         self.order.stored(key)
         if chunk.ref_cnt == 0:

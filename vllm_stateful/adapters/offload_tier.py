@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import Of
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
+from vllm_stateful.adapters.activation import drift_of, report_problem
 from vllm_stateful.adapters.offload_policy import StatefulCachePolicy
 from vllm_stateful.prefix.residency import is_anonymous
 from vllm_stateful.schedule.gaps import Forecast, GapModel, Wait, WaitKind
@@ -104,6 +105,10 @@ def tier_of(connector: Any) -> OffloadTier | None:
     """The tier of the connector that vLLM has just built; None when another policy runs it."""
     policy = StatefulCachePolicy.take_newest()
     if connector is None or not is_offloading(connector):
+        return None
+    drift = drift_of("offload", "engine")
+    if drift is not None:
+        report_problem(drift)
         return None
     if policy is None:
         logger.info(

@@ -46,6 +46,8 @@ class PromptReceiver:
         vocab_size = core.vllm_config.model_config.get_vocab_size()
         self.bases = BaseStore(config.base_bytes, vocab_size)
         self._hash_block_size = getattr(core.scheduler, "hash_block_size", None)
+        self._num_ahead = getattr(core.vllm_config, "num_hash_lookahead_tokens", 0)
+        """Tokens behind a block that its hash covers, too: with draft heads from vLLM 0.33 on."""
         self._stock_hasher = core.request_block_hasher
         self._inherited = threading.local()
         self._max_tokens = core.vllm_config.model_config.max_model_len
@@ -86,7 +88,8 @@ class PromptReceiver:
         base = prompt.parent
         if base is None or base.hash_key != hash_key or not self._hash_block_size:
             return ()
-        return base.block_hashes[: prompt.num_parent_tokens // self._hash_block_size]
+        num_tokens = max(0, prompt.num_parent_tokens - self._num_ahead)
+        return base.block_hashes[: num_tokens // self._hash_block_size]
 
     def _hash_blocks(self, request: Request) -> list[Any]:
         """vLLM's block hasher, started behind the blocks that the base had hashed."""
@@ -98,7 +101,7 @@ class PromptReceiver:
 
 def _only_vllm_reads_prompts(core: Any) -> bool:
     """Whether nothing but vLLM's own code, patched by us where it is V2's, sees the prompts that go
-    to the workers."""
+    to the workers. LongCat's n-gram models do in code of their own, which takes lists only."""
     config = core.vllm_config
     workers = config.parallel_config
     are_here = workers.distributed_executor_backend in ("uni", "mp") and workers.nnodes == 1
@@ -106,6 +109,7 @@ def _only_vllm_reads_prompts(core: Any) -> bool:
         (are_here or not config.use_v2_model_runner)
         and getattr(core.scheduler, "connector", None) is None
         and not config.model_config.logits_processors
+        and not any("Ngram" in name for name in config.model_config.architectures)
         and not entry_points(group="vllm.logits_processors")
     )
 

@@ -254,5 +254,7 @@ def note_answer(state: Any) -> None:
     if not isinstance(ids, PromptTokenIds) or not ids.version or detokenizer is None:
         return
     answer = tuple(detokenizer.output_token_ids)
+    if not answer:  # vLLM 0.33 comes here with requests that it has rejected, too
+        return
     for memory in _memories:
         memory.add_answer(ids.version, answer)

@@ -170,7 +170,8 @@ class _StatefulMixin:
         manager.store.tier = self.tier
         if self.config.check_invariants and manager.enable_caching:
             algorithm = self.vllm_config.cache_config.prefix_caching_hash_algo
-            self.hash_check = HashCheck(self.hash_block_size, algorithm)
+            num_ahead = getattr(self, "num_hash_lookahead_tokens", 0)
+            self.hash_check = HashCheck(self.hash_block_size, algorithm, num_ahead)
         if not manager.store.has_points:
             self.prefills = SchedulerPrefills(self)
         if is_asked_for(self.vllm_config):

@@ -13,14 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from vllm.triton_utils import triton
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_stateful.adapters.row_kernel import ROW_BLOCK, row_kernel
 from vllm_stateful.adapters.turn import WORKER_ARRAY, token_array
 from vllm_stateful.types import TokenArray
-
-_APART = 4
-"""Elements between numbers for a kernel, so that each is aligned to 16 bytes as its own tensor
-would be (Triton compiles for that)."""
 
 
 def worker_ids(request: Any, all_ids: Any, uses_mrope: bool) -> tuple[Any, Any]:
@@ -60,22 +58,10 @@ def write_ids(table: Any, index: int, start: int, ids: TokenArray) -> None:
         start: column of the first id.
         ids: int32, shape ``[num_ids]``.
     """
-    from vllm.v1.worker.gpu.buffer_utils import _apply_write_kernel
-
     if not len(ids):
         return
-    numbers = np.zeros(3 * _APART, np.int32)
-    numbers[::_APART] = index, start, len(ids)
-    place = async_tensor_h2d(numbers, device=table.device)
     contents = async_tensor_h2d(np.require(ids, requirements="W"), device=table.device)
-    _apply_write_kernel[(1,)](
-        table.gpu,
-        table.gpu.stride(0),
-        place,
-        place[_APART:],
-        contents,
-        place[2 * _APART :],
-        None,
-        BLOCK_SIZE=1024,
-        MULTI_GROUP=False,
+    grid = (triton.cdiv(len(ids), ROW_BLOCK),)
+    row_kernel[grid](
+        table.gpu, table.gpu.stride(0), index, start, contents, len(ids), BLOCK=ROW_BLOCK
     )

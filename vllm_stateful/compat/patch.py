@@ -39,6 +39,10 @@ class DriftError(CompatError):
         return f"patch {self.patch!r} does not fit {self.target}: {self.difference}"
 
 
+class UseDriftError(CompatError):
+    """Something that adapters use of vLLM is not what they were written for (`uses`)."""
+
+
 class _Mark(NamedTuple):
     """What `undo` needs. Read by attribute only: it may come from an older import of this file."""
 
@@ -241,11 +245,23 @@ def _marks(member: Any) -> Iterator[Any]:
         function = vars(function).get("__wrapped__")
 
 
-def apply_all(patches: Iterable[Patch], *, strict: bool, log: logging.Logger) -> list[Patch]:
+def apply_all(
+    patches: Iterable[Patch],
+    *,
+    strict: bool,
+    log: logging.Logger,
+    check: Callable[[str], None] = lambda feature: None,
+) -> list[Patch]:
     """Apply feature by feature, each feature all or none, and return the applied patches.
 
     A feature that does not fit is left off with one warning line. With ``strict`` everything
     that this call applied is undone and the error is raised.
+
+    Args:
+        patches: in the order in which they are applied.
+        strict: a feature that does not fit is an error.
+        log: gets the warnings.
+        check: raises a `CompatError` when what else a feature needs does not fit.
 
     Raises:
         CompatError: only with ``strict``; mostly a `DriftError`.
@@ -255,8 +271,10 @@ def apply_all(patches: Iterable[Patch], *, strict: bool, log: logging.Logger) ->
     for feature, group in _by_feature(patches).items():
         new = [patch for patch in group if not patch.is_applied]
         try:
+            check(feature)
             _apply_group(group)
         except CompatError as error:
+            _undo_group(new)
             if strict:
                 _undo_group(fresh)
                 raise

