@@ -18,10 +18,10 @@ export PYTHONDONTWRITEBYTECODE :=
 
 BENCH_ARGS ?=
 
-.PHONY: help environment setup model lint format test demo bench serve clean
+.PHONY: help environment setup model lint format test next test-next demo bench serve clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 environment:
 	@.ci/setup.sh environment
@@ -49,6 +49,19 @@ test: export OMP_NUM_THREADS := 1
 test: setup model lint ## everything: setup, model, lint, pytest (PYTEST_ARGS="-k name")
 	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --hypothesis-profile=ci \
 	    --durations=15 $(PYTEST_ARGS)
+
+# What depends on vLLM, on its next release: see .ci/next.py.
+NEXT_TESTS := tests/compat tests/adapters tests/e2e tests/model_runner_v2
+
+next: environment ## build .venv-next: the next release of vLLM on top of .venv
+	@$(PY) .ci/next.py
+
+test-next: export VLLM_CPU_OMP_THREADS_BIND := nobind
+test-next: export OMP_NUM_THREADS := 1
+test-next: export STATEFUL_EXAMPLES ?= 40
+test-next: setup model next ## what depends on vLLM, on its next release
+	.venv-next/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+	    --hypothesis-profile=ci --durations=15 $(PYTEST_ARGS) $(NEXT_TESTS)
 
 demo: setup model ## three agents with tools, stock against plugin, table and plot
 	$(PY) -m benchmarks.demo

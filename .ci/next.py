@@ -66,7 +66,8 @@ def _unpack(wheel: Path, packages: Path) -> None:
     """All but what is compiled. Its version says "cpu", by which vLLM chooses its platform."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if not name.endswith(SKIPPED)]
-        archive.extractall(packages, [name for name in names if name != "vllm/vllm-rs"])
+        archive.extractall(packages, names)
+    (packages / "vllm" / "vllm-rs").chmod(0o755)  # the Rust frontend
     before = packages / f"vllm-{VERSION}.dist-info"
     info = before.rename(packages / f"vllm-{VERSION}+cpu.dist-info")
     metadata = info / "METADATA"

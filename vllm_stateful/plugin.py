@@ -32,9 +32,7 @@ def make_endpoint_plugin() -> Any:
 
     if activation.off_reason() is not None:  # said already
         return _NoEndpoint()
-    drift = activation.drift_of("endpoint", "api")
-    if drift is not None:
-        activation.report_problem(drift)
+    if not activation.is_fit("endpoint", "api"):
         return _NoEndpoint()
     from vllm_stateful.adapters.endpoint import StatefulEndpoint
 

@@ -4,6 +4,7 @@
 import dataclasses
 import importlib
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -189,14 +190,18 @@ def test_an_unsupported_vllm_is_one_line_and_nothing_is_patched(
     assert "0.32.x and 0.33.x" in lines[0]
 
 
-def test_the_rust_frontend_is_one_line_and_nothing_is_patched(
+def test_beside_the_rust_frontend_only_engines_are_patched(
     monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     activation.activate()
     assert applied() == set()
-    assert len(lines) == 1
-    assert "Rust frontend" in lines[0]
+    assert lines == []  # what is said is no warning
+    assert activation.problems() == ()
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "EngineCore_0")
+    activation.activate()
+    engine = {p.name for p in PATCHES if p.process in ("engine", "worker") and p.name in BY_DEFAULT}
+    assert applied() == engine
 
 
 def test_strict_an_unsupported_vllm_is_an_error_and_nothing_is_patched(

@@ -110,6 +110,62 @@ def test_whatever_is_imported_from_vllm_stands_in_the_ledger() -> None:
     assert not sorted(wanted - known - EVERYWHERE)
 
 
+ENTRIES = (
+    ("sessions", "engine", "scheduler"),
+    ("sessions", "api", "identity"),
+    ("transport", "api", "prompt_sender"),
+    ("transport", "engine", "prompt_receiver"),
+    ("renderer", "api", "renderer"),
+    ("messages", "api", "messages"),
+    ("endpoint", "api", "endpoint"),
+    ("responses", "api", "response_cache"),
+    ("responses", "engine", "response_epoch"),
+    ("tool-call-check", "api", "tool_call_check"),
+    ("anthropic-usage", "api", "anthropic_usage"),
+    ("detokenize", "api", "detokenizer"),
+    ("offload", "engine", "offload_tier"),
+    ("worker-ids", "engine", "worker_ids"),
+    ("worker-ids", "worker", "worker_ids"),
+    ("device-drafts", "worker", "lookup_speculator"),
+    ("shared-prefixes", "worker", "batch_prefixes"),
+    ("attention-cuda", "worker", "attention_backend"),
+    ("attention-cpu", "worker", "cpu_attention_backend"),
+)
+"""By feature and process the adapter that is imported first."""
+
+
+def needed_by(module: str) -> set[str]:
+    """The names of vLLM without which an adapter cannot be imported."""
+    names: set[str] = set()
+    waiting, seen = [module], {module}
+    while waiting:
+        tree = ast.parse((ROOT / "adapters" / f"{waiting.pop()}.py").read_text())
+        for node in tree.body:
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            source = node.module or ""
+            if source == "vllm" or source.startswith("vllm."):
+                names |= {f"{source}:{alias.name}" for alias in node.names}
+            ours = [alias.name for alias in node.names]
+            ours = ours if source == "vllm_stateful.adapters" else [source.rpartition(".")[2]]
+            if source.startswith("vllm_stateful.adapters"):
+                waiting += set(ours) - seen
+                seen |= set(ours)
+    return names
+
+
+@pytest.mark.parametrize(("feature", "process", "module"), ENTRIES)
+def test_a_feature_is_checked_for_all_that_its_code_imports(
+    feature: str, process: str, module: str
+) -> None:
+    features = (feature, *uses.NEEDS.get(feature, ()))
+    checked = [u for u in uses.USES if u.feature in features and u.process in (process, "all")]
+    known = {use.owner for use in checked}
+    known |= {f"{use.owner}:{name}" for use in checked for name in use.members}
+    missing = {n for n in needed_by(module) if not n.startswith("vllm.triton_utils:")}
+    assert not sorted(missing - known - EVERYWHERE)
+
+
 def names_of_ours() -> set[str]:
     """Whatever this package defines: functions, classes, fields, attributes, variables."""
     found: set[str] = set()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.e2e
 ANOTHER_VLLM = """
 from vllm_stateful.compat import probe
 
-probe.SUPPORTED = (0, 1)
+probe.SUPPORTED = ((0, 1),)
 """
 
 

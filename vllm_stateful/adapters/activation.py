@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_stateful.compat import probe, uses
 from vllm_stateful.compat.ledger import PATCHES
-from vllm_stateful.compat.patch import CompatError, Patch, Process, apply_all
+from vllm_stateful.compat.patch import CompatError, Patch, Process, apply_all, off_line
 from vllm_stateful.compat.patches import (
     anthropic_usage,
     cli_flags,
@@ -47,6 +47,12 @@ logger = init_logger("vllm.stateful")
 
 _RENDERER = ("vllm_stateful.adapters.renderer", "StatefulHfRenderer")
 
+_BEHIND_RUST = (
+    "stateful: behind the Rust frontend sessions are told by session id, cache_salt and content. "
+    "API keys do not separate tenants, prompts are sent whole, and there are no routes and no "
+    "metrics of the plugin."
+)
+
 _problems: list[str] = []
 
 
@@ -57,10 +63,7 @@ def problems() -> tuple[str, ...]:
 
 def off_reason() -> str | None:
     """Why all of the plugin is off, whatever is asked for: this vLLM is none that it knows."""
-    reason = probe.unsupported_reason(probe.vllm_version())
-    if reason is None and envs.VLLM_USE_RUST_FRONTEND:
-        reason = "the Rust frontend would send requests without their tenant"
-    return reason
+    return probe.unsupported_reason(probe.vllm_version())
 
 
 def report_problem(text: str) -> None:
@@ -102,6 +105,11 @@ def activate() -> None:
         return
     _fill_hooks()
     processes = _processes(multiprocessing.current_process().name)
+    if envs.VLLM_USE_RUST_FRONTEND:
+        if "api" in processes:  # it holds neither an API server nor an engine: it starts both
+            processes = frozenset()
+        elif "engine" in processes:
+            logger.info(_BEHIND_RUST)
     wanted = _patches_of(processes)
     try:
         for patch in reversed(PATCHES):
@@ -137,7 +145,15 @@ def _check(feature: str, processes: frozenset[Process]) -> None:
     """Whether what a feature uses is there. What the engine and its workers use is looked at where
     they are: importing it takes seconds (`_choose_scheduler`).
     """
-    uses.check(feature, frozenset({"api", "all"}) if "api" in processes else processes)
+    try:
+        uses.check(feature, frozenset({"api", "all"}) if "api" in processes else processes)
+    except CompatError as error:
+        _said.add(str(error))
+        raise
+
+
+_said: set[str] = set()
+"""Drifts that the log has named: several features may use what has drifted."""
 
 
 def drift_of(feature: str, process: Process) -> str | None:
@@ -145,8 +161,27 @@ def drift_of(feature: str, process: Process) -> str | None:
     try:
         uses.check(feature, frozenset({process, "all"}))
     except CompatError as error:
-        return f"feature {feature!r} is off: {error}"
+        return str(error)
     return None
+
+
+def is_fit(feature: str, process: Process) -> bool:
+    """Whether a feature fits this vLLM. Where it does not, the log says so, once in a process.
+
+    Raises:
+        UnsupportedError: it does not, and the plugin is strict.
+    """
+    drift = drift_of(feature, process)
+    if drift is None:
+        return True
+    line = off_line([feature], drift)
+    _problems.append(line)
+    if load_config().strict:
+        raise UnsupportedError(line)
+    if drift not in _said:
+        _said.add(drift)
+        logger.warning("stateful: %s", line)
+    return False
 
 
 def _patches_of(runs_here: frozenset[Process]) -> list[Patch]:
@@ -170,8 +205,8 @@ def _choose_attention(processes: frozenset[Process]) -> None:
 
     # An API server attends to nothing. Importing vLLM's kernels to look at them takes seconds.
     attends = "api" not in processes or not envs.VLLM_ENABLE_V1_MULTIPROCESSING
-    drift = drift_of if attends else None
-    choose_attention(choice, report_problem, drift_of=drift)
+    fits = (lambda feature: is_fit(feature, "worker")) if attends else (lambda feature: True)
+    choose_attention(choice, report_problem, fits=fits)
 
 
 def _register_renderer() -> None:
@@ -188,9 +223,7 @@ def _register_renderer() -> None:
     if found != stock:
         report_problem(f"prompts are rendered by {found}")
         return
-    drift = drift_of("renderer", "api")
-    if drift is not None:
-        report_problem(drift)
+    if not is_fit("renderer", "api"):
         return
     del RENDERER_REGISTRY.renderers["hf"]  # else ``register`` warns of overwriting it
     RENDERER_REGISTRY.register("hf", *ours)
@@ -241,9 +274,7 @@ def _fill_hooks() -> None:
 
 
 def _choose_scheduler(_: Any, stock: type) -> type:
-    drift = drift_of("sessions", "engine")
-    if drift is not None:
-        report_problem(drift)
+    if not is_fit("sessions", "engine"):
         return stock
     from vllm_stateful.adapters.scheduler import stateful_scheduler_class
 
@@ -404,10 +435,14 @@ async def _note_done(client: Any, method: str, engine: Any) -> None:
 
 def _utility(engine_core: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
     from vllm_stateful.adapters.response_epoch import EPOCH, answer_epoch
-    from vllm_stateful.adapters.scheduler import answer_utility
 
     if operation == "transport":
         return {"ready": prompt_handover.PATCH.is_applied and prompt_miss.PATCH.is_applied}
     if operation == EPOCH:
         return answer_epoch(engine_core, **arguments)
+    drift = drift_of("sessions", "engine")
+    if drift is not None:
+        return {"off": drift}
+    from vllm_stateful.adapters.scheduler import answer_utility
+
     return answer_utility(engine_core.scheduler, operation, arguments)

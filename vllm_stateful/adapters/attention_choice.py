@@ -13,7 +13,6 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_stateful.attention.libraries import CPU, CUDA, library
-from vllm_stateful.compat.patch import Process
 
 logger = init_logger("vllm.stateful")
 
@@ -59,7 +58,7 @@ def choose_attention(
     choice: str,
     report_problem: Callable[[str], None],
     place: Place | None = None,
-    drift_of: Callable[[str, Process], str | None] | None = None,
+    fits: Callable[[str], bool] = lambda feature: True,
 ) -> None:
     """Follow ``--stateful-attention``, through vLLM's registry. No device is touched here.
 
@@ -68,7 +67,7 @@ def choose_attention(
             built; a problem where not).
         report_problem: Told why the backend is left as it is.
         place: That of this platform.
-        drift_of: Says what of vLLM a feature does not fit. None: not asked, where nothing attends.
+        fits: Whether this vLLM has what a feature uses; it says so where not.
     """
     if place is None:
         place = ON_CPU if current_platform.is_cpu() else ON_CUDA
@@ -81,11 +80,9 @@ def choose_attention(
     reason = "" if place.library.exists() else f"{place.library.name} was not built"
     if stock.is_overridden() and not is_ours:
         reason = f"{stock.name} is {stock.get_path()}"
-    drift = drift_of(place.feature, "worker") if drift_of is not None and not reason else None
-    if drift is not None:
+    if not reason and not fits(place.feature):
         if is_ours:
             stock.clear_override()
-        report_problem(drift)
     elif not reason and not is_ours:
         register_backend(stock, place.backend)
     elif reason and choice == "on":

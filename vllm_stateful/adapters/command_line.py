@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
+from vllm import envs
 from vllm.logger import init_logger
 
 from vllm_stateful.adapters import activation
@@ -70,6 +71,7 @@ def _truthful_usage(parser: argparse.ArgumentParser) -> None:
     """``usage.prompt_tokens_details.cached_tokens``: on with the plugin, unless switched off."""
     if any(action.dest == USAGE_OPTION for action in parser._actions):
         is_on = is_enabled() and activation.off_reason() is None
+        is_on &= not envs.VLLM_USE_RUST_FRONTEND  # it is told what differs from the defaults
         parser.set_defaults(**{USAGE_OPTION: True if is_on else _NotGiven()})
 
 

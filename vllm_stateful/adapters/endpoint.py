@@ -20,7 +20,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.logger import init_logger
 
 from vllm_stateful.adapters import activation, session_affinity
-from vllm_stateful.adapters.identity import TenantMiddleware, salt_of
+from vllm_stateful.adapters.identity import TenantMiddleware, salt_of, stand_aside
 from vllm_stateful.adapters.metrics_exporter import MetricsExporter
 from vllm_stateful.adapters.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.request_validation import validate_plain_messages
@@ -32,6 +32,9 @@ from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
 
 logger = init_logger("vllm.stateful")
+
+ASK_SECONDS = 30.0
+"""For the first question to the engine."""
 
 POLL_SECONDS, MOST_POLL_SECONDS = 1.0, 60.0
 """Between two questions to the engine, and where it does not answer them."""
@@ -97,9 +100,28 @@ class StatefulEndpoint:
         if not _is_on() or engine_client is None:
             return
         asks = getattr(engine_client.engine_core, "client_index", 0) == 0
+        await _learn_whether_engines_are_off(engine_client)
         ask_for_deltas(engine_client.engine_core)
         session_affinity.watch(engine_client.engine_core, prompt_send.PATCH.is_applied)
         state.stateful_poll = asyncio.create_task(_poll(engine_client, MetricsExporter(), asks))
+
+
+async def _learn_whether_engines_are_off(engine_client: Any) -> None:
+    """Where all of them serve as stock vLLM, requests go to them as they came."""
+    try:
+        answers = await asyncio.wait_for(_ask_all(engine_client, "stats", {}), ASK_SECONDS)
+    except Exception as error:  # whatever the engine answers; the poll for metrics asks again
+        logger.warning("stateful: the engine did not say whether sessions are kept: %r", error)
+        return
+    reasons = [answer["off"] for answer in answers if "off" in answer]
+    if not reasons or len(reasons) < len(answers):
+        return
+    stand_aside(reasons[0])
+    logger.warning(
+        "stateful: the engine keeps no sessions, so requests reach it as they came: no session, no "
+        "salt by API key. Prompts are still tokenized and sent in parts. Reason: %s",
+        reasons[0],
+    )
 
 
 def _is_on() -> bool:

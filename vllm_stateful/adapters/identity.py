@@ -106,6 +106,18 @@ def prompt_owner() -> tuple[str, str]:
     return (_tenant.get(), _salt.get())
 
 
+_engine_off: str | None = None
+
+
+def stand_aside(reason: str | None) -> None:
+    """Send requests to the engine as they came, for it serves as stock vLLM; None: it does not.
+
+    Without sessions a salt by API key would only divide the prefix cache.
+    """
+    global _engine_off
+    _engine_off = reason
+
+
 @lru_cache(maxsize=1)
 def tenant_isolation() -> bool:
     """Whether the API key separates tenants (``--stateful-tenant``)."""
@@ -121,6 +133,7 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
         raw_request: the HTTP request, or None when there is none.
         stock: the id that vLLM itself found.
     """
+    as_sent = stock
     headers = {} if raw_request is None else raw_request.headers
     body = sent_body(raw_request)
     asked.note_tools(body)
@@ -140,7 +153,7 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
     if identity.session_id is None and stock is not None and id_fault(stock) is None:
         stock = None  # a gateway's cookie: it names a server
     return IdentifiedSession.of(
-        identity.session_id or stock,
+        (identity.session_id or stock) if _engine_off is None else as_sent,
         identity,
         wish_of(raw_request),
         plan_of(request, raw_request),
@@ -166,6 +179,9 @@ def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     """
     found = request.session_id
     carry(request.request_id, getattr(found, "tool_calls", None))
+    if _engine_off is not None:
+        request.session_id = str(found) if found else None
+        return request
     request.session_id = str(found) if found else _offline_session_id(request)
     if not isinstance(found, IdentifiedSession):
         request.cache_salt = scoped_salt(_tenant.get(), request.cache_salt)

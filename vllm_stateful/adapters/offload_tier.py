@@ -13,11 +13,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
-from vllm_stateful.adapters.activation import drift_of, report_problem
 from vllm_stateful.adapters.offload_policy import StatefulCachePolicy
 from vllm_stateful.prefix.residency import is_anonymous
 from vllm_stateful.schedule.gaps import Forecast, GapModel, Wait, WaitKind
@@ -31,11 +29,6 @@ MAX_ENDED = 10_000
 
 STORE_NONE = {"max_offload_tokens": 0}
 """vLLM's own request parameter (``kv_transfer_params``): how much of a request is offloaded."""
-
-
-def is_offloading(connector: Any) -> bool:
-    """Whether a KV connector is vLLM's own offloading one, beside which sessions can be kept."""
-    return type(connector) is OffloadingConnector
 
 
 class OffloadTier:
@@ -102,14 +95,10 @@ def _owner(session: SessionKey) -> Owner:
 
 
 def tier_of(connector: Any) -> OffloadTier | None:
-    """The tier of the connector that vLLM has just built; None when another policy runs it."""
+    """The tier of the ``OffloadingConnector`` that vLLM has just built; None when another policy
+    runs it.
+    """
     policy = StatefulCachePolicy.take_newest()
-    if connector is None or not is_offloading(connector):
-        return None
-    drift = drift_of("offload", "engine")
-    if drift is not None:
-        report_problem(drift)
-        return None
     if policy is None:
         logger.info(
             "stateful: the offload tier keeps vLLM's own eviction policy; "

@@ -28,7 +28,7 @@ from vllm_stateful.adapters.invariants import check_pool
 from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.kv_groups import group_of, kinds_of
 from vllm_stateful.adapters.message_boundaries import boundary_rules
-from vllm_stateful.adapters.offload_tier import OffloadTier, is_offloading, tier_of
+from vllm_stateful.adapters.offload import is_offloading, tier_of
 from vllm_stateful.adapters.prefill_groups import SchedulerPrefills
 from vllm_stateful.adapters.resume_points import ResumePoints
 from vllm_stateful.adapters.scheduler_lookup import SchedulerLookup
@@ -42,6 +42,7 @@ from vllm_stateful.prefix.groups import Group
 from vllm_stateful.types import SessionKey
 
 if TYPE_CHECKING:
+    from vllm_stateful.adapters.offload_tier import OffloadTier
     from vllm_stateful.adapters.scheduler_drafts import SchedulerDrafts
 
 logger = init_logger("vllm.stateful")

@@ -268,6 +268,7 @@ def apply_all(
     """
     applied: list[Patch] = []
     fresh: list[Patch] = []
+    off: dict[str, list[str]] = {}
     for feature, group in _by_feature(patches).items():
         new = [patch for patch in group if not patch.is_applied]
         try:
@@ -278,11 +279,20 @@ def apply_all(
             if strict:
                 _undo_group(fresh)
                 raise
-            log.warning("stateful: feature %r is off: %s", feature, error)
+            off.setdefault(str(error), []).append(feature)
         else:
             applied += group
             fresh += new
+    for error_text, features in off.items():
+        log.warning("stateful: %s", off_line(features, error_text))
     return applied
+
+
+def off_line(features: list[str], why: str) -> str:
+    """What the log says of features that do not fit."""
+    names = ", ".join(map(repr, features))
+    said = f"features {names} are" if len(features) > 1 else f"feature {names} is"
+    return f"{said} off: {why}"
 
 
 def _by_feature(patches: Iterable[Patch]) -> dict[str, list[Patch]]:

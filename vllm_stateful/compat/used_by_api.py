@@ -8,14 +8,14 @@ _ENGINE = "vllm.v1.engine"
 _TRANSPORT = (
     Use(
         f"{_ENGINE}:EngineCoreRequest",
-        "transport",
+        "sessions",
         "all",
         "request_id prompt_token_ids kv_hints sampling_params pooling_params resumable "
         "cache_salt lora_request session_id client_index data_parallel_rank external_req_id "
         "prompt_is_token_ids reasoning_ended reasoning_parser_kwargs abort_immediately "
         "mm_features prompt_embeds",
     ),
-    Use(f"{_ENGINE}:EngineCoreRequestType", "transport", "api", "ADD ABORT"),
+    Use(f"{_ENGINE}:EngineCoreRequestType", "transport", "all", "ADD ABORT"),
     Use(
         f"{_ENGINE}:EngineCoreOutput",
         "transport",
@@ -110,7 +110,7 @@ _API = (
     ),
     Use(
         "vllm.tool_parsers.abstract_tool_parser:ToolParser",
-        "tool-call-check",
+        "sessions",
         "api",
         "supports_required_and_named",
     ),
@@ -144,7 +144,7 @@ _API = (
     ),
     Use(
         "vllm.parser.abstract_parser:DelegatingParser",
-        "tool-call-check",
+        "sessions",
         "api",
         "reasoning_parser_cls tool_parser_cls",
     ),

@@ -42,7 +42,7 @@ _SETTINGS = (
     Use(
         "vllm.multimodal.inputs:MultiModalFeatureSpec",
         "sessions",
-        "engine",
+        "all",
         "identifier mm_position modality",
     ),
     Use("vllm.multimodal.inputs:PlaceholderRange", "sessions", "engine", "offset length"),
@@ -64,7 +64,7 @@ _REQUESTS = (
     Use(
         "vllm.v1.request:Request",
         "sessions",
-        "engine",
+        "all",
         "request_id prompt_token_ids num_prompt_tokens num_tokens num_output_tokens "
         "output_token_ids all_token_ids num_computed_tokens num_output_placeholders "
         "num_preemptions block_hashes cache_salt lora_request session_id kv_hints mm_features "
@@ -74,7 +74,7 @@ _REQUESTS = (
     Use(
         "vllm.v1.request:RequestStatus",
         "sessions",
-        "engine",
+        "all",
         "WAITING WAITING_FOR_REMOTE_KVS FINISHED_ERROR RUNNING",
     ),
     Use(
@@ -108,6 +108,12 @@ _SCHEDULER = (
         "_free_request_blocks _drain_deferred_frees _handle_blocked_waiting_request "
         "_mamba_block_aligned_split make_spec_decoding_stats",
         asked_by=f"{_SCHED}.scheduler:Scheduler vllm.v1.engine.core:EngineCore",
+    ),
+    Use(
+        "vllm.v1.attention.backends.registry",
+        "sessions",
+        "engine",
+        "AttentionBackendEnum register_backend",
     ),
     Use(f"{_SCHED}.async_scheduler", "sessions", "engine", "AsyncScheduler"),
     Use(f"{_SCHED}.request_queue:SchedulingPolicy", "sessions", "engine", "FCFS"),
@@ -148,7 +154,7 @@ _BLOCKS = (
         "usage estimate_cached_tokens",
         asked_by=f"{_SCHED}.scheduler:Scheduler",
     ),
-    Use(f"{_KV}:KVCacheBlocks", "sessions", "engine", "blocks"),
+    Use(f"{_KV}:KVCacheBlocks", "sessions", "all", "blocks"),
     Use(
         f"{_CORE}.kv_cache_coordinator:KVCacheCoordinator",
         "sessions",
@@ -172,7 +178,7 @@ _BLOCKS = (
     Use(
         f"{_CORE}.kv_cache_utils",
         "sessions",
-        "engine",
+        "all",
         "get_request_block_hasher make_block_hash_with_group_id resolve_block_hashes "
         "generate_block_hash_extra_keys",
     ),
@@ -230,7 +236,7 @@ _OFFLOAD = (
     Use("vllm.v1.kv_offload.base:ReqContext", "offload", "engine", "req_id kv_transfer_params"),
     Use(
         "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector",
-        "offload",
+        "sessions",
         "engine",
         "OffloadingConnector",
     ),

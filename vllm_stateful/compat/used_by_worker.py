@@ -10,7 +10,7 @@ _CPU = f"{_ATTENTION}.backends.cpu_attn"
 _CONFIG = "vllm.config"
 
 _WORKER = (
-    Use("vllm.utils.torch_utils", "worker-ids", "worker", "async_tensor_h2d"),
+    Use("vllm.utils.torch_utils", "worker-ids", "all", "async_tensor_h2d"),
     Use("vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor", "worker-ids", "worker", "gpu"),
     Use(
         "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,20 @@ FIRST = "0.32"
 """The series whose shapes are recorded in full."""
 
 USES = (*used_by_api.USES, *used_by_engine.USES, *used_by_worker.USES)
+
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "endpoint": ("sessions", "transport", "requests"),
+    "messages": ("sessions",),
+    "offload": ("sessions",),
+    "renderer": ("sessions",),
+    "responses": ("sessions", "transport"),
+    "transport": ("sessions",),
+    "worker-ids": ("sessions",),
+    "device-drafts": ("sessions", "worker-ids"),
+    "detokenize": ("sessions",),
+    "tool-call-check": ("sessions",),
+}
+"""By feature, those whose code its own code imports: it is off with them."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,8 @@ def check(feature: str, processes: frozenset[Process]) -> None:
     series = probe.series_of(version)
     if series is None:
         raise CompatError(str(probe.unsupported_reason(version)))
-    wanted = [use for use in USES if use.feature == feature and use.process in processes]
+    features = (feature, *NEEDS.get(feature, ()))
+    wanted = [use for use in USES if use.feature in features and use.process in processes]
     found = list(drifts(wanted, series, Live()))
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

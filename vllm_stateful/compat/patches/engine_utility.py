@@ -34,7 +34,7 @@ PATCH = Patch(
     symptom="The API process cannot ask a plugin in the engine core anything.",
     reason="Utility calls reach methods of EngineCore by name and a plugin has no name there; "
     "collective_rpc reaches the workers, not the scheduler.",
-    feature="sessions",
+    feature="utility",
     process="engine",
     signature="(self, operation, arguments)",
     upstream="vllm-0.32/0005-engine-utility.patch",
