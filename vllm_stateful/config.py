@@ -154,7 +154,7 @@ OPTIONS: tuple[Option, ...] = (
         "a whole number from 1 to 64",
         "Positions of one history that a hybrid model (sliding windows, Mamba, linear attention) "
         "can be continued at, its end included. Each takes a block of every group with states, "
-        "or those of a window. Default: 4.",
+        "or those of a window. One or two inside its last answer come on top. Default: 4.",
     ),
     Option(
         "tenant",

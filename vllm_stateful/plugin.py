@@ -30,9 +30,7 @@ def make_endpoint_plugin() -> Any:
     """Our routes and metrics: entry point of ``vllm.endpoint_plugins``."""
     from vllm_stateful.adapters import activation
 
-    if activation.off_reason() is not None:  # said already
-        return _NoEndpoint()
-    if not activation.is_fit("endpoint", "api"):
+    if not is_enabled() or activation.off_reason() is not None:  # said already
         return _NoEndpoint()
     from vllm_stateful.adapters.endpoint import StatefulEndpoint
 

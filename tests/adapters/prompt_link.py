@@ -61,7 +61,10 @@ class Core(EngineCoreProc):  # type: ignore[misc]
         self.output_queue: Any = queue.Queue()
         self.scheduler: Any = SimpleNamespace(hash_block_size=BLOCK)
         model = SimpleNamespace(
-            get_vocab_size=lambda: VOCAB, max_model_len=1 << 20, logits_processors=None
+            get_vocab_size=lambda: VOCAB,
+            max_model_len=1 << 20,
+            logits_processors=None,
+            architectures=["LlamaForCausalLM"],
         )
         self.vllm_config: Any = SimpleNamespace(
             model_config=model,

@@ -22,7 +22,13 @@ from vllm_stateful.adapters.scheduler import StatefulAsyncScheduler, StatefulSch
 from vllm_stateful.compat import probe
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.compat.patch import Patch
-from vllm_stateful.compat.patches import cli_flags, prompt_miss, scheduler_class, session_identity
+from vllm_stateful.compat.patches import (
+    cli_flags,
+    prompt_miss,
+    request_identity,
+    scheduler_class,
+    session_identity,
+)
 from vllm_stateful.config import FEATURES
 from vllm_stateful.errors import ConfigError, UnsupportedError
 
@@ -118,6 +124,7 @@ def _stock_before_and_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     undo_all()
     yield
     undo_all()
+    os.environ.pop(activation.OFF_ENV, None)
 
 
 def undo_all() -> None:
@@ -195,11 +202,16 @@ def test_beside_the_rust_frontend_only_engines_are_patched(
 ) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     activation.activate()
+    assert applied() == BY_DEFAULT  # `LLM` does not know the variable
+    undo_all()
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", "a-model"])
+    activation.activate()
     assert applied() == set()
-    assert lines == []  # what is said is no warning
-    assert activation.problems() == ()
+    assert lines == []
     monkeypatch.setattr(multiprocessing.current_process(), "name", "EngineCore_0")
     activation.activate()
+    assert len(lines) == 1
+    assert "behind the Rust frontend" in lines[0]
     engine = {p.name for p in PATCHES if p.process in ("engine", "worker") and p.name in BY_DEFAULT}
     assert applied() == engine
 
@@ -224,9 +236,26 @@ def test_one_drifted_signature_turns_the_whole_feature_off_with_one_line(
     activation.activate()
     assert applied() & SESSIONS == set()
     assert len(lines) == 1
-    for part in ("stateful: feature 'sessions' is off", repr(patch.name)):
+    is_of_api = patch.process == "api"
+    said = "stateful: off, serving as stock" if is_of_api else "stateful: feature 'sessions' is off"
+    for part in (said, repr(patch.name)):
         assert part in lines[0]
     assert activation.problems()
+
+
+def test_where_requests_have_no_tenant_no_process_keeps_sessions(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> None:
+    """An engine that kept them all the same would share them between API keys."""
+    drift(monkeypatch, request_identity.PATCH)
+    activation.activate()
+    assert applied() == set()
+    assert "request-identity" in os.environ[activation.OFF_ENV]
+    assert activation.off_reason() is not None
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "EngineCore_0")
+    activation.activate()
+    assert applied() == set()
+    assert len(lines) == 1
 
 
 def test_a_drifted_feature_leaves_the_other_features_on(

@@ -228,6 +228,32 @@ def test_an_id_from_http_wins_over_the_sampling_parameters() -> None:
     assert request.session_id == SESSION
 
 
+# ---- where the engine keeps no sessions ------------------------------------------------------
+
+
+@pytest.fixture
+def _engine_off() -> Iterator[None]:
+    identity.stand_aside("an unsupported model")
+    yield
+    identity.stand_aside(None)
+
+
+@pytest.mark.usefixtures("_engine_off")
+@pytest.mark.parametrize("stock", [None, SESSION])
+def test_requests_reach_an_engine_without_sessions_as_they_came(stock: str | None) -> None:
+    headers = {"authorization": "Bearer one", "x-claude-code-session-id": "session-of-mine"}
+    request = sent({**headers, **FINAL}, stock=stock)
+    assert (request.session_id, request.cache_salt, request.kv_hints) == (stock, None, None)
+
+
+@pytest.mark.usefixtures("_engine_off")
+def test_kept_answers_belong_to_a_tenant_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_STATEFUL_RESPONSE_CACHE_BYTES", "1M")
+    salts = {sent({"authorization": f"Bearer {key}"}).cache_salt for key in ("one", "two")}
+    assert len(salts) == 2
+    assert None not in salts
+
+
 # ---- end of a session ------------------------------------------------------------------------
 
 

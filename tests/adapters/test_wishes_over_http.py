@@ -15,7 +15,10 @@ from vllm.entrypoints.anthropic.api_router import router as messages_router
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 from vllm.entrypoints.openai.chat_completion.api_router import router as chat_router
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionResponse,
+    ChatCompletionStreamResponse,
+)
 from vllm.entrypoints.openai.responses.api_router import router as responses_router
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.sampling_params import SamplingParams
@@ -110,11 +113,29 @@ class Server:
         messages = object.__new__(AnthropicServingMessages)
         messages._merge_inline_system = False
         messages.disabled_thinking_effort_resolver = AsyncMock()  # from vLLM 0.33 on
-        messages.create_chat_completion = self.engine.create_chat_completion
+        messages.create_chat_completion = self.completion_for(messages)
         app.state.anthropic_serving_messages = messages
         app.state.openai_serving_chat = app.state.openai_serving_responses = self.engine
         app.state.enable_server_load_tracking = False
         self.client = TestClient(app)
+
+    def completion_for(self, messages: Any) -> Any:
+        """What is behind the Messages route. From vLLM 0.33 on it converts a stream itself."""
+        if "chat_completion_stream_generator" not in vars(AnthropicServingMessages):
+            return self.engine.create_chat_completion
+
+        async def parsed(events: AsyncGenerator[str, None]) -> AsyncGenerator[Any, None]:
+            async for event in events:
+                if "[DONE]" not in event:
+                    data = event.removeprefix("data: ")
+                    yield ChatCompletionStreamResponse.model_validate_json(data)
+
+        async def create(request: Any, raw_request: Request) -> Any:
+            made = await self.engine.create_chat_completion(request, raw_request)
+            is_stream = hasattr(made, "__aiter__")
+            return messages.message_stream_converter(parsed(made)) if is_stream else made
+
+        return create
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         return self.client.post(path, json={"model": "m", **body})

@@ -102,7 +102,7 @@ def test_what_changed_is_named(seed: str, copy: Path) -> None:
         path.write_text(text)
     said = release.report(VERSION, SERIES, lines)
     assert line in said
-    assert "Features that would be off: " + line.split()[1] in said
+    assert line.split()[1] in said.rpartition("Features that would be off: ")[2]
 
 
 def test_a_wheel_and_another_version(tmp_path: Path, copy: Path) -> None:

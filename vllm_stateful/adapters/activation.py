@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from typing import Any
 
@@ -48,10 +49,14 @@ logger = init_logger("vllm.stateful")
 _RENDERER = ("vllm_stateful.adapters.renderer", "StatefulHfRenderer")
 
 _BEHIND_RUST = (
-    "stateful: behind the Rust frontend sessions are told by session id, cache_salt and content. "
+    "behind the Rust frontend sessions are told by session id, cache_salt and content. "
     "API keys do not separate tenants, prompts are sent whole, and there are no routes and no "
     "metrics of the plugin."
 )
+
+OFF_ENV = "STATEFUL_OFF_REASON"
+"""Set by the process that starts the others where requests could not be told apart: sessions that
+an engine kept all the same would be shared by all API keys."""
 
 _problems: list[str] = []
 
@@ -63,7 +68,7 @@ def problems() -> tuple[str, ...]:
 
 def off_reason() -> str | None:
     """Why all of the plugin is off, whatever is asked for: this vLLM is none that it knows."""
-    return probe.unsupported_reason(probe.vllm_version())
+    return probe.unsupported_reason(probe.vllm_version()) or os.environ.get(OFF_ENV)
 
 
 def report_problem(text: str) -> None:
@@ -99,17 +104,19 @@ def activate() -> None:
     """
     strict = load_config().strict
     _announce_variables()
-    reason = off_reason()
+    if OFF_ENV in os.environ:  # said by the process that started this one
+        return
+    processes = _processes(multiprocessing.current_process().name)
+    reason = off_reason() or _drift_of_identity(processes)
     if reason is not None:
         report_problem(reason)
         return
     _fill_hooks()
-    processes = _processes(multiprocessing.current_process().name)
     if envs.VLLM_USE_RUST_FRONTEND:
-        if "api" in processes:  # it holds neither an API server nor an engine: it starts both
-            processes = frozenset()
-        elif "engine" in processes:
-            logger.info(_BEHIND_RUST)
+        if "api" in processes and _is_serving():
+            processes = frozenset()  # it holds neither an API server nor an engine: it starts both
+        elif "engine" in processes and "api" not in processes:
+            _say_what_rust_leaves()
     wanted = _patches_of(processes)
     try:
         for patch in reversed(PATCHES):
@@ -124,7 +131,8 @@ def activate() -> None:
     _problems.extend(text for text in _missing(wanted, applied) if text not in _problems)
     if "api" in processes:
         _register_renderer()
-    _choose_attention(processes)
+    if processes:
+        _choose_attention(processes)
 
 
 def _processes(name: str) -> frozenset[Process]:
@@ -139,6 +147,42 @@ def _processes(name: str) -> frozenset[Process]:
     if name.startswith("EngineCore"):
         return frozenset({"engine", "worker", "all"})
     return frozenset({"api", "engine", "worker", "all"})
+
+
+def _is_serving() -> bool:
+    """Whether this process starts the HTTP server of ``vllm serve`` and its engines."""
+    return sys.argv[1:2] == ["serve"] and "--grpc" not in sys.argv
+
+
+def _drift_of_identity(processes: frozenset[Process]) -> str | None:
+    """What has changed in the way of a request from its tenant to the engine, and of our routes.
+
+    The whole plugin is off then, in the engine as well.
+    """
+    if "api" not in processes:
+        return None
+    try:
+        for feature in ("sessions", "endpoint") if _is_serving() else ("sessions",):
+            uses.check(feature, frozenset({"api", "all"}))
+        for patch in PATCHES:
+            if patch.feature == "sessions" and patch.process == "api":
+                patch.check()
+    except CompatError as error:
+        os.environ[OFF_ENV] = str(error)
+        return str(error)
+    return None
+
+
+def _say_what_rust_leaves() -> None:
+    """Once in each engine core.
+
+    Raises:
+        UnsupportedError: strict, and API keys were to separate tenants.
+    """
+    config = load_config()
+    if config.strict and config.tenant == "api-key":
+        raise UnsupportedError(f"{_BEHIND_RUST} Strict, it needs --stateful-tenant cache-salt")
+    logger.warning("stateful: %s", _BEHIND_RUST)
 
 
 def _check(feature: str, processes: frozenset[Process]) -> None:

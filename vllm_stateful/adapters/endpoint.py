@@ -100,28 +100,33 @@ class StatefulEndpoint:
         if not _is_on() or engine_client is None:
             return
         asks = getattr(engine_client.engine_core, "client_index", 0) == 0
-        await _learn_whether_engines_are_off(engine_client)
+        is_known = await _learn_whether_engines_are_off(engine_client)
         ask_for_deltas(engine_client.engine_core)
         session_affinity.watch(engine_client.engine_core, prompt_send.PATCH.is_applied)
-        state.stateful_poll = asyncio.create_task(_poll(engine_client, MetricsExporter(), asks))
+        poll = _poll(engine_client, MetricsExporter(), asks, is_known=is_known)
+        state.stateful_poll = asyncio.create_task(poll)
 
 
-async def _learn_whether_engines_are_off(engine_client: Any) -> None:
-    """Where all of them serve as stock vLLM, requests go to them as they came."""
+async def _learn_whether_engines_are_off(engine_client: Any) -> bool:
+    """Where all of them serve as stock vLLM, requests go to them as they came.
+
+    Returns:
+        Whether they have answered.
+    """
     try:
         answers = await asyncio.wait_for(_ask_all(engine_client, "stats", {}), ASK_SECONDS)
-    except Exception as error:  # whatever the engine answers; the poll for metrics asks again
+    except Exception as error:  # whatever the engine answers; asked again by `_poll`
         logger.warning("stateful: the engine did not say whether sessions are kept: %r", error)
-        return
+        return False
     reasons = [answer["off"] for answer in answers if "off" in answer]
-    if not reasons or len(reasons) < len(answers):
-        return
-    stand_aside(reasons[0])
-    logger.warning(
-        "stateful: the engine keeps no sessions, so requests reach it as they came: no session, no "
-        "salt by API key. Prompts are still tokenized and sent in parts. Reason: %s",
-        reasons[0],
-    )
+    if reasons and len(reasons) == len(answers):
+        stand_aside(reasons[0])
+        logger.warning(
+            "stateful: the engine keeps no sessions, so requests reach it as they came: no session "
+            "id of ours, and no salt by API key unless answers are kept. Reason: %s",
+            reasons[0],
+        )
+    return True
 
 
 def _is_on() -> bool:
@@ -129,9 +134,12 @@ def _is_on() -> bool:
     return is_enabled() and activation.off_reason() is None and engine_utility.PATCH.is_applied
 
 
-async def _poll(engine_client: Any, exporter: MetricsExporter, asks_engine: bool) -> None:
+async def _poll(
+    engine_client: Any, exporter: MetricsExporter, asks_engine: bool, *, is_known: bool
+) -> None:
     ask_at, pause = 0.0, POLL_SECONDS
     while not engine_client.errored:
+        is_known = is_known or await _learn_whether_engines_are_off(engine_client)
         exporter.update_own(
             PROMPT_COUNTS.snapshot() | RESPONSE_COUNTS.snapshot() | TOOL_CALL_COUNTS.snapshot()
         )

@@ -112,7 +112,8 @@ _engine_off: str | None = None
 def stand_aside(reason: str | None) -> None:
     """Send requests to the engine as they came, for it serves as stock vLLM; None: it does not.
 
-    Without sessions a salt by API key would only divide the prefix cache.
+    Without sessions a salt by API key would only divide the prefix cache. It stays where the
+    response cache is on, whose answers are found by it.
     """
     global _engine_off
     _engine_off = reason
@@ -179,15 +180,18 @@ def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     """
     found = request.session_id
     carry(request.request_id, getattr(found, "tool_calls", None))
+    tenant = found.identity.tenant if isinstance(found, IdentifiedSession) else _tenant.get()
     if _engine_off is not None:
         request.session_id = str(found) if found else None
+        if load_config().response_cache_bytes:  # its answers belong to a tenant
+            request.cache_salt = scoped_salt(tenant, request.cache_salt)
         return request
     request.session_id = str(found) if found else _offline_session_id(request)
     if not isinstance(found, IdentifiedSession):
-        request.cache_salt = scoped_salt(_tenant.get(), request.cache_salt)
+        request.cache_salt = scoped_salt(tenant, request.cache_salt)
         session_affinity.choose(request, None)
         return request
-    request.cache_salt = scoped_salt(found.identity.tenant, request.cache_salt)
+    request.cache_salt = scoped_salt(tenant, request.cache_salt)
     if request.kv_hints is None:
         request.kv_hints = _hints(found, request.request_id)
     session_affinity.choose(request, found.opening)

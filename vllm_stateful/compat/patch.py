@@ -57,12 +57,17 @@ class _AnyDefault:
         return "..."
 
 
+_UNRESOLVED: dict[str, Any] = {}
+if sys.version_info >= (3, 14):  # annotations may name what only type checkers import
+    _UNRESOLVED["annotation_format"] = importlib.import_module("annotationlib").Format.FORWARDREF
+
+
 def call_shape(function: Callable[..., Any]) -> str:
     """The signature as text, the same on every Python: no annotations, defaults as ``...``.
 
     ``async`` stands in front of a coroutine function. Example: ``(self, prompt, *, n=...)``.
     """
-    signature = inspect.signature(function)
+    signature = inspect.signature(function, **_UNRESOLVED)
     parameters = [_bare(parameter) for parameter in signature.parameters.values()]
     bare = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
     return f"{_colour(function)}{bare}"

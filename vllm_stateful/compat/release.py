@@ -47,9 +47,12 @@ def opened(named: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         wheel = path if path.is_file() else _download(named, Path(folder))
         made = Path(folder) / "unpacked"
-        with zipfile.ZipFile(wheel) as archive:
-            names = [n for n in archive.namelist() if n.endswith((".py", "METADATA"))]
-            archive.extractall(made, names)
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                names = [n for n in archive.namelist() if n.endswith((".py", "METADATA"))]
+                archive.extractall(made, names)
+        except zipfile.BadZipFile as error:
+            raise CompatError(f"{named} is no wheel") from error
         yield made
 
 
@@ -140,7 +143,8 @@ def report(version: str, series: str, lines: list[Line], *, everything: bool = F
         if everything or line.verdict != "fits":
             rows.append(f"{line.verdict:8} {line.feature:18} {line.member}")
             rows += [f"{'':27} {line.difference}"] if line.difference else []
-    off = sorted({line.feature for line in lines if line.verdict != "fits"})
+    changed = {line.feature for line in lines if line.verdict != "fits"}
+    off = sorted(changed | {name for name, needs in uses.NEEDS.items() if changed & set(needs)})
     if off:
         rows += ["", f"Features that would be off: {', '.join(off)}."]
     return "\n".join(rows).rstrip() + "\n"

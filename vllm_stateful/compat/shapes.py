@@ -14,7 +14,8 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, Protocol
@@ -85,11 +86,26 @@ def _live_shape(member: Any) -> str:
         member = member.__func__
     if not isinstance(member, FunctionType):
         return ATTRIBUTE
-    returns = inspect.unwrap(member).__annotations__.get("return", inspect.Signature.empty)
+    returns = _annotations(inspect.unwrap(member)).get("return", inspect.Signature.empty)
     if returns is inspect.Signature.empty:
         return call_shape(member)
     text = returns if isinstance(returns, str) else inspect.formatannotation(returns)
     return f"{call_shape(member)} -> {_plain(text)}"
+
+
+def _annotations(found: Any) -> Mapping[str, Any]:
+    """Of a function, or those that a class has itself. From Python 3.14 on they are made when they
+    are asked for, and a name in them may be one that only type checkers import.
+    """
+    if sys.version_info < (3, 14):
+        own: Mapping[str, Any] = vars(found).get("__annotations__", {})
+        return own if isinstance(found, type) else found.__annotations__
+    library = importlib.import_module("annotationlib")
+    try:
+        made: Mapping[str, Any] = library.get_annotations(found)
+    except NameError:
+        made = library.get_annotations(found, format=library.Format.STRING)
+    return made
 
 
 def _functions(found: type) -> Iterator[FunctionType]:
@@ -105,7 +121,7 @@ def _instance_names(found: type) -> frozenset[str]:
     """Names that a class annotates, and those that its methods assign to their instance."""
     names: set[str] = set()
     for each in found.__mro__[:-1]:
-        names.update(vars(each).get("__annotations__", ()))
+        names.update(_annotations(each))
         names.update(getattr(each, "__struct_fields__", ()))
         for function in _functions(each):
             steps = dis.get_instructions(function)

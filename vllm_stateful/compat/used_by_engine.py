@@ -236,7 +236,7 @@ _OFFLOAD = (
     Use("vllm.v1.kv_offload.base:ReqContext", "offload", "engine", "req_id kv_transfer_params"),
     Use(
         "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector",
-        "sessions",
+        "offload",
         "engine",
         "OffloadingConnector",
     ),

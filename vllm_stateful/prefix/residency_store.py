@@ -144,21 +144,21 @@ class ResidencyStore(Matching, GivingBack):
     def _chosen(self, points: list[ResumePoint]) -> list[ResumePoint]:
         """As many as a residency may have; the others are given back.
 
-        First the last one, then the end of the last prompt and the first place inside the answer,
-        for a history that comes back changed, the last question before that, a second place inside
-        the answer, then those where others start, the first of them first, and of the rest the
-        later ones.
+        First the last one, then the end of the last prompt, for a history that comes back changed,
+        the last question before that, then those where others start, the first of them first, and
+        of the rest the later ones. The places inside the last answer are kept beside them: they go
+        when the next turn has come.
         """
-        if len(points) <= self.max_points:
-            return points
-        frontier = points[-1]
-        prompt = [point for point in points[:-1] if not point.is_answer][-1:]
-        asked = [point for point in points[:-1] if point.is_question and point not in prompt][-1:]
         inside = [point for point in points[:-1] if point.is_answer]
-        first = [frontier, *prompt, *inside[:1], *asked, *inside[1:]]
-        others = [point for point in points if point not in first]
+        lasting = [point for point in points if point not in inside]
+        if len(lasting) <= self.max_points:
+            return points
+        frontier, *before = reversed(lasting)
+        asked = [point for point in before[1:] if point.is_question][:1]
+        first = [frontier, *before[:1], *asked]
+        others = [point for point in lasting if point not in first]
         others.sort(key=lambda p: (not p.is_shared, p.position if p.is_shared else -p.position))
-        kept = [*first, *others][: self.max_points]
+        kept = [*inside, *[*first, *others][: self.max_points]]
         kept.sort(key=lambda point: point.position)
         names = set(map(id, kept))
         self.release_points(point for point in points if id(point) not in names)

@@ -136,8 +136,10 @@ def test_the_points_that_are_kept_are_the_last_two_a_question_and_where_others_s
         point(4, is_question=True),
         point(5),
         point(6),
-        point(7),
+        point(7, is_answer=True),
+        point(8, is_answer=True),
+        point(9),
     ]
     kept = store._chosen(points)
-    assert [each.position for each in kept] == [10, 40, 60, 70]
+    assert [each.position for each in kept] == [10, 40, 60, 70, 80, 90]
     assert sorted(released) == [2, 3, 5]
