@@ -150,8 +150,9 @@ def _processes(name: str) -> frozenset[Process]:
 
 
 def _is_serving() -> bool:
-    """Whether this process starts the HTTP server of ``vllm serve`` and its engines."""
-    return sys.argv[1:2] == ["serve"] and "--grpc" not in sys.argv
+    """Whether this process starts vLLM's HTTP server and its engines."""
+    is_server = sys.argv[1:2] == ["serve"] or sys.argv[0].endswith("api_server.py")
+    return is_server and "--grpc" not in sys.argv
 
 
 def _drift_of_identity(processes: frozenset[Process]) -> str | None:
