@@ -37,8 +37,9 @@ class LiveServer:
         self._command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
         self._command += ["--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
         self._command += options
+        ours = "VLLM_STATEFUL"  # other tests of this process may have set some
         self._environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith(ours)},
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_SERVER_DEV_MODE": "1",
             "HF_HUB_OFFLINE": "1",
