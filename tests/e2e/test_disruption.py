@@ -119,11 +119,11 @@ def test_a_killed_engine_and_a_new_server(
         "stream": True,
     }
     url = f"{server.url}/v1/chat/completions"
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    (engine,) = [p for p in processes if "EngineCore" in " ".join(p.cmdline())]
     with httpx.stream("POST", url, json=body, timeout=120) as response:
         lines = response.iter_lines()
         next(lines)
-        processes = psutil.Process(server.process.pid).children(recursive=True)
-        (engine,) = [p for p in processes if "EngineCore" in " ".join(p.cmdline())]
         engine.kill()
         try:
             rest = list(lines)
