@@ -23,6 +23,7 @@ from vllm_stateful.adapters.identity import (
 )
 from vllm_stateful.adapters.turn import CLOSE_ACTION, RETAIN_ACTION, is_final, retention_wish
 from vllm_stateful.api import ResponseChain
+from vllm_stateful.config import process_config
 from vllm_stateful.types import SALT_PREFIX
 
 SESSION = "0d3a9c52-6f1e-4b7a-8a55-2f6d0c9e7b11"
@@ -234,8 +235,10 @@ def test_an_id_from_http_wins_over_the_sampling_parameters() -> None:
 @pytest.fixture
 def _engine_off() -> Iterator[None]:
     identity.stand_aside("an unsupported model")
+    process_config.cache_clear()
     yield
     identity.stand_aside(None)
+    process_config.cache_clear()
 
 
 @pytest.mark.usefixtures("_engine_off")
@@ -249,6 +252,7 @@ def test_requests_reach_an_engine_without_sessions_as_they_came(stock: str | Non
 @pytest.mark.usefixtures("_engine_off")
 def test_kept_answers_belong_to_a_tenant_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_STATEFUL_RESPONSE_CACHE_BYTES", "1M")
+    process_config.cache_clear()
     salts = {sent({"authorization": f"Bearer {key}"}).cache_salt for key in ("one", "two")}
     assert len(salts) == 2
     assert None not in salts

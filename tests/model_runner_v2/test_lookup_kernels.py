@@ -16,6 +16,15 @@ def test_random_texts_and_verdicts() -> None:
     assert done.stdout.strip().endswith("all right"), (done.stdout + done.stderr)[-4000:]
 
 
+def test_ids_of_any_number_arrive_in_their_row() -> None:
+    """More than one program writes, and nothing but the row's own part."""
+    script = Path(__file__).parent / "rows.py"
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.stdout.strip().endswith("all right"), (done.stdout + done.stderr)[-4000:]
+
+
 def test_they_compile_for_gpus() -> None:
     """To machine code, as Triton does on a GPU; what the interpreter takes need not compile."""
     script = Path(__file__).parent / "compile_kernels.py"

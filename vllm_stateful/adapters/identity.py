@@ -34,7 +34,7 @@ from vllm_stateful.api import (
     tenant_of,
 )
 from vllm_stateful.api.session_identity import id_fault
-from vllm_stateful.config import load_config
+from vllm_stateful.config import load_config, process_config
 
 HINTS_PROTOCOL = "vllm-stateful/1"
 
@@ -183,7 +183,7 @@ def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     tenant = found.identity.tenant if isinstance(found, IdentifiedSession) else _tenant.get()
     if _engine_off is not None:
         request.session_id = str(found) if found else None
-        if load_config().response_cache_bytes:  # its answers belong to a tenant
+        if process_config().response_cache_bytes:  # its answers belong to a tenant
             request.cache_salt = scoped_salt(tenant, request.cache_salt)
         return request
     request.session_id = str(found) if found else _offline_session_id(request)
