@@ -35,6 +35,7 @@ class StatefulConfig:
     base_bytes: int = 1 << 29
     response_cache_bytes: int = 0
     attention: str = "auto"
+    drafts: str = "auto"
     disable: frozenset[str] = frozenset()
     strict: bool = False
     check_invariants: bool = False
@@ -225,6 +226,16 @@ OPTIONS: tuple[Option, ...] = (
         "this package where they were built and seen to be faster, so far on x86 CPUs (chunks of "
         "up to 64); on also takes those for CUDA (2 to 512), whose speed was not measured yet, and "
         "says so where they were not built; off leaves all to vLLM. Default: auto.",
+    ),
+    Option(
+        "drafts",
+        _one_of("off", "auto", "on"),
+        "'off', 'auto' or 'on'",
+        "Drafts from sessions beside a drafting head (EAGLE, MTP, ...): what a session repeats is "
+        "verified where that was right more often than the head's draft. auto does so in the "
+        "engine core (model runner V1 without async scheduling); on also on the device (model "
+        "runner V2), whose speed was not measured yet; off leaves all drafts to the head. "
+        "Default: auto.",
     ),
     Option(
         "disable",

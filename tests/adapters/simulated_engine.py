@@ -287,6 +287,7 @@ class SimulatedEngine:
         num_drafts: int = 0,
         kv_transfer: KVTransferConfig | None = None,
         session_drafts: bool = False,
+        beside_head: bool = False,
         kinds: tuple[str, ...] = ("full",),
         retention: int | None = 0,
         has_markers: bool = False,
@@ -316,7 +317,9 @@ class SimulatedEngine:
         self.manager_may_have_drafts(num_drafts, names)
         self.manager = self.scheduler.kv_cache_manager
         if session_drafts:
-            self.scheduler.speculation = SchedulerDrafts(self.manager, None, num_drafts)
+            self.scheduler.speculation = SchedulerDrafts(
+                self.manager, None, num_drafts, is_beside_head=beside_head
+            )
         self.worker = SimulatedWorker(num_blocks, block_size, kinds)
         if kv_transfer is not None:
             self.worker.tier = SimulatedTier(self.worker.slots)
@@ -379,16 +382,21 @@ class SimulatedEngine:
 
     def _propose(self) -> None:
         """Drafts as `ngram` makes them (synchronous scheduling): some right, some wrong."""
-        if self.scheduler.speculation is not None:
-            names = [request.request_id for request in self.scheduler.running]
-            self.scheduler.update_draft_token_ids(DraftTokenIds(names, [[] for _ in names]))
+        speculation = self.scheduler.speculation
+        running = self.scheduler.running if self.num_drafts else ()
+        if speculation is None:
+            for request in running:
+                if request.num_computed_tokens >= request.num_tokens - 1:
+                    request.spec_token_ids = self._half_right(request)
             return
-        for request in self.scheduler.running if self.num_drafts else ():
-            if request.num_computed_tokens >= request.num_tokens - 1:
-                drafts = expected_answer(list(request.all_token_ids), self.num_drafts)
-                num_right = request.num_tokens % (self.num_drafts + 1)
-                wrong = [(token + 1) % VOCAB for token in drafts[num_right:]]
-                request.spec_token_ids = drafts[:num_right] + wrong
+        is_head = speculation.is_beside_head
+        made = {each.request_id: self._half_right(each) if is_head else [] for each in running}
+        self.scheduler.update_draft_token_ids(DraftTokenIds(list(made), list(made.values())))
+
+    def _half_right(self, request: Request) -> list[int]:
+        drafts = expected_answer(list(request.all_token_ids), self.num_drafts)
+        num_right = request.num_tokens % (self.num_drafts + 1)
+        return drafts[:num_right] + [(token + 1) % VOCAB for token in drafts[num_right:]]
 
     def run(self, max_steps: int = 10_000) -> None:
         """Step until nothing is left to do. Fails when requests wait for ever."""

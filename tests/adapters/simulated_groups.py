@@ -78,6 +78,8 @@ def head_config() -> Any:
     """The part of vLLM's ``SpeculativeConfig`` that a scheduler asks, of an EAGLE head."""
     return SimpleNamespace(
         method="eagle",
+        draft_sample_method="greedy",
+        rejection_sample_method="standard",
         num_speculative_tokens=1,
         max_num_new_slots_for_drafting=1,
         num_speculative_tokens_per_batch_size=None,

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts from sessions in the scheduler's steps: who gets them, and what they save."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from recorded_engine import ALICE, BOB, HISTORY, Engine
 
-from vllm_stateful.adapters.speculation import XARG
+from vllm_stateful.adapters.speculation import XARG, has_head, why_not_beside_head
+from vllm_stateful.config import StatefulConfig
+from vllm_stateful.speculate.step_costs import LEAST_CHANCE
 
 NUM_TOKENS = 16
 
 
 def new_engine() -> Engine:
-    return Engine(num_blocks=64, session_drafts=True, num_drafts=8)
+    """Rows are cheap, however busy the machine of the test is."""
+    engine = Engine(num_blocks=64, session_drafts=True, num_drafts=8)
+    engine.scheduler.speculation.costs.least_chance = lambda *_: LEAST_CHANCE
+    return engine
 
 
 def answered(cache_salt: str | None = None) -> Engine:
@@ -76,3 +82,75 @@ def test_on_a_cpu_nothing_is_verified_beside_a_turn_that_is_not_greedy(
         assert not any(output.scheduled_spec_decode_tokens for output in together)
     engine.turn("third", HISTORY, BOB, max_tokens=NUM_TOKENS)
     assert any(output.scheduled_spec_decode_tokens for output in engine.outputs)
+
+
+def beside_head(**options: Any) -> Engine:
+    """Looks are cheap."""
+    engine = Engine(num_blocks=64, session_drafts=True, beside_head=True, num_drafts=4, **options)
+    engine.scheduler.speculation.drafts.beside.pays = lambda *_: True
+    return engine
+
+
+def test_beside_a_head_what_was_said_before_saves_steps() -> None:
+    """The head of the simulated worker has 2 of 4 tokens right, on average."""
+    alone = Engine(num_blocks=64, num_drafts=4)
+    both = beside_head()
+    for engine in (alone, both):
+        for session in ("first", "second"):
+            engine.outputs.clear()
+            engine.turn(session, HISTORY, ALICE, max_tokens=40)
+    assert len(both.outputs) < len(alone.outputs)
+    assert both.scheduler._draft_stats()["num_drafts_accepted"] > 0
+
+
+@pytest.mark.parametrize("is_long", [True, False])
+def test_beside_a_head_a_request_can_do_without_drafts(is_long: bool) -> None:
+    """None of the head's either, whether looks pay or rest."""
+    engine = beside_head()
+    if not is_long:
+        engine.scheduler.speculation._rest({})
+    engine.turn("first", HISTORY, ALICE, max_tokens=8, extra_args={XARG: 0})
+    drafted = [step.scheduled_spec_decode_tokens for step in engine.outputs]
+    assert not any(drafted)
+
+
+def test_looks_that_do_not_pay_rest_and_the_head_goes_on() -> None:
+    engine = beside_head()
+    speculation = engine.scheduler.speculation
+    speculation.drafts.beside.pays = lambda *_: False
+    engine.turn("first", HISTORY, ALICE, max_tokens=30)
+    assert speculation._rests > 0
+    assert any(step.scheduled_spec_decode_tokens for step in engine.outputs)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"draft_sample_method": "probabilistic"}, "draft_sample_method probabilistic"),
+        ({"rejection_sample_method": "synthetic"}, "rejection_sample_method synthetic"),
+        ({"async_scheduling": True}, "async scheduling with model runner V1"),
+        (
+            {"use_v2_model_runner": True},
+            "not measured on a device yet, --stateful-drafts on takes them",
+        ),
+        ({"async_scheduling": True, "use_v2_model_runner": True, "drafts": "on"}, None),
+        ({"drafts": "off"}, "--stateful-drafts off"),
+        ({"watermark_config": object()}, "drafts are watermarked"),
+        (
+            {"use_v2_model_runner": True, "drafts": "on", "disable": frozenset({"device-drafts"})},
+            "--stateful-disable device-drafts",
+        ),
+    ],
+)
+def test_a_head_is_left_alone_for_a_reason(changed: dict[str, Any], reason: str | None) -> None:
+    head = {"draft_sample_method": "greedy", "rejection_sample_method": "standard"}
+    vllm_config = SimpleNamespace(
+        speculative_config=SimpleNamespace(method="mtp", **{**head, **changed}),
+        use_v2_model_runner=changed.get("use_v2_model_runner", False),
+        scheduler_config=SimpleNamespace(async_scheduling=changed.get("async_scheduling", False)),
+        watermark_config=changed.get("watermark_config"),
+    )
+    options = {name: changed[name] for name in ("drafts", "disable") if name in changed}
+    assert has_head(vllm_config)
+    assert why_not_beside_head(vllm_config, StatefulConfig(**options)) == reason

@@ -54,6 +54,7 @@ class AgentSessions(RuleBasedStateMachine):
     num_chunks = 0
     num_blocks = NUM_BLOCKS
     session_drafts = False
+    beside_head = False
     kinds: tuple[str, ...] = ("full",)
     has_markers = False
     conversations = Bundle("conversations")
@@ -68,6 +69,7 @@ class AgentSessions(RuleBasedStateMachine):
             async_scheduling=self.async_scheduling,
             num_drafts=self.num_drafts,
             session_drafts=self.session_drafts,
+            beside_head=self.beside_head,
             kinds=self.kinds,
             has_markers=self.has_markers,
             kv_transfer=offloading(self.num_chunks) if self.num_chunks else None,
@@ -238,6 +240,15 @@ class AgentSessionsWithOwnDrafts(AgentSessions):
     session_drafts = True
 
 
+class AgentSessionsDraftsBesideHead(AgentSessions):
+    """A draft head, and drafts from the sessions beside it."""
+
+    kinds = ("head", "full", "window")
+    num_blocks = 60
+    num_drafts = 3
+    session_drafts = beside_head = True
+
+
 class AgentSessionsOffloaded(AgentSessions):
     """The same beside vLLM's offload tier, which holds about two conversations."""
 
@@ -327,6 +338,7 @@ RUN = settings(
         AgentSessionsAsync,
         AgentSessionsWithDrafts,
         AgentSessionsWithOwnDrafts,
+        AgentSessionsDraftsBesideHead,
         AgentSessionsOffloaded,
         AgentSessionsOffloadedAsync,
         AgentSessionsWindows,

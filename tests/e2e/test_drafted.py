@@ -29,7 +29,12 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     if not (TINY / "config.json").exists():
         pytest.skip("the tiny model is not built: run `make model`")
     folder = tmp_path_factory.mktemp("drafted")
-    return ask(folder), ask(folder, "--drafts")
+    return ask(folder), ask(folder, "--drafts", "sessions")
+
+
+@pytest.fixture(scope="module")
+def beside_head(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return ask(tmp_path_factory.mktemp("drafted"), "--drafts", "beside-head")
 
 
 def test_greedy_answers_are_equal_under_every_parameter(
@@ -42,6 +47,15 @@ def test_greedy_answers_are_equal_under_every_parameter(
     accepted = drafted["accepted"]
     print(f"{len(stock['answers'])} answers, {accepted} drafted tokens accepted")
     assert accepted > 50
+
+
+def test_beside_a_head_too(
+    both: tuple[dict[str, Any], dict[str, Any]], beside_head: dict[str, Any]
+) -> None:
+    for name, answer in both[0]["answers"].items():
+        for field in ("token_ids", "text", "finish_reason"):
+            assert beside_head["answers"][name][field] == answer[field], name
+    assert beside_head["accepted"] > 50
 
 
 def test_logprobs_are_those_without_drafts(both: tuple[dict[str, Any], dict[str, Any]]) -> None:

@@ -26,6 +26,8 @@ KERNELS = {
     "find_kernel, answers": {"OWN": False, "BLOCK": lookup_kernels.BLOCK, **SIZES},
     "draft_kernel": {"COLUMNS_BLOCK": 1024, **DRAFTS},
     "learn_kernel": DRAFTS,
+    "weigh_kernel": {"K": 6, "K_BLOCK": 8},
+    "choose_kernel": {"K": 6, "K_BLOCK": 8},
     "row_kernel": {"BLOCK": row_kernel.ROW_BLOCK},
 }
 TYPES = {
@@ -46,6 +48,14 @@ TYPES = {
     "counts_ptr": "*fp32",
     "drafts_ptr": "*i64",
     "chances_ptr": "*fp32",
+    "both_ptr": "*i32",
+    "margins_ptr": "*i32",
+    "found_ptr": "*i64",
+    "found_chances_ptr": "*fp32",
+    "head_ptr": "*i64",
+    "head_stride": "i32",
+    "out_ptr": "*i64",
+    "taken_ptr": "*i32",
     "index": "i32",
     "start": "i32",
     "ids_ptr": "*i32",

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's engine with model runner V2 and async scheduling, as on CUDA, on the host.
 
-    python engine.py FOLDER stock|plugin|drafts|adaptive|crowded|grammar
+    python engine.py FOLDER stock|plugin|drafts|adaptive|crowded|grammar|head|head-alone
 
-FOLDER gets the model and answers.json. The last four draft on the device; ``adaptive`` lets vLLM
-choose which drafts are worth it, ``crowded`` has too few blocks for its requests and computes
-prompts in chunks, ``grammar`` has a tokenizer (the larger vocabulary takes longer).
+FOLDER gets the model and answers.json. ``head`` has an EAGLE head of random weights and drafts from
+sessions beside it, ``head-alone`` only the head. The other four draft on the device; ``adaptive``
+lets vLLM choose which drafts are worth it, ``crowded`` has too few blocks for its requests and
+computes prompts in chunks, ``grammar`` has a tokenizer (the larger vocabulary takes longer).
 """
 
 # ruff: noqa: E402
@@ -21,6 +22,8 @@ from typing import Any
 import on_host
 
 SIDE = sys.argv[2] if __name__ == "__main__" else "stock"
+if SIDE.startswith("head"):
+    os.environ["VLLM_STATEFUL_DRAFTS"] = "on" if SIDE == "head" else "off"
 if SIDE != "stock":
     os.environ |= {
         "VLLM_STATEFUL": "1",
@@ -65,6 +68,17 @@ def engine(folder: Path, **options: Any) -> LLM:
         options["speculative_config"] = {
             "method": "ngram_gpu",
             "num_speculative_tokens": NUM_DRAFTS,
+        }
+    if SIDE.startswith("head"):
+        head = folder / "head"
+        head.mkdir(exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        (head / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+        options["speculative_config"] = {
+            "method": "eagle",
+            "model": str(head),
+            "num_speculative_tokens": NUM_DRAFTS,
+            "draft_load_config": {"load_format": "dummy"},
         }
     if SIDE == "crowded":
         options |= {"num_gpu_blocks_override": 12, "max_num_batched_tokens": 48}

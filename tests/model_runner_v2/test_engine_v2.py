@@ -20,8 +20,8 @@ import pytest
 from forked import Forks
 
 ROOT = Path(__file__).parents[2]
-SIDES = ("stock", "plugin", "drafts", "adaptive", "crowded", "grammar")
-OURS = SIDES[1:5]
+SIDES = ("stock", "plugin", "drafts", "adaptive", "crowded", "grammar", "head", "head-alone")
+OURS = ("plugin", "drafts", "adaptive", "crowded", "head", "head-alone")
 MOST_CHI_SQUARE = 3.0  # for each degree of freedom; seeds are fixed
 Played = dict[str, dict[str, Any]]
 
@@ -48,7 +48,7 @@ def test_answers_are_those_of_stock(side: str, kind: str, played: Played) -> Non
     assert [said for *said, _ in ours] == [said for *said, _ in stock]
 
 
-@pytest.mark.parametrize("side", ["plugin", "drafts", "adaptive"])
+@pytest.mark.parametrize("side", ["plugin", "drafts", "adaptive", "head", "head-alone"])
 def test_turns_are_resumed_inside_a_block(side: str, played: Played) -> None:
     cached, stock = ([cached for *_, cached in played[each]["turns"]] for each in (side, "stock"))
     assert all(ours >= theirs for ours, theirs in zip(cached, stock, strict=True))
@@ -70,7 +70,7 @@ def test_prompts_may_come_as_arrays(side: str, played: Played) -> None:
     assert max(written) > 100
 
 
-@pytest.mark.parametrize("side", ["drafts", "adaptive", "crowded"])
+@pytest.mark.parametrize("side", ["drafts", "adaptive", "crowded", "head"])
 def test_what_an_agent_said_is_drafted_for_it_and_for_nobody_else(
     side: str, played: Played
 ) -> None:
@@ -92,14 +92,19 @@ def test_a_grammar_bounds_what_is_drafted(played: Played) -> None:
     assert played["grammar"]["stats"]["num_drafts_accepted"] > 0
 
 
-@pytest.mark.parametrize("side", OURS)
+def test_a_head_that_is_never_right_costs_no_step(played: Played) -> None:
+    alone, stock = (played[side]["said_before"]["steps"] for side in ("head-alone", "stock"))
+    assert [num for num, _ in alone.values()] == [num for num, _ in stock.values()]
+
+
+@pytest.mark.parametrize("side", ["plugin", "drafts", "adaptive", "crowded"])
 def test_drafts_are_counted(side: str, played: Played) -> None:
     stats = played[side]["stats"]
     assert (stats["num_drafts_accepted"] > 0) == (side != "plugin")
     assert stats["num_tokens_drafted"] >= stats["num_drafts_accepted"]
 
 
-@pytest.mark.parametrize("side", ["drafts", "crowded"])
+@pytest.mark.parametrize("side", ["drafts", "crowded", "head"])
 def test_a_request_may_want_no_drafts(side: str, played: Played) -> None:
     num_steps, num_drafted = played[side]["said_before"]["steps"]["unwanted"]
     assert num_steps == played["stock"]["said_before"]["steps"]["unwanted"][0]

@@ -16,6 +16,15 @@ def test_random_texts_and_verdicts() -> None:
     assert done.stdout.strip().endswith("all right"), (done.stdout + done.stderr)[-4000:]
 
 
+def test_one_of_two_drafts_is_chosen() -> None:
+    """Beside a head, against a naive choice."""
+    script = Path(__file__).parent / "beside.py"
+    done = subprocess.run(
+        [sys.executable, script, "25"], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.stdout.strip().endswith("all right"), (done.stdout + done.stderr)[-4000:]
+
+
 def test_ids_of_any_number_arrive_in_their_row() -> None:
     """More than one program writes, and nothing but the row's own part."""
     script = Path(__file__).parent / "rows.py"
@@ -37,4 +46,4 @@ def test_they_compile_for_gpus() -> None:
         timeout=600,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert len(done.stdout.splitlines()) == 5 * len(capabilities)
+    assert len(done.stdout.splitlines()) == 7 * len(capabilities)

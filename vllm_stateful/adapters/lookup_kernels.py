@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts looked up on the device: three small Triton kernels, no token leaves the GPU.
+"""Drafts looked up on the device: small Triton kernels, no token leaves the GPU.
 
 The longest match of the end of a text wins, in the text itself or in what its agent answered
 before; of matches of one length the one in the text itself, and there the newest. What follows it
 is drafted. Each drafted token has a chance, by the length of the match that it goes on from,
-learned from what was verified.
+learned from what was verified. Beside a drafting head two more kernels compare both drafts with
+what came and choose (`speculate/beside_head.py` says how).
 
 Sources: prompt lookup decoding (Saxena 2023); the scan over blocks of a text of vLLM
 ``v1/worker/gpu/spec_decode/ngram/speculator.py``; SuffixDecoding (arXiv:2411.04975) for the other
@@ -160,3 +161,73 @@ def learn_kernel(
     tl.atomic_add(counts_ptr + matched, 1.0, mask=index < num_tried)
     num_kept = tl.minimum(num_tried, accepted)
     tl.atomic_add(counts_ptr + MAX_MATCH + 1 + matched, 1.0, mask=index < num_kept)
+
+
+@triton.jit
+def weigh_kernel(
+    ends_ptr,
+    stride,
+    states_ptr,
+    lengths_ptr,
+    num_sampled_ptr,
+    table_ptr,
+    both_ptr,  # int32 [max_num_reqs, 2, K]: the last drafts, looked up and of the head
+    margins_ptr,  # int32 [MAX_MATCH + 1]
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+):
+    """Compares the last drafts, verified or not, with the tokens that came."""
+    row = tl.program_id(0).to(tl.int64)
+    state = tl.load(states_ptr + row).to(tl.int64)
+    num_sampled = tl.load(num_sampled_ptr + row)
+    match = tl.load(table_ptr + state * 4 + 2)
+    index = tl.arange(0, K_BLOCK)
+    num_known = tl.where(match > 0, tl.minimum(num_sampled, K), 0)
+    first = tl.load(lengths_ptr + state) - num_sampled
+    came = tl.load(ends_ptr + state * stride + first + index, mask=index < num_known, other=-1)
+    drafts = both_ptr + state * 2 * K + index
+    found = tl.load(drafts, mask=index < num_known, other=-2)
+    head = tl.load(drafts + K, mask=index < num_known, other=-2)
+    found_right = tl.cumsum((found != came).to(tl.int32), axis=0) == 0
+    head_right = tl.cumsum((head != came).to(tl.int32), axis=0) == 0
+    more = tl.sum(found_right.to(tl.int32), axis=0) - tl.sum(head_right.to(tl.int32), axis=0)
+    tl.atomic_add(margins_ptr + match, more)
+
+
+@triton.jit
+def choose_kernel(
+    states_ptr,
+    table_ptr,
+    both_ptr,
+    margins_ptr,
+    found_ptr,  # int64 [num_reqs, K]
+    found_chances_ptr,  # float32 [num_reqs, K]
+    head_ptr,  # int64 [num_reqs, K]
+    head_stride,
+    out_ptr,  # int64 [num_reqs, K]
+    chances_ptr,  # float32 [num_reqs, K]: of the head's tokens
+    taken_ptr,  # int32 [max_num_reqs]
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+):
+    """What was looked up where that was right more often, and behind it what the head has there."""
+    row = tl.program_id(0).to(tl.int64)
+    state = tl.load(states_ptr + row).to(tl.int64)
+    match = tl.load(table_ptr + state * 4 + 2)
+    num_found = tl.load(table_ptr + state * 4 + 3)
+    margin = tl.load(margins_ptr + match)
+    is_taken = tl.where((match > 0) & (num_found > 0) & (margin > 0), 1, 0)
+    index = tl.arange(0, K_BLOCK)
+    inside = index < K
+    found = tl.load(found_ptr + row * K + index, mask=inside, other=0)
+    head = tl.load(head_ptr + row * head_stride + index, mask=inside, other=0)
+    mixed = tl.where(index < num_found, found, head)
+    both = both_ptr + state * 2 * K + index
+    tl.store(both, mixed.to(tl.int32), mask=inside)
+    tl.store(both + K, head.to(tl.int32), mask=inside)
+    tl.store(out_ptr + row * K + index, tl.where(is_taken > 0, mixed, head), mask=inside)
+    num_taken = num_found * is_taken
+    chances = tl.load(found_chances_ptr + row * K + index, mask=inside, other=0.0)
+    tl.store(chances_ptr + row * K + index, chances, mask=index < num_taken)
+    tl.store(table_ptr + state * 4 + 3, num_taken)
+    tl.store(taken_ptr + state, is_taken)

@@ -23,7 +23,13 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_stateful.adapters import lookup_kernels
 from vllm_stateful.adapters.lookup_kernels import BLOCK, MAX_PLACES, NUM_COLUMNS
-from vllm_stateful.adapters.speculation import UPDATE, is_looked_up
+from vllm_stateful.adapters.speculation import (
+    UPDATE,
+    has_head,
+    is_looked_up,
+    why_not_beside_head,
+)
+from vllm_stateful.config import load_config
 from vllm_stateful.speculate.answer_buffer import (
     BUFFER_TOKENS,
     END,
@@ -45,6 +51,9 @@ ACCEPTED = (0.24, 0.45, 0.59, 0.71, 0.74, 0.76, 0.80, 0.83, 0.83, 0.83, 0.84, 0.
 SURE = 0.94
 PRIOR_TOKENS = 32.0
 """How many verified tokens what is known beforehand counts like."""
+
+MEMBER = "stateful_beside"
+"""Of a head's speculator: the `LookupBesideHead` that drafts beside it."""
 
 FORGET_STEPS = 4096
 """After so many steps what was learned counts half."""
@@ -200,19 +209,27 @@ def prior() -> torch.Tensor:
 def make_speculator(
     stock: Callable[..., Any], vllm_config: Any, device: Any, req_states: Any
 ) -> Any:
-    """Hook of ``worker-speculator``: ours where ``ngram_gpu`` was asked for, else vLLM's."""
-    if not is_looked_up(vllm_config):
+    """Hook of ``worker-speculator``: ours for ``ngram_gpu`` and beside a head, else vLLM's."""
+    is_beside_head = has_head(vllm_config) and not why_not_beside_head(vllm_config, load_config())
+    if not is_beside_head and not is_looked_up(vllm_config):
         return stock(vllm_config, device, req_states)
     if req_states.max_model_len > MAX_PLACES:
         logger.warning("stateful: drafts are left to vLLM: texts of more than %d", MAX_PLACES)
         return stock(vllm_config, device, req_states)
-    return LookupSpeculator(vllm_config, device, req_states)
+    if is_looked_up(vllm_config):
+        return LookupSpeculator(vllm_config, device, req_states)
+    from vllm_stateful.adapters.lookup_beside import LookupBesideHead
+
+    head = stock(vllm_config, device, req_states)
+    setattr(head, MEMBER, LookupBesideHead(vllm_config, device, req_states, head))
+    return head
 
 
 def note_requests(runner: Any, scheduler_output: Any) -> None:
     """Hook of ``worker-requests``: a step begins, its new requests have their rows."""
-    speculator = runner.speculator
+    found = runner.speculator
+    lookup = found if isinstance(found, LookupSpeculator) else getattr(found, MEMBER, None)
     update: LookupUpdate | None = getattr(scheduler_output, UPDATE, None)
     names = [new.req_id for new in scheduler_output.scheduled_new_reqs]
-    if isinstance(speculator, LookupSpeculator) and (names or update is not None):
-        speculator.begin(names, update)
+    if lookup is not None and (names or update is not None):
+        lookup.begin(names, update)

@@ -33,11 +33,17 @@ from vllm_stateful.adapters.prefill_groups import SchedulerPrefills
 from vllm_stateful.adapters.resume_points import ResumePoints
 from vllm_stateful.adapters.scheduler_lookup import SchedulerLookup
 from vllm_stateful.adapters.scheduler_prefixes import SchedulerPrefixes
-from vllm_stateful.adapters.speculation import is_asked_for, is_looked_up
+from vllm_stateful.adapters.speculation import (
+    has_head,
+    is_asked_for,
+    is_looked_up,
+    why_not_beside_head,
+)
 from vllm_stateful.adapters.turn import session_of
 from vllm_stateful.adapters.waiting_queue import ProgramQueue
 from vllm_stateful.config import StatefulConfig, load_config
 from vllm_stateful.errors import UnsupportedError
+from vllm_stateful.prefix.boundaries import BoundaryRules
 from vllm_stateful.prefix.groups import Group
 from vllm_stateful.types import SessionKey
 
@@ -175,16 +181,33 @@ class _StatefulMixin:
             self.hash_check = HashCheck(self.hash_block_size, algorithm, num_ahead)
         if not manager.store.has_points:
             self.prefills = SchedulerPrefills(self)
-        if is_asked_for(self.vllm_config):
-            from vllm_stateful.adapters.scheduler_drafts import SchedulerDrafts  # numba: a second
-
-            self.speculation = SchedulerDrafts(manager, rules, self.num_spec_tokens)
-        if is_looked_up(self.vllm_config):
-            self.lookup = SchedulerLookup(manager, rules)
+        self._draft_from_sessions(rules)
         if self._are_prefixes_shared():
             self.prefixes = SchedulerPrefixes(manager)
         if self.config.order == "least-served":
             self._order_by_service()
+
+    def _draft_from_sessions(self, rules: BoundaryRules | None) -> None:
+        """Where vLLM was told to, and beside a drafting head."""
+        is_beside_head = False
+        if has_head(self.vllm_config) and self.num_spec_tokens:
+            reason = why_not_beside_head(self.vllm_config, self.config)
+            is_beside_head = reason is None
+            logger.info("stateful: drafts from sessions beside the head: %s", reason or "on")
+        on_device = self.vllm_config.use_v2_model_runner
+        if is_looked_up(self.vllm_config) or (is_beside_head and on_device):
+            self.lookup = SchedulerLookup(
+                self.kv_cache_manager, rules, is_beside_head=is_beside_head
+            )
+        elif is_asked_for(self.vllm_config) or is_beside_head:
+            from vllm_stateful.adapters.scheduler_drafts import SchedulerDrafts  # numba: a second
+
+            self.speculation = SchedulerDrafts(
+                self.kv_cache_manager,
+                rules,
+                self.num_spec_tokens,
+                is_beside_head=is_beside_head,
+            )
 
     def _are_prefixes_shared(self) -> bool:
         """Whether the worker can attend from several requests to one prefix."""
@@ -299,7 +322,7 @@ class _StatefulMixin:
         """
         if self.lookup is not None:
             self.lookup.withdraw(self.requests)
-        if self.speculation is None:
+        if self.speculation is None or self.speculation.is_beside_head:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
         self.speculation.withdraw(self.requests)
         num, self.num_spec_tokens = self.num_spec_tokens, 0
@@ -391,8 +414,7 @@ class _StatefulMixin:
     ) -> Any:
         """vLLM's count of a request's verified drafts."""
         if self.lookup is not None:
-            self.lookup.num_drafted += num_draft_tokens
-            self.lookup.num_accepted += num_accepted_tokens
+            self.lookup.verified(num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(  # type: ignore[misc]
             spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
         )

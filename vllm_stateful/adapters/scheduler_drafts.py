@@ -2,7 +2,8 @@
 """Drafts for vLLM's speculative decoding, made where the sessions are: in the engine core.
 
 vLLM asks its worker for drafts after each step and hands them to the scheduler, which has the next
-step verify them; here the scheduler fills them in.
+step verify them; here the scheduler fills them in. Beside a drafting head it keeps the head's
+drafts but where the session's are better (`speculate/beside_head.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from vllm_stateful.adapters.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.speculation import agent_of, wish_of
 from vllm_stateful.adapters.turn import token_array
 from vllm_stateful.prefix.boundaries import BoundaryRules
-from vllm_stateful.speculate.session_drafts import SessionDrafts
-from vllm_stateful.speculate.step_costs import LEAST_CHANCE, StepCosts
+from vllm_stateful.speculate.beside_head import REST_LOOKS, BesideHead
+from vllm_stateful.speculate.session_drafts import SessionDrafts, compile_now
+from vllm_stateful.speculate.step_costs import LEAST_CHANCE, PRIOR_SECONDS, StepCosts
 from vllm_stateful.types import SessionKey
 
 MAX_BYTES = 512 << 20
@@ -31,6 +33,10 @@ RATE_DECAY = 0.98
 """How much less each earlier step counts in what a step accepts."""
 
 
+LOOK_WEIGHT = 0.05
+"""How much the newest step counts in what looks and steps take."""
+
+
 class SchedulerDrafts:
     """The drafts of one scheduler's turns.
 
@@ -38,13 +44,21 @@ class SchedulerDrafts:
         manager: whose turns they are.
         rules: where messages begin in token ids; None when that is not known.
         max_tokens: of one draft (``num_speculative_tokens``).
+        is_beside_head: whether the worker's drafting head proposes drafts, too.
     """
 
     def __init__(
-        self, manager: StatefulKVCacheManager, rules: BoundaryRules | None, max_tokens: int
+        self,
+        manager: StatefulKVCacheManager,
+        rules: BoundaryRules | None,
+        max_tokens: int,
+        *,
+        is_beside_head: bool = False,
     ) -> None:
+        compile_now()
         self.costs = StepCosts()
-        self.drafts = SessionDrafts(MAX_BYTES)
+        self.is_beside_head = is_beside_head
+        self.drafts = SessionDrafts(MAX_BYTES, max_tokens if is_beside_head else 0)
         self.greedy_only: bool = current_platform.is_cpu()
         """vLLM 0.32 on a CPU samples from garbage, or ends the engine, when a step verifies drafts
         and any of its turns is not greedy: ``rejection_sampler.expand_batch_to_tokens`` leaves
@@ -54,6 +68,12 @@ class SchedulerDrafts:
         self._max_tokens = max_tokens
         self._drafted_a_step = self._accepted_a_step = 0.0
         self._started: tuple[float, int, int] | None = None
+        self._look_seconds = 0.0
+        """That one look beside a head takes, of late."""
+        self._step_seconds = PRIOR_SECONDS
+        """That a step that only decodes takes, of late."""
+        self._rests = 0
+        """Steps without a look that are left."""
 
     def withdraw(self, requests: dict[str, Request]) -> None:
         """A step is about to be scheduled, and a turn may have come that drafts would hurt."""
@@ -93,11 +113,15 @@ class SchedulerDrafts:
         """Its output is here."""
         if self._started is not None:
             began, rows, attended = self._started
-            self.costs.saw(rows, attended, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self.costs.saw(rows, attended, seconds)
+            self._step_seconds += LOOK_WEIGHT * (seconds - self._step_seconds)
             self._started = None
 
     def fill(self, proposed: DraftTokenIds, requests: dict[str, Request]) -> DraftTokenIds:
         """The drafts of the requests that a step has run, in the place of the worker's."""
+        if self.drafts.beside is not None:
+            return self._fill_beside(proposed, requests, self.drafts.beside)
         drafted, accepted = self.drafts.num_drafted, self.drafts.num_accepted
         running = [name for name in proposed.req_ids if self._is_decoding(requests.get(name))]
         for name in running:
@@ -108,6 +132,45 @@ class SchedulerDrafts:
         is_unsafe = self._is_verifying_unsafe(requests)
         made = {} if is_unsafe else self._drafts([requests[name] for name in running])
         return DraftTokenIds(proposed.req_ids, [made.get(name, []) for name in proposed.req_ids])
+
+    def _fill_beside(
+        self, proposed: DraftTokenIds, requests: dict[str, Request], beside: BesideHead
+    ) -> DraftTokenIds:
+        """The head's drafts, and those of sessions where they are better. While looks do not pay,
+        only every few steps has one."""
+        if self._rests > 0:
+            self._rests -= 1
+            return DraftTokenIds(proposed.req_ids, self._as_wished(proposed, requests))
+        began, num_looks = time.perf_counter(), 0
+        made = self._as_wished(proposed, requests)
+        for place, name in enumerate(proposed.req_ids):
+            request = requests.get(name)
+            if made[place] and request is not None and self._is_decoding(request):
+                self._catch_up(request)
+                head = token_array(made[place])
+                made[place] = self.drafts.draft_beside(name, head).tolist()
+                num_looks += 1
+        if num_looks:
+            seconds = (time.perf_counter() - began) / num_looks
+            self._look_seconds += LOOK_WEIGHT * (seconds - self._look_seconds)
+            most_tokens = num_looks * (1 + self._max_tokens)  # of a step
+            if not beside.pays(self._look_seconds, self._step_seconds / most_tokens):
+                self._rest(requests)
+        return DraftTokenIds(proposed.req_ids, made)
+
+    def _as_wished(self, proposed: DraftTokenIds, requests: dict[str, Request]) -> list[list[int]]:
+        """The head's drafts; none for a request that asked for none."""
+        asked = [requests.get(name) for name in proposed.req_ids]
+        return [
+            [] if request is not None and wish_of(request) is False else list(tokens)
+            for request, tokens in zip(asked, proposed.draft_token_ids, strict=True)
+        ]
+
+    def _rest(self, requests: dict[str, Request]) -> None:
+        """The next steps are without a look: what is drafted then is not learned from."""
+        self._rests = REST_LOOKS
+        for name in requests:
+            self.drafts.withdraw(name)
 
     def _drafts(self, running: list[Request]) -> dict[str, list[int]]:
         """For all that decode; each row is weighed against a step as they have been of late."""

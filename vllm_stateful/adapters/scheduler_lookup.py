@@ -33,9 +33,18 @@ class SchedulerLookup:
     Args:
         manager: whose turns they are.
         rules: where messages begin in token ids; None when that is not known.
+        is_beside_head: whether a drafting head drafts, too. Which draft was verified is known on
+            the device only, so none is counted then.
     """
 
-    def __init__(self, manager: StatefulKVCacheManager, rules: BoundaryRules | None) -> None:
+    def __init__(
+        self,
+        manager: StatefulKVCacheManager,
+        rules: BoundaryRules | None,
+        *,
+        is_beside_head: bool = False,
+    ) -> None:
+        self._is_beside_head = is_beside_head
         self.num_drafted = 0
         self.num_accepted = 0
         self._manager = manager
@@ -44,6 +53,12 @@ class SchedulerLookup:
         self._running: dict[str, tuple[Hashable, Turn]] = {}
         self._writes: list[Write] = []
         self._changed: dict[str, Span] = {}
+
+    def verified(self, num_drafted: int, num_accepted: int) -> None:
+        """Count a request's drafts of a step."""
+        if not self._is_beside_head:
+            self.num_drafted += num_drafted
+            self.num_accepted += num_accepted
 
     def step_begins(self, output: SchedulerOutput) -> None:
         """A step was scheduled: its workers get what they have to know."""

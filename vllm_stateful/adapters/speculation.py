@@ -17,6 +17,10 @@ step verify them. Asked for by vLLM's own option, nothing is patched::
 the worker proposes nothing, and the scheduler puts the session's drafts in its place
 (`scheduler_drafts`, imported only then: its index is compiled). Everything behind that is vLLM's:
 grammars cut drafts, the rejection sampler keeps the distribution.
+
+Where the model has a drafting head (EAGLE, MTP, ...), the head drafts, and what the session repeats
+takes the place of its draft where that was right more often (`beside_head`): on the device with
+model runner V2, in the engine core without async scheduling.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from typing import Any
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.turn import Turn
-from vllm_stateful.config import parse_bool
+from vllm_stateful.config import StatefulConfig, parse_bool
 from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
 
 XARG = "stateful_drafts"
@@ -73,6 +77,41 @@ def is_looked_up(vllm_config: Any) -> bool:
     """Whether drafts are looked up on the device, by model runner V2."""
     config = vllm_config.speculative_config
     return config is not None and config.method == "ngram_gpu" and vllm_config.use_v2_model_runner
+
+
+NO_HEAD = frozenset({"ngram", "ngram_gpu", "suffix", "custom_class", "extract_hidden_states"})
+"""Methods of vLLM that draft without a head, or do not draft."""
+
+
+def has_head(vllm_config: Any) -> bool:
+    """Whether a drafting head, or a smaller model, drafts."""
+    config = vllm_config.speculative_config
+    return config is not None and config.method not in NO_HEAD
+
+
+def why_not_beside_head(vllm_config: Any, config: StatefulConfig) -> str | None:
+    """Why a head's drafts are left alone; None where sessions draft beside it.
+
+    Args:
+        vllm_config: with a drafting head.
+        config: options of the plugin.
+    """
+    head = vllm_config.speculative_config
+    if config.drafts == "off":
+        return "--stateful-drafts off"
+    if head.draft_sample_method != "greedy":
+        return f"draft_sample_method {head.draft_sample_method}"
+    if head.rejection_sample_method == "synthetic":
+        return "rejection_sample_method synthetic"
+    if getattr(vllm_config, "watermark_config", None) is not None:
+        return "drafts are watermarked"
+    if vllm_config.use_v2_model_runner:
+        if config.drafts != "on":
+            return "not measured on a device yet, --stateful-drafts on takes them"
+        return "--stateful-disable device-drafts" if "device-drafts" in config.disable else None
+    if vllm_config.scheduler_config.async_scheduling:
+        return "async scheduling with model runner V1"
+    return None
 
 
 def agent_of(turn: Turn, rules: BoundaryRules | None) -> Hashable:

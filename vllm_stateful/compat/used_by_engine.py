@@ -37,8 +37,9 @@ _SETTINGS = (
         f"{_CONFIG}.speculative:SpeculativeConfig",
         "sessions",
         "all",
-        "method num_speculative_tokens",
+        "method num_speculative_tokens draft_sample_method rejection_sample_method",
     ),
+    Use(f"{_CONFIG}.scheduler:SchedulerConfig", "sessions", "all", "async_scheduling"),
     Use(
         "vllm.multimodal.inputs:MultiModalFeatureSpec",
         "sessions",

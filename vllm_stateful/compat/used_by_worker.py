@@ -20,6 +20,13 @@ _WORKER = (
         asked_by="vllm.v1.worker.gpu.model_runner:GPUModelRunner",
     ),
     Use(
+        "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator",
+        "device-drafts",
+        "worker",
+        "observe_verification acceptance_estimator draft_token_confidence_probs",
+    ),
+    Use("vllm.v1.worker.gpu.model_runner:GPUModelRunner", "device-drafts", "worker", "speculator"),
+    Use(
         "vllm.v1.worker.gpu.input_batch:InputBatch",
         "device-drafts",
         "worker",

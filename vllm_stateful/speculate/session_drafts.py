@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_stateful.speculate.beside_head import BesideHead
 from vllm_stateful.speculate.drafts import (
     MAX_DRAFT,
     NO_DRAFT,
@@ -25,7 +26,19 @@ from vllm_stateful.speculate.drafts import (
 )
 from vllm_stateful.speculate.earlier_answers import EarlierAnswers
 from vllm_stateful.speculate.lookup_index import LookupIndex
+from vllm_stateful.speculate.step_costs import LEAST_CHANCE
 from vllm_stateful.types import TokenArray
+
+
+def compile_now() -> None:
+    """Have numba compile, or load, what drafts need: a second or more that no turn has to wait."""
+    drafts = SessionDrafts(1 << 20, num_head_tokens=1)
+    text = np.array([1, 2, 3, 1, 2, 3, 1], np.int32)
+    for name in range(2):  # the second one finds what the first one said
+        drafts.begins(name, name, None, text)
+        drafts.draft_beside(name, text[:1])
+        drafts.came(name, text[1:3])
+        drafts.ends(name)
 
 
 @dataclass(eq=False, slots=True)
@@ -35,6 +48,10 @@ class _Running:
     index: LookupIndex
     num_prompt: int
     draft: Draft = NO_DRAFT
+    head: TokenArray | None = None
+    """What a drafting head proposed beside it."""
+    is_verified: bool = True
+    """Whether the draft is what is verified, and not the head's."""
 
 
 class _Waiting(NamedTuple):
@@ -47,9 +64,12 @@ class SessionDrafts:
 
     Args:
         max_bytes: memory for the indexes of waiting sessions, and as much for earlier answers.
+        num_head_tokens: of a drafting head's draft; 0 where there is none.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, num_head_tokens: int = 0) -> None:
+        self.beside = BesideHead(num_head_tokens) if num_head_tokens else None
+        """What drafts are worth beside a head; None where there is none."""
         self.num_drafted = 0
         self.num_accepted = 0
         self._max_bytes = max_bytes
@@ -88,9 +108,19 @@ class SessionDrafts:
         """Tokens of a turn were generated: what is accepted of its last draft is learned from."""
         turn = self._running[name]
         if len(turn.draft.tokens):
-            self.num_drafted += len(turn.draft.tokens)
-            self.num_accepted += self._of(turn.agent).saw(turn.draft, tokens)
-            turn.draft = NO_DRAFT
+            num_right = self._of(turn.agent).saw(turn.draft, tokens)
+            if turn.is_verified:
+                self.num_drafted += len(turn.draft.tokens)
+                self.num_accepted += num_right
+            if self.beside is not None and turn.head is not None:
+                num_session = _num_shared(_with_tail(turn.draft, turn.head), tokens)
+                num_head = _num_shared(turn.head, tokens)
+                self.beside.saw(
+                    turn.draft.expected, num_session, num_head, is_session=turn.is_verified
+                )
+        elif self.beside is not None and turn.head is not None:
+            self.beside.saw_nothing()
+        _forget_draft(turn)
         turn.index.extend(tokens)
 
     def num_tokens(self, name: Hashable) -> int:
@@ -116,10 +146,31 @@ class SessionDrafts:
         )
         return turn.draft.tokens
 
+    def draft_beside(self, name: Hashable, head: TokenArray) -> TokenArray:
+        """What is verified of a turn for which a drafting head has a draft, too.
+
+        Args:
+            name: of the turn.
+            head: tokens that the head proposes, shape ``[num_tokens]``.
+
+        Returns:
+            As many tokens: the session's draft, and behind it what the head has there; or the
+            head's, where that was right more often.
+        """
+        turn = self._running[name]
+        self.draft(name, LEAST_CHANCE, len(head))
+        turn.head = head
+        turn.is_verified = (
+            len(turn.draft.tokens) > 0
+            and self.beside is not None
+            and self.beside.is_better(turn.draft.expected)
+        )
+        return _with_tail(turn.draft, head) if turn.is_verified else head
+
     def withdraw(self, name: Hashable) -> None:
         """The last draft of a turn will not be verified; a no-op when it is not running."""
         if name in self._running:
-            self._running[name].draft = NO_DRAFT
+            _forget_draft(self._running[name])
 
     def ends(self, name: Hashable, now_s: float = 0.0) -> None:
         """A turn is over; a no-op when it is not running. Its index waits for the next."""
@@ -164,6 +215,15 @@ class SessionDrafts:
                 self._acceptance = {each: self._acceptance[each] for each in known}
             found = self._acceptance[agent] = Acceptance()
         return found
+
+
+def _forget_draft(turn: _Running) -> None:
+    turn.draft, turn.head, turn.is_verified = NO_DRAFT, None, True
+
+
+def _with_tail(draft: Draft, head: TokenArray) -> TokenArray:
+    """A draft, and behind it what a head has there."""
+    return np.concatenate([draft.tokens, head[len(draft.tokens) :]])
 
 
 def _num_shared(one: TokenArray, other: TokenArray) -> int:
