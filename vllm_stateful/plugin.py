@@ -28,9 +28,9 @@ def register() -> None:
 
 def make_endpoint_plugin() -> Any:
     """Our routes and metrics: entry point of ``vllm.endpoint_plugins``."""
-    from vllm_stateful.adapters import activation
+    from vllm_stateful.adapters.fit import off_reason
 
-    if not is_enabled() or activation.off_reason() is not None:  # said already
+    if not is_enabled() or off_reason() is not None:  # said already
         return _NoEndpoint()
     from vllm_stateful.adapters.endpoint import StatefulEndpoint
 

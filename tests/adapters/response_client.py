@@ -2,6 +2,7 @@
 """vLLM's own client of the engine core between lists instead of sockets, answers remembered."""
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +22,11 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm_stateful.adapters import asked, response_cache
 from vllm_stateful.adapters.response_cache import Responses
 from vllm_stateful.adapters.response_epoch import EPOCH, answer_epoch
+from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.compat.patch import apply_all
-from vllm_stateful.compat.patches import response_abort, response_forget, response_request
 from vllm_stateful.observe.response_counts import ResponseCounts
 
-PATCHED = (response_request, response_abort, response_forget)
-PATCHES = [each.PATCH for each in PATCHED]
+PATCHES = [patch_of(f"response-{name}") for name in ("request", "abort", "forget")]
 
 
 class Client(AsyncMPClient):
@@ -93,20 +93,13 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[ResponseCounts]:
     """Patched, from an HTTP request, with totals of this test alone."""
     made = ResponseCounts()
     monkeypatch.setattr(response_cache, "RESPONSE_COUNTS", made)
-    apply_all(PATCHES, strict=True, log=response_cache.__dict__.get("logger"))  # type: ignore[arg-type]
-    response_request.hook.set(lambda client, asked: client.stateful_responses.is_answered(asked))
-    response_abort.hook.set(lambda client, names: client.stateful_responses.aborted(names))
-    response_forget.hook.set(response_cache.called)
-    response_forget.done.set(response_cache.done)
+    apply_all(PATCHES, strict=True, log=logging.getLogger(__name__))
     token = asked._asked.set(asked.Asked(True, True))
     response_cache._all.clear()
     yield made
     asked._asked.reset(token)
     for patch in reversed(PATCHES):
         patch.undo()
-    for each in PATCHED:
-        each.hook.clear()
-    response_forget.done.clear()
 
 
 def run(what: Coroutine[Any, Any, None]) -> None:

@@ -2,7 +2,6 @@
 """Turning the plugin on: everything, or nothing and one line that says why."""
 
 import dataclasses
-import importlib
 import logging
 import multiprocessing
 import os
@@ -17,31 +16,24 @@ from vllm import envs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_stateful.adapters import activation
+from vllm_stateful.adapters import activation, engine_utility, fit
 from vllm_stateful.adapters.scheduler import StatefulAsyncScheduler, StatefulScheduler
 from vllm_stateful.compat import probe
-from vllm_stateful.compat.ledger import PATCHES
+from vllm_stateful.compat.ledger import PATCHES, patch_of
 from vllm_stateful.compat.patch import Patch
-from vllm_stateful.compat.patches import (
-    cli_flags,
-    prompt_miss,
-    request_identity,
-    scheduler_class,
-    session_identity,
-)
 from vllm_stateful.config import FEATURES
 from vllm_stateful.errors import ConfigError, UnsupportedError
 
 SESSIONS = {patch.name for patch in PATCHES if patch.feature == "sessions"}
 OPT_IN = ("cli", "history", "responses", "tool-call-check")
 BY_DEFAULT = {p.name for p in PATCHES if p.feature not in OPT_IN}
-HOOKS = [importlib.import_module(patch.wrap.__module__).hook for patch in PATCHES]
+HOOKS = [hook for patch in PATCHES for hook in patch.calls]
 
 # Runs in a fresh interpreter: the process in which vLLM calls the entry point.
 SUBPROCESS = """
 import importlib, os, sys
 os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
-from vllm_stateful.compat.ledger import PATCHES
+from vllm_stateful.compat.ledger import PATCHES, patch_of
 from vllm_stateful.plugin import register
 
 def members():
@@ -98,7 +90,7 @@ def test_enabled_all_patches_are_applied_once_and_undone_exactly() -> None:
         "assert not any(member is before[name] for name, member in after.items())\n"
         "register()\n"
         "assert all(member is after[name] for name, member in members().items())\n"
-        "from vllm_stateful.adapters.activation import problems\n"
+        "from vllm_stateful.adapters.fit import problems\n"
         "assert problems() == ()\n"
         "from vllm.platforms import current_platform\n"
         "current_platform.validate_environ(hard_fail=True)\n"
@@ -120,11 +112,11 @@ def _stock_before_and_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No patch, hook or problem is left over, nor a variable of ours."""
     for name in [name for name in os.environ if name.startswith("VLLM_STATEFUL")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(activation, "_problems", [])
+    monkeypatch.setattr(fit, "_problems", [])
     undo_all()
     yield
     undo_all()
-    os.environ.pop(activation.OFF_ENV, None)
+    os.environ.pop(fit.OFF_ENV, None)
 
 
 def undo_all() -> None:
@@ -175,13 +167,12 @@ def test_activate_applies_all_but_the_command_line_without_a_word(lines: list[st
     activation.activate()
     assert applied() == BY_DEFAULT
     assert lines == []
-    assert activation.problems() == ()
+    assert fit.problems() == ()
 
 
 def test_the_command_line_alone_patches_nothing_else() -> None:
     activation.install_command_line()
     assert applied() == {"cli-flags"}
-    assert cli_flags.hook.fn is not None
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0"])
@@ -191,8 +182,7 @@ def test_an_unsupported_vllm_is_one_line_and_nothing_is_patched(
     monkeypatch.setattr(probe, "vllm_version", lambda: version)
     activation.activate()
     assert applied() == set()
-    assert all(hook.fn is None for hook in HOOKS)
-    assert lines == [f"stateful: off, serving as stock vLLM: {activation.problems()[0]}"]
+    assert lines == [f"stateful: off, serving as stock vLLM: {fit.problems()[0]}"]
     assert version in lines[0]
     assert "0.32.x and 0.33.x" in lines[0]
 
@@ -240,18 +230,18 @@ def test_one_drifted_signature_turns_the_whole_feature_off_with_one_line(
     said = "stateful: off, serving as stock" if is_of_api else "stateful: feature 'sessions' is off"
     for part in (said, repr(patch.name)):
         assert part in lines[0]
-    assert activation.problems()
+    assert fit.problems()
 
 
 def test_where_requests_have_no_tenant_no_process_keeps_sessions(
     monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
     """An engine that kept them all the same would share them between API keys."""
-    drift(monkeypatch, request_identity.PATCH)
+    drift(monkeypatch, patch_of("request-identity"))
     activation.activate()
     assert applied() == set()
-    assert "request-identity" in os.environ[activation.OFF_ENV]
-    assert activation.off_reason() is not None
+    assert "request-identity" in os.environ[fit.OFF_ENV]
+    assert fit.off_reason() is not None
     monkeypatch.setattr(multiprocessing.current_process(), "name", "EngineCore_0")
     activation.activate()
     assert applied() == set()
@@ -295,12 +285,12 @@ def test_a_disabled_stage_is_left_to_vllm_without_a_word(
     activation.activate()
     assert applied() == BY_DEFAULT - patches_of(feature)
     assert lines == []
-    assert activation.problems() == ()
+    assert fit.problems() == ()
 
 
 def ready() -> Any:
     """What an engine core answers a client that wants to send deltas."""
-    return activation._utility(None, "transport", {})["ready"]
+    return engine_utility.answer(None, "transport", {})["ready"]
 
 
 def test_an_engine_takes_deltas_when_both_of_its_patches_are_in_place(
@@ -318,7 +308,7 @@ def test_an_engine_takes_deltas_when_both_of_its_patches_are_in_place(
 def test_one_drifted_end_of_the_transport_leaves_prompts_in_full(
     monkeypatch: pytest.MonkeyPatch, lines: list[str]
 ) -> None:
-    drift(monkeypatch, prompt_miss.PATCH)
+    drift(monkeypatch, patch_of("prompt-miss"))
     activation.activate()
     assert applied() & patches_of("transport") == set()
     assert not ready()
@@ -328,7 +318,7 @@ def test_one_drifted_end_of_the_transport_leaves_prompts_in_full(
 def test_strict_a_drifted_signature_is_an_error_and_nothing_stays_patched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    drift(monkeypatch, session_identity.PATCH)
+    drift(monkeypatch, patch_of("session-identity"))
     monkeypatch.setenv("VLLM_STATEFUL_STRICT", "1")
     with pytest.raises(UnsupportedError, match="session-identity"):
         activation.activate()
@@ -396,9 +386,3 @@ def test_strict_a_scheduler_of_the_users_own_is_an_error(monkeypatch: pytest.Mon
     activation.activate()
     with pytest.raises(UnsupportedError, match="Custom"):
         chosen(config_of(Custom))
-
-
-def test_the_hook_of_the_scheduler_class_is_filled_by_activation_only() -> None:
-    assert scheduler_class.hook.fn is None
-    activation.activate()
-    assert scheduler_class.hook.fn is not None

@@ -2,7 +2,6 @@
 """``vllm serve --plugin stateful --stateful-...`` through vLLM's own parser."""
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,13 +17,13 @@ except ModuleNotFoundError:  # from vllm 0.33 on
     from vllm.entrypoints.common.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_stateful.adapters import activation, command_line
+from vllm_stateful.adapters import activation, command_line, fit
 from vllm_stateful.adapters.command_line import _allow_endpoint_plugin
 from vllm_stateful.compat import probe
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.config import OPTIONS, StatefulConfig, load_config
 
-HOOKS = [importlib.import_module(patch.wrap.__module__).hook for patch in PATCHES]
+HOOKS = [hook for patch in PATCHES for hook in patch.calls]
 Parse = Callable[..., argparse.Namespace]
 
 
@@ -51,7 +50,7 @@ def _process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in before:
         if name.startswith("VLLM_STATEFUL") or name == "VLLM_PLUGINS":
             del os.environ[name]
-    monkeypatch.setattr(activation, "_problems", [])
+    monkeypatch.setattr(fit, "_problems", [])
     undo_all()
     yield
     undo_all()
@@ -86,7 +85,7 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def warning(text: str, *arguments: Any) -> None:
         texts.append(text % arguments)
 
-    for module in (activation, command_line):
+    for module in (activation, command_line, fit):
         monkeypatch.setattr(module, "logger", SimpleNamespace(warning=warning))
     return texts
 
@@ -176,7 +175,7 @@ def test_what_is_patched_follows_the_options_wherever_they_stand(
     parse(*(plugin + options if plugin_first else options + plugin))
     assert applied() >= {"finished-answer", "request-state", "session-identity"}
     assert "worker-ids" not in applied()
-    assert activation.problems() == ()
+    assert fit.problems() == ()
 
 
 def test_options_may_come_from_vllms_config_file(parse: Parse, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 from benchmarks.models import CACHE
 from vllm_stateful.adapters import messages as adapter
 from vllm_stateful.adapters.renderer import StatefulHfRenderer
-from vllm_stateful.compat.patches import message_parsing
+from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.observe.prompt_counts import PromptCounts
 from vllm_stateful.render.message_memory import MessageMemory
 
@@ -50,16 +50,12 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[PromptCounts]:
     fresh = PromptCounts()
     monkeypatch.setattr(adapter, "PROMPT_COUNTS", fresh)
     monkeypatch.setattr(adapter, "_memory", MessageMemory())
-    before, applied = message_parsing.hook.fn, message_parsing.PATCH.is_applied
-    message_parsing.PATCH.apply()
-    message_parsing.hook.set(adapter.parse_new_messages)
+    patch = patch_of("message-parsing")
+    applied = patch.is_applied
+    patch.apply()
     yield fresh
     if not applied:
-        message_parsing.PATCH.undo()
-    if before is None:
-        message_parsing.hook.clear()
-    else:
-        message_parsing.hook.set(before)
+        patch.undo()
 
 
 def message(rng: random.Random, index: int) -> dict[str, Any]:
@@ -92,11 +88,10 @@ def same_text(
     renderers: tuple[Any, Any], messages: list[Any], template: str | None = None, tools: Any = None
 ) -> None:
     stock, ours = renderers
-    before = message_parsing.hook.fn
-    message_parsing.hook.clear()
+    patch = patch_of("message-parsing")
+    patch.undo()
     expected = text_of(stock, messages, template, tools)
-    assert before is not None
-    message_parsing.hook.set(before)
+    patch.apply()
     assert text_of(ours, messages, template, tools) == expected
 
 

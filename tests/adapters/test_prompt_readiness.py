@@ -23,7 +23,7 @@ from vllm_stateful.adapters import prompt_receiver, prompt_sender
 from vllm_stateful.adapters.prompt_sender import BASE_MISS, ask_for_deltas, pack, sender_of
 from vllm_stateful.adapters.turn import prompt_array
 from vllm_stateful.adapters.worker_ids import worker_ids
-from vllm_stateful.compat.patches import prompt_abort
+from vllm_stateful.compat.ledger import patch_of
 
 
 @pytest.fixture
@@ -250,17 +250,11 @@ def test_with_several_engines_an_aborted_request_is_not_sent_again(
         await client.abort_requests_async(["r"])
         return link.sender.take_misses(outputs)
 
-    before = prompt_abort.hook.fn
-    prompt_abort.hook.set(lambda client, ids: sender_of(client).aborted(ids))
-    applied = prompt_abort.PATCH.is_applied
-    prompt_abort.PATCH.apply()
+    applied = patch_of("prompt-abort").is_applied
+    patch_of("prompt-abort").apply()
     try:
         assert asyncio.run(miss_then_abort()) == []
         assert outputs.outputs == []
     finally:
         if not applied:
-            prompt_abort.PATCH.undo()
-        if before is None:
-            prompt_abort.hook.clear()
-        else:
-            prompt_abort.hook.set(before)
+            patch_of("prompt-abort").undo()

@@ -22,7 +22,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm_stateful.adapters import tool_call_check, tool_call_plan
 from vllm_stateful.adapters.identity import identify, stamp
 from vllm_stateful.adapters.tool_call_check import state_maker
-from vllm_stateful.compat.patches import request_state
+from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.observe.tool_call_counts import ToolCallCounts
 from vllm_stateful.respond.tool_call_stream import Form
 
@@ -41,11 +41,11 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[ToolCallCounts]:
     for module in (tool_call_plan, tool_call_check):
         monkeypatch.setattr(module, "TOOL_CALL_COUNTS", made)
     tool_call_plan.mode.cache_clear()
-    request_state.PATCH.apply()
-    request_state.hook.set(state_maker)
+    patch_of("request-state").apply()
+    patch_of("request-state").calls[0].set(state_maker)
     yield made
-    request_state.PATCH.undo()
-    request_state.hook.clear()
+    patch_of("request-state").undo()
+    patch_of("request-state").calls[0].clear()
     tool_call_plan.mode.cache_clear()
 
 

@@ -29,7 +29,7 @@ from vllm_stateful.adapters.anthropic_usage import with_cache_creation
 from vllm_stateful.adapters.identity import identify, stamp
 from vllm_stateful.adapters.request_validation import validate_plain_messages
 from vllm_stateful.adapters.turn import retention_wish
-from vllm_stateful.compat.patches import anthropic_usage
+from vllm_stateful.compat.ledger import patch_of
 
 HOUR = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 FIVE_MINUTES = {"cache_control": {"type": "ephemeral"}}
@@ -152,13 +152,12 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.delenv("VLLM_STATEFUL_TENANT", raising=False)
-    was_applied, before = anthropic_usage.PATCH.is_applied, anthropic_usage.hook.fn
-    anthropic_usage.PATCH.apply()
-    anthropic_usage.hook.set(with_cache_creation)
+    patch = patch_of("anthropic-usage")
+    was_applied = patch.is_applied
+    patch.apply()
     yield Server()
-    anthropic_usage.hook.clear() if before is None else anthropic_usage.hook.set(before)
     if not was_applied:
-        anthropic_usage.PATCH.undo()
+        patch.undo()
 
 
 def anthropic(**fields: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patches of the ledger are undone, and their hooks emptied, around a test that asks for it."""
 
-import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -13,8 +12,7 @@ from vllm_stateful.compat.ledger import PATCHES
 def stock_vllm() -> Iterator[None]:
     """The test starts and ends on stock vLLM, also when other tests left patches behind."""
     before = [patch for patch in PATCHES if patch.is_applied]
-    hooks = [importlib.import_module(patch.wrap.__module__).hook for patch in PATCHES]
-    filled = [(hook, hook.fn) for hook in hooks]
+    hooks = [hook for patch in PATCHES for hook in patch.calls]
     for patch in reversed(before):
         patch.undo()
     for hook in hooks:
@@ -24,5 +22,5 @@ def stock_vllm() -> Iterator[None]:
         patch.undo()
     for patch in before:
         patch.apply()
-    for hook, fn in filled:
-        hook.clear() if fn is None else hook.set(fn)
+    for hook in hooks:
+        hook.clear()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of patches, its page and its diffs say the same. Needs no vLLM."""
 
+import ast
 import dataclasses
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from vllm_stateful.compat.patch import CompatError, Patch
 PAGES = Path(__file__).parents[2] / "patches"
 
 
-def stem(patch: Patch) -> str:
-    return patch.name.replace("-", "_")
+def file_of(patch: Patch) -> str:
+    return patch.wrap.__module__.rpartition(".")[2]
 
 
 def test_readme_is_what_the_ledger_renders() -> None:
@@ -29,8 +30,8 @@ def test_every_patch_has_a_diff_and_every_diff_a_patch() -> None:
     assert on_disk == {patch.upstream for patch in PATCHES}
 
 
-def test_diffs_are_numbered_in_the_order_of_the_ledger() -> None:
-    diffs = list(dict.fromkeys(patch.upstream for patch in PATCHES))  # some share one
+def test_diffs_are_numbered() -> None:
+    diffs = sorted({patch.upstream for patch in PATCHES})  # some share one
     assert [diff[: len("vllm-0.32/0000-")] for diff in diffs] == [
         f"vllm-0.32/{number:04}-" for number in range(1, len(diffs) + 1)
     ]
@@ -47,7 +48,17 @@ def test_a_diff_is_named_after_its_patch_and_only_patches_of_one_feature_share_o
 def test_every_patch_file_is_in_the_ledger() -> None:
     folder = Path(ledger.__file__).parent / "patches"
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
-    assert files == {stem(patch) for patch in PATCHES}
+    assert files == {file_of(patch) for patch in PATCHES}
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_what_a_patch_calls_is_there(patch: Patch) -> None:
+    for hook in patch.calls:
+        module, _, name = hook.target.partition(":")
+        path = Path(ledger.__file__).parents[2] / f"{module.replace('.', '/')}.py"
+        functions = ast.FunctionDef | ast.AsyncFunctionDef
+        tree = ast.parse(path.read_text())
+        assert name in {node.name for node in tree.body if isinstance(node, functions)}
 
 
 def test_names_and_targets_are_unique() -> None:
@@ -67,14 +78,21 @@ def test_every_field_is_filled(patch: Patch) -> None:
 def test_diff_names_the_file_it_retires(patch: Patch) -> None:
     text = (PAGES / patch.upstream).read_text()
     assert text.startswith("Subject: [")
-    assert f"Retires: vllm_stateful/compat/patches/{stem(patch)}.py\n" in text
+    assert f"Retires: {patch.name} in vllm_stateful/compat/patches/{file_of(patch)}.py\n" in text
 
 
 def test_patches_stay_few_and_small() -> None:
     assert len(PATCHES) <= 25
     assert len({patch.upstream for patch in PATCHES}) <= 16
     folder = Path(ledger.__file__).parent / "patches"
-    assert max(len(path.read_text().splitlines()) for path in folder.glob("*.py")) <= 60
+    wrappers = [
+        node
+        for path in folder.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert len(wrappers) == len(PATCHES)
+    assert max((node.end_lineno or 0) - node.lineno for node in wrappers) <= 30
 
 
 def test_text_shows_each_patch_with_its_status() -> None:

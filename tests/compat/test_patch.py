@@ -313,12 +313,19 @@ def test_strict_raises_and_leaves_no_new_patch_behind(toys: Any) -> None:
     assert [patch.is_applied for patch in (before, first, bad)] == [True, False, False]
 
 
-def test_hook_holds_one_function() -> None:
-    hook: Hook[Callable[[int], int]] = Hook("toy")
-    assert hook.fn is None
-    hook.set(abs)
-    hook.set(int)
-    assert hook.fn is int
-    assert "toy" in repr(hook)
+def test_a_hook_imports_its_function_when_it_is_called() -> None:
+    hook = Hook("json:loads")
+    assert hook("[1]") == [1]
+    hook.set(len)
+    assert hook("[1]") == 3
     hook.clear()
-    assert hook.fn is None
+    assert hook("[1]") == [1]
+    assert "json:loads" in repr(hook)
+
+
+@pytest.mark.parametrize(
+    ("target", "error"), [("json:nothing", AttributeError), ("no.such.module:x", ImportError)]
+)
+def test_a_hook_without_a_function_says_so(target: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        Hook(target)()

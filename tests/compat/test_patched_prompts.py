@@ -35,15 +35,7 @@ from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_stateful.compat.patches import (
-    detokenizer_prompt,
-    prompt_answers,
-    prompt_handover,
-    prompt_miss,
-    prompt_send,
-    reasoning_end,
-    worker_ids,
-)
+from vllm_stateful.compat.ledger import patch_of
 
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 
@@ -94,7 +86,7 @@ def test_detokenizer_prompt_hook_says_what_the_stream_is_primed_with(
 ) -> None:
     tokenizer, request = fast_tokenizer(), core_request()
     stock = FastIncrementalDetokenizer(tokenizer, request).decode_next(66)
-    detokenizer_prompt.PATCH.apply()
+    patch_of("detokenizer-prompt").apply()
     assert FastIncrementalDetokenizer(tokenizer, request).decode_next(66) == stock
     seen = []
 
@@ -102,7 +94,7 @@ def test_detokenizer_prompt_hook_says_what_the_stream_is_primed_with(
         seen.append((tokenizer, request))
         return core_request(prompt=PROMPT[-5:])
 
-    detokenizer_prompt.hook.set(shorten)
+    patch_of("detokenizer-prompt").calls[0].set(shorten)
     assert FastIncrementalDetokenizer(tokenizer, request).decode_next(66) == stock
     assert seen == [(tokenizer, request)]
     assert primed == [PROMPT, PROMPT, PROMPT[-5:]]
@@ -155,7 +147,7 @@ def sent(client: BareClient) -> list[Any]:
 
 def test_prompt_send_hook_gets_every_message_and_its_engine() -> None:
     stock = sent(BareClient())
-    prompt_send.PATCH.apply()
+    patch_of("prompt-send").apply()
     assert sent(BareClient()) == stock
     seen = []
 
@@ -165,7 +157,7 @@ def test_prompt_send_hook_gets_every_message_and_its_engine() -> None:
             return core_request(message.request_id, [1])
         return message
 
-    prompt_send.hook.set(shorten)
+    patch_of("prompt-send").calls[0].set(shorten)
     client = BareClient()
     sent(client)
     assert [message.prompt_token_ids for _, message in client.sent[:2]] == [[1], [1]]
@@ -204,7 +196,7 @@ def received(client: BareClient, outputs: Any) -> Any:
 def test_prompt_answers_hook_sees_the_outputs_and_its_requests_are_sent() -> None:
     outputs = outputs_of("a", "b")
     assert received(BareClient(), outputs) is outputs
-    prompt_answers.PATCH.apply()
+    patch_of("prompt-answers").apply()
     assert received(BareClient(), outputs) is outputs
     seen = []
 
@@ -213,7 +205,7 @@ def test_prompt_answers_hook_sees_the_outputs_and_its_requests_are_sent() -> Non
         del outputs.outputs[0]
         return [core_request("again")]
 
-    prompt_answers.hook.set(take)
+    patch_of("prompt-answers").calls[0].set(take)
     client = BareClient()
     assert [output.request_id for output in received(client, outputs).outputs] == ["b"]
     assert seen == [(client, outputs)]
@@ -242,16 +234,14 @@ def bare_core() -> Any:
 def test_prompt_handover_hook_stands_in_for_the_method() -> None:
     core, request = bare_core(), core_request()
     stock, wave = core.preprocess_add_request(request)
-    prompt_handover.PATCH.apply()
-    made, _ = core.preprocess_add_request(request)
-    assert (made.block_hashes, made.prompt_token_ids) == (stock.block_hashes, PROMPT)
+    patch_of("prompt-handover").apply()
     seen = []
 
     def receive(core: Any, request: Any, proceed: Any) -> Any:
         seen.append((core, request))
         return proceed(core, request)
 
-    prompt_handover.hook.set(receive)
+    patch_of("prompt-handover").calls[0].set(receive)
     made, made_wave = core.preprocess_add_request(request)
     assert (made.block_hashes, made_wave) == (stock.block_hashes, wave)
     assert seen == [(core, request)]
@@ -297,7 +287,7 @@ def fail(core: Any, error: Exception) -> None:
 
 def test_prompt_miss_hook_may_answer_instead() -> None:
     core = bare_core_process()
-    prompt_miss.PATCH.apply()
+    patch_of("prompt-miss").apply()
     fail(core, ValueError())
     assert answers(core) == [(0, "r", FinishReason.ERROR)]
     seen = []
@@ -306,7 +296,7 @@ def test_prompt_miss_hook_may_answer_instead() -> None:
         seen.append((core, request.request_id))
         return len(seen) == 1
 
-    prompt_miss.hook.set(answer)
+    patch_of("prompt-miss").calls[0].set(answer)
     fail(core, ValueError())
     assert answers(core) == []
     fail(core, ValueError())
@@ -330,7 +320,7 @@ def handed_over(prefill: list[int] | None = None, uses_mrope: bool = False) -> N
 
 def test_worker_ids_hook_says_what_the_worker_is_told() -> None:
     stock = handed_over()
-    worker_ids.PATCH.apply()
+    patch_of("worker-ids").apply()
     assert handed_over() == stock
     seen = []
 
@@ -338,7 +328,7 @@ def test_worker_ids_hook_says_what_the_worker_is_told() -> None:
         seen.append((request.request_id, all_ids, uses_mrope))
         return "ids", all_ids and "all"
 
-    worker_ids.hook.set(replace)
+    patch_of("worker-ids").calls[0].set(replace)
     made = [handed_over(), handed_over([1]), handed_over(uses_mrope=True)]
     assert [data.prompt_token_ids for data in made] == ["ids"] * 3
     assert [data.prefill_token_ids for data in made] == [None, "all", None]
@@ -380,7 +370,7 @@ ENDINGS: list[tuple[list[int], bool]] = [
 def test_reasoning_end_hook_answers_or_leaves_it_to_vllm() -> None:
     stock = [has_ended(ids) for ids, _ in ENDINGS]
     assert stock == [ended for _, ended in ENDINGS]
-    reasoning_end.PATCH.apply()
+    patch_of("reasoning-end").apply()
     assert [has_ended(ids) for ids, _ in ENDINGS] == stock
     seen = []
 
@@ -388,7 +378,7 @@ def test_reasoning_end_hook_answers_or_leaves_it_to_vllm() -> None:
         seen.append((parser.end_token_id, token_ids))
         return True if token_ids == [1] else None
 
-    reasoning_end.hook.set(answer)
+    patch_of("reasoning-end").calls[0].set(answer)
     assert [has_ended(ids) for ids, _ in ENDINGS] == [False, True, False, True, False]
     assert seen == [(8, ids) for ids, _ in ENDINGS]
 

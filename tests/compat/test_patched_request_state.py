@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.output_processor import RequestState
 
-from vllm_stateful.compat.patches import request_state
+from vllm_stateful.compat.ledger import patch_of
 
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 
@@ -46,7 +46,7 @@ class Named(RequestState):  # type: ignore[misc]
 
 def test_request_state_hook_says_what_makes_the_state() -> None:
     stock = vars(state_of(request()))
-    request_state.PATCH.apply()
+    patch_of("request-state").apply()
     assert vars(state_of(request())).keys() == stock.keys()
     seen = []
 
@@ -54,7 +54,7 @@ def test_request_state_hook_says_what_makes_the_state() -> None:
         seen.append((cls, made))
         return partial(Named, "mine")
 
-    request_state.hook.set(choose)
+    patch_of("request-state").calls[0].set(choose)
     made = request()
     state = state_of(made)
     assert seen == [(RequestState, made)]

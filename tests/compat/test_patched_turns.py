@@ -17,7 +17,7 @@ if importlib.util.find_spec("vllm") is None:
 from vllm.renderers import hf
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from vllm_stateful.compat.patches import finished_answer, message_parsing
+from vllm_stateful.compat.ledger import patch_of
 
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 
@@ -40,11 +40,9 @@ def finish() -> tuple[Any, Any]:
 
 
 def test_finished_answer_hook_gets_the_state_when_vllm_is_done() -> None:
-    finished_answer.PATCH.apply()
-    processor, _ = finish()
-    assert processor.request_states == {}
+    patch_of("finished-answer").apply()
     seen: list[Any] = []
-    finished_answer.hook.set(seen.append)
+    patch_of("finished-answer").calls[0].set(seen.append)
     processor, state = finish()
     assert seen == [state]
     assert processor.request_states == {}
@@ -67,7 +65,7 @@ def parse(messages: list[Any]) -> list[Any]:
 
 def test_message_parsing_hook_may_parse_only_some() -> None:
     stock = parse(MESSAGES)
-    message_parsing.PATCH.apply()
+    patch_of("message-parsing").apply()
     assert parse(MESSAGES) == stock
     seen: list[Any] = []
 
@@ -75,7 +73,7 @@ def test_message_parsing_hook_may_parse_only_some() -> None:
         seen.append(arguments[1:])
         return await original(messages[-1:], *arguments)
 
-    message_parsing.hook.set(last_only)
+    patch_of("message-parsing").calls[0].set(last_only)
     assert parse(MESSAGES) == stock[-1:]
     assert seen == [("string", None, None)]
 

@@ -16,7 +16,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vllm_stateful.compat.patches import worker_batch
+from vllm_stateful.compat.ledger import patch_of
 
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 
@@ -35,8 +35,8 @@ class Runner:
 
 def test_worker_batch_hook_is_told_of_a_batch_when_it_is_whole() -> None:
     seen: list[Any] = []
-    worker_batch.hook.set(lambda batch, step: seen.append((batch, step)))
-    worker_batch.PATCH.apply()
+    patch_of("worker-batch").calls[0].set(lambda batch, step: seen.append((batch, step)))
+    patch_of("worker-batch").apply()
     state, desc = SimpleNamespace(num_tokens=1), SimpleNamespace(num_tokens=1)
     with pytest.raises(Stopped):
         GPUModelRunner.prepare_inputs(Runner(), "step", state, desc, 0)
@@ -45,13 +45,11 @@ def test_worker_batch_hook_is_told_of_a_batch_when_it_is_whole() -> None:
     def prepare_inputs(self: Any, step: Any, state: Any, desc: Any, num_active_loras: Any) -> Any:
         return (step, state, desc, num_active_loras)
 
-    wrapped = worker_batch.PATCH.wrap(prepare_inputs)
+    patch = patch_of("worker-batch")
+    wrapped = patch.wrap(prepare_inputs, *patch.calls)
     batch = wrapped(Runner(), "step", state, desc, num_active_loras=3)
     assert batch == ("step", state, desc, 3)
     assert seen == [(batch, "step")]
-    worker_batch.hook.clear()
-    assert wrapped(Runner(), "step", state, desc, 3) == batch
-    assert len(seen) == 1
 
 
 def test_stock_gives_a_builder_rows_and_not_their_requests() -> None:

@@ -44,7 +44,7 @@ from benchmarks.models.dummy import SHAPES, write_config, write_weights
 from benchmarks.models.tiny import ensure_tiny
 from vllm_stateful.adapters import lookup_speculator, scheduler_lookup
 from vllm_stateful.adapters.turn import WORKER_ARRAY
-from vllm_stateful.compat.patches import staged_ids
+from vllm_stateful.compat.ledger import patch_of
 
 NUM_TOKENS, BLOCK = 64, 32
 SESSIONS, TURNS, SYSTEM, FIRST, ADDED, ANSWER, SAID = 3, 3, 40, 30, 20, 14, 24
@@ -262,14 +262,13 @@ def send_arrays() -> None:
         stock(self, request)
 
     Scheduler.add_request = add_request  # type: ignore[method-assign]
-    write = staged_ids.hook.fn
-    assert write is not None
+    write = patch_of("staged-ids").calls[0].load()
 
     def noting(table: Any, index: int, start: int, ids: Any) -> None:
         WRITTEN.append(len(ids))
         write(table, index, start, ids)
 
-    staged_ids.hook.set(noting)
+    patch_of("staged-ids").calls[0].set(noting)
 
 
 def count_preemptions(scheduler: Any) -> list[int]:

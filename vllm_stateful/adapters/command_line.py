@@ -12,7 +12,8 @@ from typing import Any
 from vllm import envs
 from vllm.logger import init_logger
 
-from vllm_stateful.adapters import activation
+from vllm_stateful.adapters.activation import activate
+from vllm_stateful.adapters.fit import off_reason, problems, report_problem
 from vllm_stateful.config import ENABLE_ENV, OPTIONS, Option, is_enabled
 from vllm_stateful.errors import ConfigError, StatefulError
 
@@ -47,7 +48,7 @@ def extend_parser(parser: argparse.ArgumentParser) -> None:
     for option in OPTIONS:
         group.add_argument(option.flag, **_argument(option))
     _truthful_usage(parser)
-    if is_enabled() and activation.off_reason() is None:
+    if is_enabled() and off_reason() is None:
         _allow_endpoint_plugin()
 
 
@@ -70,7 +71,7 @@ class _NotGiven(int):
 def _truthful_usage(parser: argparse.ArgumentParser) -> None:
     """``usage.prompt_tokens_details.cached_tokens``: on with the plugin, unless switched off."""
     if any(action.dest == USAGE_OPTION for action in parser._actions):
-        is_on = is_enabled() and activation.off_reason() is None
+        is_on = is_enabled() and off_reason() is None
         is_on &= not envs.VLLM_USE_RUST_FRONTEND  # it is told what differs from the defaults
         parser.set_defaults(**{USAGE_OPTION: True if is_on else _NotGiven()})
 
@@ -96,7 +97,7 @@ class _EnablePlugin(argparse.Action):
         if values != PLUGIN_NAME:
             _problem(parser, f"--plugin {values!r}: no such plugin; there is '{PLUGIN_NAME}'")
             return
-        reason = activation.off_reason()
+        reason = off_reason()
         if reason is not None:  # off means off: nothing is told to any process
             _problem(parser, reason)
             return
@@ -104,7 +105,7 @@ class _EnablePlugin(argparse.Action):
         _allow_endpoint_plugin()
         if isinstance(getattr(namespace, USAGE_OPTION, None), _NotGiven):
             setattr(namespace, USAGE_OPTION, True)
-        _guarded(parser, activation.activate)
+        _guarded(parser, activate)
 
 
 class _SetOption(argparse.Action):
@@ -125,11 +126,11 @@ class _SetOption(argparse.Action):
             setattr(namespace, self.dest, self.option.read(values, self.option.flag))
         except ConfigError as error:
             parser.error(str(error))
-        if self.option.field != "strict" and activation.off_reason() is not None:
+        if self.option.field != "strict" and off_reason() is not None:
             return
         os.environ[self.option.env] = values
-        if is_enabled() and not activation.problems():  # what is patched may depend on it
-            _guarded(parser, activation.activate)
+        if is_enabled() and not problems():  # what is patched may depend on it
+            _guarded(parser, activate)
 
 
 class _SetFlag(_SetOption):
@@ -143,8 +144,8 @@ class _SetFlag(_SetOption):
         option_string: str | None = None,
     ) -> None:
         super().__call__(parser, namespace, "1", option_string)
-        if self.option.field == "strict" and activation.problems():
-            parser.error("--stateful-strict: " + activation.problems()[0])
+        if self.option.field == "strict" and problems():
+            parser.error("--stateful-strict: " + problems()[0])
 
 
 def _guarded(parser: argparse.ArgumentParser, install: Callable[[], None]) -> None:
@@ -156,7 +157,7 @@ def _guarded(parser: argparse.ArgumentParser, install: Callable[[], None]) -> No
 
 def _problem(parser: argparse.ArgumentParser, text: str) -> None:
     """One clear line and stock vLLM, or, when strict, an error."""
-    _guarded(parser, lambda: activation.report_problem(text))
+    _guarded(parser, lambda: report_problem(text))
 
 
 def _allow_endpoint_plugin() -> None:

@@ -19,13 +19,13 @@ from starlette.responses import JSONResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.logger import init_logger
 
-from vllm_stateful.adapters import activation, session_affinity
+from vllm_stateful.adapters import fit, session_affinity
 from vllm_stateful.adapters.identity import TenantMiddleware, salt_of, stand_aside
 from vllm_stateful.adapters.metrics_exporter import MetricsExporter
 from vllm_stateful.adapters.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.request_validation import validate_plain_messages
 from vllm_stateful.api.session_identity import ids_of_client
-from vllm_stateful.compat.patches import engine_utility, prompt_send
+from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.config import is_enabled, load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
@@ -102,7 +102,7 @@ class StatefulEndpoint:
         asks = getattr(engine_client.engine_core, "client_index", 0) == 0
         is_known = await _learn_whether_engines_are_off(engine_client)
         ask_for_deltas(engine_client.engine_core)
-        session_affinity.watch(engine_client.engine_core, prompt_send.PATCH.is_applied)
+        session_affinity.watch(engine_client.engine_core, patch_of("prompt-send").is_applied)
         poll = _poll(engine_client, MetricsExporter(), asks, is_known=is_known)
         state.stateful_poll = asyncio.create_task(poll)
 
@@ -131,7 +131,7 @@ async def _learn_whether_engines_are_off(engine_client: Any) -> bool:
 
 def _is_on() -> bool:
     """Whether the plugin serves in this process: asked for, and vLLM is one that it fits."""
-    return is_enabled() and activation.off_reason() is None and engine_utility.PATCH.is_applied
+    return is_enabled() and fit.off_reason() is None and patch_of("engine-utility").is_applied
 
 
 async def _poll(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_stateful.adapters.activation import is_fit
+from vllm_stateful.adapters.fit import is_fit
 
 if TYPE_CHECKING:
     from vllm_stateful.adapters.offload_tier import OffloadTier

@@ -168,6 +168,16 @@ def sender_of(client: Any) -> PromptSender:
     return sender
 
 
+def take_misses(client: Any, outputs: Any) -> list[EngineCoreRequest]:
+    """Hook of ``prompt-answers``: see `PromptSender.take_misses`."""
+    return sender_of(client).take_misses(outputs)
+
+
+def aborted(client: Any, request_ids: list[str]) -> None:
+    """Hook of ``prompt-abort``: see `PromptSender.aborted`."""
+    sender_of(client).aborted(request_ids)
+
+
 def pack(client: Any, request_type: EngineCoreRequestType, message: Any, engine: Any) -> Any:
     """Hook of ``prompt-send``: the message to encode in place of this one.
 

@@ -309,6 +309,16 @@ def responses_of(client: Any) -> Responses:
     return made
 
 
+def is_answered(client: Any, request: EngineCoreRequest) -> bool:
+    """Hook of ``response-request``: see `Responses.is_answered`."""
+    return responses_of(client).is_answered(request)
+
+
+def left_to_abort(client: Any, request_ids: list[str]) -> list[str]:
+    """Hook of ``response-abort``: see `Responses.aborted`."""
+    return responses_of(client).aborted(request_ids)
+
+
 def with_followers(outputs: list[EngineCoreOutput]) -> list[EngineCoreOutput]:
     """Hook of ``response-outputs``: the engine's outputs, and those of requests that follow."""
     clients = [responses for responses in _all if responses.is_flying]

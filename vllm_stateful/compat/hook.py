@@ -1,37 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The opening that a patch makes in vLLM: one slot for one function."""
+"""What a patch calls: a function of ours, by name, imported when it is first called."""
 
+import importlib
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
-
-F = TypeVar("F", bound=Callable[..., Any])
+from typing import Any
 
 
-class Hook(Generic[F]):
-    """A slot that an adapter fills. While it is empty, the patch behaves like stock vLLM.
+class Hook:
+    """A function that is known by its name until it is needed.
 
-    What the function raises reaches vLLM's caller unchanged: a hook that must not fail a
-    request has to catch its own errors. Safe to read from any thread (one attribute).
+    So the list of patches loads no adapter, and a process loads only those that run there. What the
+    function raises reaches vLLM's caller unchanged: a function that must not fail a request has to
+    catch its own errors. Safe to call from any thread.
+
+    Args:
+        target: ``package.module:function``.
     """
 
-    __slots__ = ("_fn", "name")
+    __slots__ = ("_function", "target")
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._fn: F | None = None
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._function: Callable[..., Any] | None = None
 
-    @property
-    def fn(self) -> F | None:
-        """The function in the slot, or None."""
-        return self._fn
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function; a coroutine function's result is to be awaited."""
+        return (self._function or self.load())(*args, **kwargs)
 
-    def set(self, fn: F) -> None:
-        """Fill the slot. A second call replaces the function, so that set-up can run twice."""
-        self._fn = fn
+    def load(self) -> Callable[..., Any]:
+        """Import the function.
+
+        Raises:
+            ImportError: there is no such module.
+            AttributeError: it has no such function.
+        """
+        module, _, name = self.target.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        self._function = function
+        return function
+
+    def set(self, function: Callable[..., Any]) -> None:
+        """Have another function called, in a test."""
+        self._function = function
 
     def clear(self) -> None:
-        """Empty the slot: back to stock behaviour."""
-        self._fn = None
+        """Back to the function that the name says."""
+        self._function = None
 
     def __repr__(self) -> str:
-        return f"Hook({self.name!r}, fn={self._fn!r})"
+        return f"Hook({self.target!r})"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
+from vllm_stateful.compat.hook import Hook
 from vllm_stateful.errors import StatefulError
 
 Process = Literal["api", "engine", "worker", "all"]
@@ -93,8 +94,8 @@ class Patch:
     Attributes:
         name: Unique; also identifies the patch after a re-import.
         target: ``package.module:Class.attr`` or ``package.module:function``.
-        wrap: Gets the original function and returns the replacement, which calls it. With
-            ``adds`` it gets None.
+        wrap: Gets the original function and ``calls``, and returns the replacement. With
+            ``adds`` it gets None and ``calls``.
         symptom: What a user of stock vLLM sees.
         reason: Why this member, and why no official seam does.
         feature: Patches of one feature are applied all or none.
@@ -102,12 +103,13 @@ class Patch:
         signature: `call_shape` of the original (with ``adds``: of the new member).
         upstream: Path under ``patches/`` of the change for vLLM that makes this unnecessary.
         remove_when: The event that retires this patch.
+        calls: Functions of ours that the replacement calls.
         adds: The member must not exist yet.
     """
 
     name: str
     target: str
-    wrap: Callable[[Any], Any]
+    wrap: Callable[..., Any]
     symptom: str
     reason: str
     feature: str
@@ -115,6 +117,7 @@ class Patch:
     signature: str
     upstream: str
     remove_when: str
+    calls: tuple[Hook, ...] = ()
     adds: bool = False
 
     @property
@@ -198,7 +201,7 @@ class Patch:
     def _new_member(self, owner: Any, attribute: str) -> Any:
         if hasattr(owner, attribute):
             raise self._drift(f"{attribute} exists already, it was to be added")
-        member = self.wrap(None)
+        member = self.wrap(None, *self.calls)
         if call_shape(member) != self.signature:
             raise CompatError(f"patch {self.name!r} adds {call_shape(member)}, not what it says")
         return member
@@ -217,7 +220,7 @@ class Patch:
         return original
 
     def _replacement(self, function: Any) -> Any:
-        replacement = self.wrap(function)
+        replacement = self.wrap(function, *self.calls)
         if replacement is function or not isinstance(replacement, FunctionType):
             raise CompatError(f"patch {self.name!r} must return a new function")
         if _colour(replacement) != _colour(function):

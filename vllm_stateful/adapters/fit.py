@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of the plugin does not fit this vLLM or this server, in one process, and why."""
+
+from __future__ import annotations
+
+import os
+
+from vllm.logger import init_logger
+
+from vllm_stateful.compat import probe, uses
+from vllm_stateful.compat.patch import CompatError, Process, off_line
+from vllm_stateful.config import load_config
+from vllm_stateful.errors import UnsupportedError
+
+logger = init_logger("vllm.stateful")
+
+OFF_ENV = "STATEFUL_OFF_REASON"
+"""Set by the process that starts the others where requests could not be told apart: sessions that
+an engine kept all the same would be shared by all API keys."""
+
+_problems: list[str] = []
+
+_said: set[str] = set()
+"""Drifts that the log has named: several features may use what has drifted."""
+
+
+def problems() -> tuple[str, ...]:
+    """Why the plugin, or a part of it, is off in this process."""
+    return tuple(_problems)
+
+
+def add_problem(text: str) -> None:
+    """Remember why something is off, without a word."""
+    if text not in _problems:
+        _problems.append(text)
+
+
+def report_problem(text: str) -> None:
+    """Log one line and go on as stock vLLM.
+
+    Raises:
+        UnsupportedError: the plugin is strict.
+    """
+    _problems.append(text)
+    if load_config().strict:
+        raise UnsupportedError(text)
+    logger.warning("stateful: off, serving as stock vLLM: %s", text)
+
+
+def off_reason() -> str | None:
+    """Why all of the plugin is off, whatever is asked for: this vLLM is none that it knows."""
+    return probe.unsupported_reason(probe.vllm_version()) or os.environ.get(OFF_ENV)
+
+
+def check(feature: str, processes: frozenset[Process]) -> None:
+    """Whether what a feature uses is there. What the engine and its workers use is looked at where
+    they are: importing it takes seconds (`is_fit`).
+
+    Raises:
+        CompatError: it is not.
+    """
+    try:
+        uses.check(feature, frozenset({"api", "all"}) if "api" in processes else processes)
+    except CompatError as error:
+        _said.add(str(error))
+        raise
+
+
+def drift_of(feature: str, process: Process) -> str | None:
+    """What of vLLM a feature does not fit; None when it fits all."""
+    try:
+        uses.check(feature, frozenset({process, "all"}))
+    except CompatError as error:
+        return str(error)
+    return None
+
+
+def is_fit(feature: str, process: Process) -> bool:
+    """Whether a feature fits this vLLM. Where it does not, the log says so, once in a process.
+
+    Raises:
+        UnsupportedError: it does not, and the plugin is strict.
+    """
+    drift = drift_of(feature, process)
+    if drift is None:
+        return True
+    line = off_line([feature], drift)
+    _problems.append(line)
+    if load_config().strict:
+        raise UnsupportedError(line)
+    if drift not in _said:
+        _said.add(drift)
+        logger.warning("stateful: %s", line)
+    return False

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrapped in the workers.
+
+Each wrapper gets vLLM's function and ours (`Hook`), and returns what stands in vLLM's place.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from vllm_stateful.compat.hook import Hook
+from vllm_stateful.compat.patch import Patch
+
+
+def _staged_ids(original: Callable[..., Any], write: Hook) -> Callable[..., Any]:
+    """Model runner V2 takes the ids of a prompt as a list of Python integers only.
+
+    ``write``: gets the table, a row, a column and an int32 array that belongs there.
+    """
+
+    def stage_write(self: Any, index: int, start: int, x: Any) -> None:
+        if isinstance(x, np.ndarray):
+            write(self, index, start, x)
+        else:
+            original(self, index, start, x)
+
+    return stage_write
+
+
+def _worker_speculator(original: Callable[..., Any], make: Hook) -> Callable[..., Any]:
+    """Model runner V2 drafts with vLLM's own speculators only.
+
+    ``make``: gets vLLM's function, its configuration, the device and the table of requests;
+    returns the speculator.
+    """
+
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        return make(original, vllm_config, device, req_states)
+
+    return init_speculator
+
+
+def _worker_requests(original: Callable[..., Any], note: Hook) -> Callable[..., Any]:
+    """A speculator is not told which requests come, nor what the scheduler has for it.
+
+    ``note``: gets the model runner and the SchedulerOutput; its new requests have their rows.
+    """
+
+    def add_requests(self: Any, scheduler_output: Any) -> None:
+        original(self, scheduler_output)
+        note(self, scheduler_output)
+
+    return add_requests
+
+
+def _worker_batch(original: Callable[..., Any], note: Hook) -> Callable[..., Any]:
+    """An attention backend is not told which requests it attends from.
+
+    ``note``: gets the InputBatch of a step, requests in their order, and its SchedulerOutput.
+    """
+
+    def prepare_inputs(
+        self: Any,
+        scheduler_output: Any,
+        batch_req_state: Any,
+        batch_desc: Any,
+        num_active_loras: int,
+    ) -> Any:
+        batch = original(self, scheduler_output, batch_req_state, batch_desc, num_active_loras)
+        note(batch, scheduler_output)
+        return batch
+
+    return prepare_inputs
+
+
+PATCHES = (
+    Patch(
+        name="staged-ids",
+        target="vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor.stage_write",
+        wrap=_staged_ids,
+        calls=(Hook("vllm_stateful.adapters.worker_ids:write_ids"),),
+        symptom="A prompt of 100k tokens is pickled twice for every worker, unpickled twice and "
+        "converted there: 12 ms, every turn (2 ms where the engine core holds the worker).",
+        reason="The row that they end in is int32, but what is staged for it is a list.",
+        feature="worker-ids",
+        process="worker",
+        signature="(self, index, start, x)",
+        upstream="vllm-0.32/0009-worker-ids.patch",
+        remove_when="vLLM sends prompts to its workers as arrays.",
+    ),
+    Patch(
+        name="worker-speculator",
+        target="vllm.v1.worker.gpu.model_runner:init_speculator",
+        wrap=_worker_speculator,
+        calls=(Hook("vllm_stateful.adapters.lookup_speculator:make_speculator"),),
+        symptom="ngram_gpu takes the longest match of at most prompt_lookup_max tokens, in the "
+        "prompt alone, and nothing can take its place; custom_class falls back to model runner V1 "
+        "without async scheduling.",
+        reason="The method is chosen by an if-chain in the worker, without a registry.",
+        feature="device-drafts",
+        process="worker",
+        signature="(vllm_config, device, req_states)",
+        upstream="vllm-0.32/0015-device-drafts.patch",
+        remove_when="custom_class works on model runner V2.",
+    ),
+    Patch(
+        name="worker-requests",
+        target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests",
+        wrap=_worker_requests,
+        calls=(Hook("vllm_stateful.adapters.lookup_speculator:note_requests"),),
+        symptom="A drafter on the device knows a request's own tokens, and nothing that its agent "
+        "said in other requests.",
+        reason="propose() gets the batch, not the SchedulerOutput, and no other member of a "
+        "speculator is called in a step.",
+        feature="device-drafts",
+        process="worker",
+        signature="(self, scheduler_output)",
+        upstream="vllm-0.32/0015-device-drafts.patch",
+        remove_when="a speculator sees the SchedulerOutput.",
+    ),
+    Patch(
+        name="worker-batch",
+        target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs",
+        wrap=_worker_batch,
+        calls=(Hook("vllm_stateful.adapters.batch_prefixes:note_batch"),),
+        symptom="Eight sub-agents that share a prefix of 32k tokens read its keys eight times in "
+        "each step: cascade attention wants a prefix that the whole batch shares.",
+        reason="The scheduler knows who shares what; a metadata builder sees rows without their "
+        "requests, and nothing of the SchedulerOutput. They are together only here.",
+        feature="shared-prefixes",
+        process="worker",
+        signature="(self, scheduler_output, batch_req_state, batch_desc, num_active_loras)",
+        upstream="vllm-0.32/0016-worker-batch.patch",
+        remove_when="a metadata builder sees the SchedulerOutput and the order of its requests.",
+    ),
+)
