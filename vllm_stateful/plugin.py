@@ -32,7 +32,7 @@ def make_endpoint_plugin() -> Any:
 
     if not is_enabled() or off_reason() is not None:  # said already
         return _NoEndpoint()
-    from vllm_stateful.adapters.endpoint import StatefulEndpoint
+    from vllm_stateful.adapters.frontend.endpoint import StatefulEndpoint
 
     return StatefulEndpoint()
 

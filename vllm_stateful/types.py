@@ -2,6 +2,7 @@
 """Types that several stages share."""
 
 import re
+from array import array
 from collections.abc import Hashable
 from enum import StrEnum
 from typing import NamedTuple
@@ -11,6 +12,12 @@ from numpy.typing import NDArray
 
 TokenArray = NDArray[np.int32]
 """Token ids, shape ``[num_tokens]``, int32."""
+
+
+def token_array(token_ids: list[int]) -> TokenArray:
+    """Copy a list of token ids into an int32 array; about 1 ms per 100k tokens."""
+    return np.frombuffer(array("i", token_ids), np.int32)
+
 
 BlockIds = NDArray[np.int32]
 """Physical KV cache block ids in sequence order, shape ``[num_blocks]``, int32."""

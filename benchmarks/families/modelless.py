@@ -236,7 +236,7 @@ class Engine:
 def _scheduler(*, is_stateful: bool, is_async: bool) -> Any:
     if not is_stateful:
         return AsyncScheduler if is_async else Scheduler
-    from vllm_stateful.adapters.scheduler import StatefulAsyncScheduler, StatefulScheduler
+    from vllm_stateful.adapters.engine.scheduler import StatefulAsyncScheduler, StatefulScheduler
 
     return StatefulAsyncScheduler if is_async else StatefulScheduler
 

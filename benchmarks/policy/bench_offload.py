@@ -24,8 +24,8 @@ from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 
 from benchmarks.models import ROOT
 from benchmarks.policy.traces import KVCT, Turn, in_order, read_kvct, read_mooncake, working_set
+from vllm_stateful.adapters.engine.offload_tier import OffloadTier
 from vllm_stateful.adapters.offload_policy import StatefulCachePolicy
-from vllm_stateful.adapters.offload_tier import OffloadTier
 from vllm_stateful.schedule.gaps import Wait, WaitKind
 from vllm_stateful.schedule.waits import WaitBook
 from vllm_stateful.types import Identity, SessionKey

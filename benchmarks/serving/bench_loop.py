@@ -25,7 +25,7 @@ os.environ["VLLM_STATEFUL_TOOL_CALL_CHECK"] = "strict"
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser.parser_manager import ParserManager
 
-from vllm_stateful.adapters import tool_call_plan
+from vllm_stateful.adapters.frontend import tool_call_plan
 from vllm_stateful.respond.compiled_schema import compile_schema
 from vllm_stateful.respond.partial_schema import MAX_STEPS, Steps, objection
 from vllm_stateful.respond.tool_call_stream import ToolCallStream

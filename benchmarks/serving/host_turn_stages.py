@@ -37,22 +37,24 @@ TOTAL = "total without the JSON"
 
 INSIDE = {
     "parse": "vllm.renderers.hf:parse_chat_messages_async",
-    "  images of the messages": "vllm_stateful.adapters.messages:images_of",
+    "  images of the messages": "vllm_stateful.adapters.frontend.messages:images_of",
     "  find": "vllm_stateful.render.message_memory:MessageMemory.find",
     "  keep": "vllm_stateful.render.message_memory:MessageMemory.keep",
-    "  key of template and tools": "vllm_stateful.adapters.messages:ChatRenderer._template_of",
-    "  new messages": "vllm_stateful.adapters.messages:continued_text",
+    "  key of template and tools": (
+        "vllm_stateful.adapters.frontend.messages:ChatRenderer._template_of"
+    ),
+    "  new messages": "vllm_stateful.adapters.frontend.messages:continued_text",
     "incremental tokenizer": (
         "vllm_stateful.render.incremental_tokenizer:IncrementalTokenizer.tokenize"
     ),
     "  find text": "vllm_stateful.render.text_memory:TextMemory.find",
     "  keep text": "vllm_stateful.render.text_memory:TextMemory.keep",
     "  list of ids": "vllm_stateful.render.incremental_tokenizer:IncrementalTokenizer._continue",
-    "tools of the response cache": "vllm_stateful.adapters.asked:note_tools",
-    "name of the conversation": "vllm_stateful.adapters.session_affinity:opening",
-    "wish": "vllm_stateful.adapters.identity:wish_of",
-    "choice of the engine core": "vllm_stateful.adapters.session_affinity:choose",
-    "what to send": "vllm_stateful.adapters.prompt_sender:pack",
+    "tools of the response cache": "vllm_stateful.adapters.frontend.asked:note_tools",
+    "name of the conversation": "vllm_stateful.adapters.frontend.session_affinity:opening",
+    "wish": "vllm_stateful.adapters.frontend.identity:wish_of",
+    "choice of the engine core": "vllm_stateful.adapters.frontend.session_affinity:choose",
+    "what to send": "vllm_stateful.adapters.frontend.prompt_sender:pack",
 }
 """Parts of stages, by name; those that this side does not have are left out."""
 
@@ -175,7 +177,7 @@ class HostPath:
         app = FastAPI()
         app.include_router(router)
         if self.is_ours:
-            from vllm_stateful.adapters.request_validation import validate_plain_messages
+            from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
 
             assert validate_plain_messages(app)
         (self._field,) = next(
@@ -193,8 +195,8 @@ class HostPath:
 
     async def _measure(self, bodies: Iterator[bytes]) -> list[dict[str, float]]:
         if self.is_ours:
-            from vllm_stateful.adapters import session_affinity
-            from vllm_stateful.adapters.prompt_sender import ask_for_deltas
+            from vllm_stateful.adapters.frontend import session_affinity
+            from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas
 
             session_affinity.watch(self.client, sees_sent=True)
             ask_for_deltas(self.client)
@@ -209,7 +211,7 @@ class HostPath:
         stage = self.clock.stage
         headers = Headers({"authorization": "Bearer a-key"})
         if self.is_ours:
-            from vllm_stateful.adapters import asked, response_key
+            from vllm_stateful.adapters.frontend import asked, response_key
 
             asked.note_headers(headers)
         with stage("JSON of the body"):

@@ -226,7 +226,7 @@ class OnDevice:
 
 @compiled
 def _longest(text: TokenArray, own: TokenArray) -> tuple[int, int]:
-    """As ``adapters.lookup_kernels``: the length of the longest match, the newest place behind."""
+    """As ``lookup_kernels``: the length of the longest match, the newest place behind."""
     best, found = 0, 0
     for place in range(len(text) - 1, 0, -1):
         if text[place] < 0:

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.models import ROOT
 from benchmarks.serving.recorded import _rows
 from benchmarks.speculate.__main__ import SOURCES, _longest, tokenizers, turns
-from vllm_stateful.adapters.lookup_beside import prior_margins
+from vllm_stateful.adapters.worker.lookup_beside import prior_margins
 from vllm_stateful.speculate.answer_buffer import END, MAX_MATCH, REGION_TOKENS, AnswerBuffer
 from vllm_stateful.speculate.session_drafts import SessionDrafts
 from vllm_stateful.types import TokenArray

@@ -14,8 +14,8 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_stateful.adapters.prompt_receiver import receive
-from vllm_stateful.adapters.prompt_sender import sender_of
+from vllm_stateful.adapters.engine.prompt_receiver import receive
+from vllm_stateful.adapters.frontend.prompt_sender import sender_of
 from vllm_stateful.transport.prompt_ids import PromptTokenIds
 
 BLOCK = 16

@@ -7,8 +7,8 @@ from simulated_engine import SimulatedEngine, expected_answer
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
-from vllm_stateful.adapters.invariants import check_pool
-from vllm_stateful.adapters.turn import CLOSE_ACTION
+from vllm_stateful.adapters.engine.invariants import check_pool
+from vllm_stateful.transport.wire import CLOSE_ACTION
 from vllm_stateful.types import Identity, SessionKey
 
 HISTORY = list(range(22))

@@ -19,12 +19,13 @@ from vllm.v1.engine import (
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_stateful.adapters import asked, response_cache
-from vllm_stateful.adapters.response_cache import Responses
-from vllm_stateful.adapters.response_epoch import EPOCH, answer_epoch
+from vllm_stateful.adapters.engine.engine_utility import answer_epoch
+from vllm_stateful.adapters.frontend import asked, response_cache
+from vllm_stateful.adapters.frontend.response_cache import Responses
 from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.compat.patch import apply_all
 from vllm_stateful.observe.response_counts import ResponseCounts
+from vllm_stateful.transport.wire import EPOCH
 
 PATCHES = [patch_of(f"response-{name}") for name in ("request", "abort", "forget")]
 

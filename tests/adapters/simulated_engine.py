@@ -31,8 +31,8 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_stateful.adapters.scheduler import StatefulAsyncScheduler, StatefulScheduler
-from vllm_stateful.adapters.scheduler_drafts import SchedulerDrafts
+from vllm_stateful.adapters.engine.scheduler import StatefulAsyncScheduler, StatefulScheduler
+from vllm_stateful.adapters.engine.scheduler_drafts import SchedulerDrafts
 
 VOCAB = 100
 MODEL_CONFIG = {

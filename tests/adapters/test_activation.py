@@ -16,8 +16,9 @@ from vllm import envs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_stateful.adapters import activation, engine_utility, fit
-from vllm_stateful.adapters.scheduler import StatefulAsyncScheduler, StatefulScheduler
+from vllm_stateful.adapters import activation, fit
+from vllm_stateful.adapters.engine import engine_utility
+from vllm_stateful.adapters.engine.scheduler import StatefulAsyncScheduler, StatefulScheduler
 from vllm_stateful.compat import probe
 from vllm_stateful.compat.ledger import PATCHES, patch_of
 from vllm_stateful.compat.patch import Patch

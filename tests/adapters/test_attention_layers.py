@@ -12,7 +12,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_stateful.adapters.attention_backend import StatefulImpl, what_all_ask_for
+from vllm_stateful.adapters.worker.attention_backend import StatefulImpl, what_all_ask_for
 
 
 @pytest.fixture

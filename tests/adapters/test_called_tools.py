@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from vllm_stateful.adapters import called_tools
-from vllm_stateful.adapters.called_tools import NUM_TOKENS, CalledTools
+from vllm_stateful.adapters.engine import called_tools
+from vllm_stateful.adapters.engine.called_tools import NUM_TOKENS, CalledTools
 
 MARKER, NAME = 1, 2
 

@@ -17,8 +17,9 @@ except ModuleNotFoundError:  # from vllm 0.33 on
     from vllm.entrypoints.common.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_stateful.adapters import activation, command_line, fit
-from vllm_stateful.adapters.command_line import _allow_endpoint_plugin
+from vllm_stateful.adapters import activation, fit
+from vllm_stateful.adapters.frontend import command_line
+from vllm_stateful.adapters.frontend.command_line import _allow_endpoint_plugin
 from vllm_stateful.compat import probe
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.config import OPTIONS, StatefulConfig, load_config

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from recorded_engine import ALICE, BOB, HISTORY, Engine
 
-from vllm_stateful.adapters.speculation import XARG, has_head, why_not_beside_head
+from vllm_stateful.adapters.engine.agents import XARG
+from vllm_stateful.adapters.speculation import has_head, why_not_beside_head
 from vllm_stateful.config import StatefulConfig
 from vllm_stateful.speculate.step_costs import LEAST_CHANCE
 

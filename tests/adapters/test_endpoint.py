@@ -10,8 +10,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from vllm_stateful.adapters import endpoint
-from vllm_stateful.adapters.identity import salt_of
+from vllm_stateful.adapters.frontend import endpoint
+from vllm_stateful.adapters.frontend.identity import salt_of
 
 SENT = "0a1b2c3d-session-of-mine"
 KEY = {"Authorization": "Bearer a-key"}

@@ -8,7 +8,7 @@ from recorded_engine import ALICE, BOB, Engine
 from simulated_engine import VOCAB, expected_answer
 from simulated_groups import MARKERS
 
-from vllm_stateful.adapters.invariants import check_pool
+from vllm_stateful.adapters.engine.invariants import check_pool
 from vllm_stateful.prefix import matching, resume_places
 from vllm_stateful.types import Demotion
 

@@ -14,16 +14,17 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_stateful.adapters import identity
-from vllm_stateful.adapters.identity import (
+from vllm_stateful.adapters.engine.turn import is_final, retention_wish
+from vllm_stateful.adapters.frontend import identity
+from vllm_stateful.adapters.frontend.identity import (
     TenantMiddleware,
     identify,
     salt_of,
     stamp,
 )
-from vllm_stateful.adapters.turn import CLOSE_ACTION, RETAIN_ACTION, is_final, retention_wish
 from vllm_stateful.api import ResponseChain
 from vllm_stateful.config import process_config
+from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION
 from vllm_stateful.types import SALT_PREFIX
 
 SESSION = "0d3a9c52-6f1e-4b7a-8a55-2f6d0c9e7b11"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 from recorded_engine import ALICE, BOB, HISTORY, Engine
 
-from vllm_stateful.adapters.hash_check import HashCheck
-from vllm_stateful.adapters.invariants import check_pool
+from vllm_stateful.adapters.engine.hash_check import HashCheck
+from vllm_stateful.adapters.engine.invariants import check_pool
 from vllm_stateful.errors import InvariantError
 
 

@@ -14,8 +14,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     RSWAManager,
 )
 
-from vllm_stateful.adapters.kv_groups import group_of, kinds_of
-from vllm_stateful.adapters.scheduler import _unsupported_connector
+from vllm_stateful.adapters.engine.kv_groups import group_of, kinds_of
+from vllm_stateful.adapters.engine.scheduler import _unsupported_connector
 from vllm_stateful.errors import UnsupportedError
 from vllm_stateful.prefix.groups import ChunkGroup, FullGroup, StateGroup, WindowGroup
 
@@ -77,7 +77,7 @@ def test_a_connector_that_is_not_known_is_named() -> None:
 def test_an_offload_tier_beside_other_kinds(
     monkeypatch: pytest.MonkeyPatch, groups: list[Any], use_eagle: bool, reason: str | None
 ) -> None:
-    monkeypatch.setattr("vllm_stateful.adapters.scheduler.is_offloading", lambda _: True)
+    monkeypatch.setattr("vllm_stateful.adapters.engine.scheduler.is_offloading", lambda _: True)
     scheduler: Any = SimpleNamespace(
         connector=object(), use_eagle=use_eagle, num_prefill_lookahead=int(use_eagle)
     )

@@ -27,7 +27,7 @@ from simulated_engine import SimulatedEngine, expected_answer
 from simulated_tier import offloading
 from vllm.v1.request import RequestStatus
 
-from vllm_stateful.adapters.invariants import check_pool
+from vllm_stateful.adapters.engine.invariants import check_pool
 from vllm_stateful.prefix import matching, resume_places
 from vllm_stateful.speculate.step_costs import StepCosts
 

@@ -9,7 +9,7 @@ import sys
 WITHOUT_NUMBA = """
 import sys
 sys.modules["numba"] = None
-import vllm_stateful.adapters.scheduler as scheduler
+import vllm_stateful.adapters.engine.scheduler as scheduler
 scheduler.stateful_scheduler_class(scheduler.Scheduler)
 """
 

@@ -15,8 +15,8 @@ from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
 from benchmarks.models import CACHE
-from vllm_stateful.adapters import messages as adapter
-from vllm_stateful.adapters.renderer import StatefulHfRenderer
+from vllm_stateful.adapters.frontend import messages as adapter
+from vllm_stateful.adapters.frontend.renderer import StatefulHfRenderer
 from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.observe.prompt_counts import PromptCounts
 from vllm_stateful.render.message_memory import MessageMemory

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from simulated_engine import SimulatedEngine
 
-from vllm_stateful.adapters.metrics_exporter import MetricsExporter
+from vllm_stateful.adapters.frontend.metrics_exporter import MetricsExporter
 from vllm_stateful.observe.metrics import METRICS, OFF, RESUME_BUCKETS_S
 from vllm_stateful.observe.prompt_counts import PromptCounts, Sent, Tokenized, Verified
 from vllm_stateful.observe.response_counts import ResponseCounts

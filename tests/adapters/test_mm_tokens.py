@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
-from vllm_stateful.adapters.mm_tokens import can_be_named, with_features
-from vllm_stateful.adapters.turn import start_turn
+from vllm_stateful.adapters.engine.mm_tokens import can_be_named, with_features
+from vllm_stateful.adapters.engine.turn import start_turn
 from vllm_stateful.prefix.radix_tree import common_prefix_len
 
 PLACEHOLDER = 7

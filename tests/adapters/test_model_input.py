@@ -11,10 +11,10 @@ from prompt_link import prompt, request_of, stock_request
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
-from vllm_stateful.adapters.asked import Asked
+from vllm_stateful.adapters.engine.turn import session_of
+from vllm_stateful.adapters.frontend.asked import Asked
+from vllm_stateful.adapters.frontend.response_key import key_of
 from vllm_stateful.adapters.model_input import identity_of
-from vllm_stateful.adapters.response_key import key_of
-from vllm_stateful.adapters.turn import session_of
 
 ADAPTER = LoRARequest("ad", 1, "/v1", base_model_name="base")
 DIFFERENT = {

@@ -11,8 +11,8 @@ from simulated_engine import expected_answer
 from simulated_tier import offloading
 from vllm.v1.request import RequestStatus
 
+from vllm_stateful.adapters.engine.scheduler import unsupported_reason
 from vllm_stateful.adapters.offload_policy import StatefulCachePolicy
-from vllm_stateful.adapters.scheduler import unsupported_reason
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from recorded_engine import Engine
 from simulated_engine import expected_answer
 
-from vllm_stateful.adapters import prefill_groups
+from vllm_stateful.adapters.engine import prefill_groups
 
 PREFIX = list(range(60))
 CHUNK, NUM_AGENTS = 8, 6

@@ -12,7 +12,7 @@ from simulated_engine import expected_answer, vllm_config
 from test_lifecycle_model import AgentSessions, AgentSessionsAsync
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, PriorityRequestQueue
 
-from vllm_stateful.adapters import scheduler
+from vllm_stateful.adapters.engine import scheduler
 from vllm_stateful.errors import UnsupportedError
 from vllm_stateful.schedule import program_order
 from vllm_stateful.schedule.program_order import MAX_WAIT_S, OUTPUT_WEIGHT

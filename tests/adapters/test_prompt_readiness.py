@@ -19,11 +19,13 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 
-from vllm_stateful.adapters import prompt_receiver, prompt_sender
-from vllm_stateful.adapters.prompt_sender import BASE_MISS, ask_for_deltas, pack, sender_of
-from vllm_stateful.adapters.turn import prompt_array
-from vllm_stateful.adapters.worker_ids import worker_ids
+from vllm_stateful.adapters.engine import prompt_receiver
+from vllm_stateful.adapters.engine.turn import prompt_array
+from vllm_stateful.adapters.engine.worker_ids import worker_ids
+from vllm_stateful.adapters.frontend import prompt_sender
+from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas, pack, sender_of
 from vllm_stateful.compat.ledger import patch_of
+from vllm_stateful.transport.wire import BASE_MISS
 
 
 @pytest.fixture

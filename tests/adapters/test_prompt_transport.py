@@ -16,11 +16,11 @@ from vllm.v1.engine import (
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 from vllm.v1.request import Request
 
-from vllm_stateful.adapters import prompt_sender
-from vllm_stateful.adapters.identity import HINTS_PROTOCOL
-from vllm_stateful.adapters.prompt_receiver import answer_miss, receive
-from vllm_stateful.adapters.prompt_sender import pack
-from vllm_stateful.adapters.turn import is_final, prompt_array
+from vllm_stateful.adapters.engine.prompt_receiver import answer_miss, receive
+from vllm_stateful.adapters.engine.turn import is_final, prompt_array
+from vllm_stateful.adapters.frontend import prompt_sender
+from vllm_stateful.adapters.frontend.identity import HINTS_PROTOCOL
+from vllm_stateful.adapters.frontend.prompt_sender import pack
 from vllm_stateful.observe.prompt_counts import PromptCounts
 from vllm_stateful.transport.header import ACTION, BaseMissError, ChecksumError
 

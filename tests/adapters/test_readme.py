@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import vllm_stateful
-from vllm_stateful.adapters.command_line import options_help
+from vllm_stateful.adapters.frontend.command_line import options_help
 from vllm_stateful.observe.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]

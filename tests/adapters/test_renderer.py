@@ -16,8 +16,9 @@ from vllm.renderers.registry import RENDERER_REGISTRY
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
 from benchmarks.models import CACHE
-from vllm_stateful.adapters import activation, identity, renderer
-from vllm_stateful.adapters.renderer import StatefulHfRenderer
+from vllm_stateful.adapters import activation
+from vllm_stateful.adapters.frontend import identity, renderer
+from vllm_stateful.adapters.frontend.renderer import StatefulHfRenderer
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, PromptCounts
 from vllm_stateful.transport.prompt_ids import PromptTokenIds
 

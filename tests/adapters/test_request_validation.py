@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm.entrypoints.openai.chat_completion.api_router import router
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from vllm_stateful.adapters import request_validation as adapter
+from vllm_stateful.adapters.frontend import request_validation as adapter
 from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PromptCounts
 

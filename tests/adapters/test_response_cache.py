@@ -16,9 +16,9 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from vllm_stateful.adapters import asked, response_cache
-from vllm_stateful.adapters.prompt_sender import BASE_MISS
+from vllm_stateful.adapters.frontend import asked, response_cache
 from vllm_stateful.observe.response_counts import ResponseCounts
+from vllm_stateful.transport.wire import BASE_MISS
 
 pytestmark = pytest.mark.usefixtures("counts")
 

@@ -10,10 +10,10 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
-from vllm_stateful.adapters.asked import Asked
-from vllm_stateful.adapters.response_key import HANDED_OUT, SESSION, Uncached, key_of
-from vllm_stateful.adapters.turn import CLOSE_ACTION, RETAIN_ACTION
+from vllm_stateful.adapters.frontend.asked import Asked
+from vllm_stateful.adapters.frontend.response_key import HANDED_OUT, SESSION, Uncached, key_of
 from vllm_stateful.transport.prompt_ids import PromptTokenIds
+from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION
 
 ASKED = Asked(is_stored=True, is_looked_up=True, tools=b"tools")
 

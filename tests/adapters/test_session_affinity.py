@@ -13,7 +13,7 @@ from prompt_link import prompt, request_of
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_stateful.adapters import session_affinity
+from vllm_stateful.adapters.frontend import session_affinity
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.transport.session_affinity import Choice
 

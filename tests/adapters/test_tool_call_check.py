@@ -19,9 +19,9 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from vllm_stateful.adapters import tool_call_check, tool_call_plan
-from vllm_stateful.adapters.identity import identify, stamp
-from vllm_stateful.adapters.tool_call_check import state_maker
+from vllm_stateful.adapters.frontend import tool_call_check, tool_call_plan
+from vllm_stateful.adapters.frontend.identity import identify, stamp
+from vllm_stateful.adapters.frontend.tool_call_check import state_maker
 from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.observe.tool_call_counts import ToolCallCounts
 from vllm_stateful.respond.tool_call_stream import Form

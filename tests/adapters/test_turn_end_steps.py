@@ -10,9 +10,9 @@ from simulated_engine import expected_answer
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 from vllm.v1.request import RequestStatus
 
-from vllm_stateful.adapters.invariants import check_pool
-from vllm_stateful.adapters.turn import TOOL_ACTION
+from vllm_stateful.adapters.engine.invariants import check_pool
 from vllm_stateful.api.session_identity import ids_of_client
+from vllm_stateful.transport.wire import TOOL_ACTION
 from vllm_stateful.types import Bypass, Demotion, Outcome
 
 TINY_IMAGE = SimpleNamespace(mm_position=SimpleNamespace(length=3))
@@ -264,7 +264,7 @@ def test_prompt_logprobs_are_bypassed_counted_once_and_leave_the_session_alone(
 def test_reasons_to_leave_a_request_to_stock_vllm(
     change: dict[str, Any], reason: Bypass | None
 ) -> None:
-    from vllm_stateful.adapters.turn import bypass_reason
+    from vllm_stateful.adapters.engine.turn import bypass_reason
 
     ordinary = {
         "pooling_params": None,

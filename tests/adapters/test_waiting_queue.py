@@ -9,8 +9,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_stateful.adapters.engine.waiting_queue import ProgramQueue, program_of
 from vllm_stateful.adapters.model_input import identity_of
-from vllm_stateful.adapters.waiting_queue import ProgramQueue, program_of
 from vllm_stateful.types import SessionKey
 
 

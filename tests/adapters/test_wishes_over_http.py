@@ -24,11 +24,11 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from vllm_stateful.adapters import sent_body
-from vllm_stateful.adapters.anthropic_usage import with_cache_creation
-from vllm_stateful.adapters.identity import identify, stamp
-from vllm_stateful.adapters.request_validation import validate_plain_messages
-from vllm_stateful.adapters.turn import retention_wish
+from vllm_stateful.adapters.engine.turn import retention_wish
+from vllm_stateful.adapters.frontend import sent_body
+from vllm_stateful.adapters.frontend.anthropic_usage import with_cache_creation
+from vllm_stateful.adapters.frontend.identity import identify, stamp
+from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
 from vllm_stateful.compat.ledger import patch_of
 
 HOUR = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}

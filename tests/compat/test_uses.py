@@ -87,8 +87,8 @@ UNSEEN = {
 
 def adapters() -> Iterator[tuple[str, ast.Module]]:
     for folder in ("adapters", "compat/patches"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            yield path.name, ast.parse(path.read_text())
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -105,33 +105,40 @@ def test_whatever_is_imported_from_vllm_stands_in_the_ledger() -> None:
         f"{module}:{name}"
         for file, tree in adapters()
         for module, name in imports(tree)
-        if (ROOT / "adapters" / file).exists() and not module.startswith("vllm.triton_utils")
+        if file.startswith("adapters/") and not module.startswith("vllm.triton_utils")
     }
     assert not sorted(wanted - known - EVERYWHERE)
 
 
 ENTRIES = (
-    ("sessions", "engine", "scheduler"),
-    ("sessions", "api", "identity"),
-    ("transport", "api", "prompt_sender"),
-    ("transport", "engine", "prompt_receiver"),
-    ("renderer", "api", "renderer"),
-    ("messages", "api", "messages"),
-    ("endpoint", "api", "endpoint"),
-    ("responses", "api", "response_cache"),
-    ("responses", "engine", "response_epoch"),
-    ("tool-call-check", "api", "tool_call_check"),
-    ("anthropic-usage", "api", "anthropic_usage"),
-    ("detokenize", "api", "detokenizer"),
-    ("offload", "engine", "offload_tier"),
-    ("worker-ids", "engine", "worker_ids"),
-    ("worker-ids", "worker", "worker_ids"),
-    ("device-drafts", "worker", "lookup_speculator"),
-    ("shared-prefixes", "worker", "batch_prefixes"),
-    ("attention-cuda", "worker", "attention_backend"),
-    ("attention-cpu", "worker", "cpu_attention_backend"),
+    ("sessions", "engine", "engine.scheduler"),
+    ("sessions", "api", "frontend.identity"),
+    ("transport", "api", "frontend.prompt_sender"),
+    ("transport", "engine", "engine.prompt_receiver"),
+    ("renderer", "api", "frontend.renderer"),
+    ("messages", "api", "frontend.messages"),
+    ("endpoint", "api", "frontend.endpoint"),
+    ("responses", "api", "frontend.response_cache"),
+    ("responses", "engine", "engine.engine_utility"),
+    ("tool-call-check", "api", "frontend.tool_call_check"),
+    ("anthropic-usage", "api", "frontend.anthropic_usage"),
+    ("detokenize", "api", "frontend.detokenizer"),
+    ("offload", "engine", "engine.offload_tier"),
+    ("worker-ids", "engine", "engine.worker_ids"),
+    ("worker-ids", "worker", "worker.staged_ids"),
+    ("device-drafts", "worker", "worker.lookup_speculator"),
+    ("shared-prefixes", "worker", "worker.batch_prefixes"),
+    ("attention-cuda", "worker", "worker.attention_backend"),
+    ("attention-cpu", "worker", "worker.cpu_attention_backend"),
 )
 """By feature and process the adapter that is imported first."""
+
+
+MODULES = {
+    ".".join(path.relative_to(ROOT / "adapters").with_suffix("").parts)
+    for path in (ROOT / "adapters").rglob("*.py")
+    if path.stem != "__init__"
+}
 
 
 def needed_by(module: str) -> set[str]:
@@ -139,18 +146,20 @@ def needed_by(module: str) -> set[str]:
     names: set[str] = set()
     waiting, seen = [module], {module}
     while waiting:
-        tree = ast.parse((ROOT / "adapters" / f"{waiting.pop()}.py").read_text())
+        path = ROOT / "adapters" / f"{waiting.pop().replace('.', '/')}.py"
+        tree = ast.parse(path.read_text())
         for node in tree.body:
             if not isinstance(node, ast.ImportFrom):
                 continue
             source = node.module or ""
             if source == "vllm" or source.startswith("vllm."):
                 names |= {f"{source}:{alias.name}" for alias in node.names}
-            ours = [alias.name for alias in node.names]
-            ours = ours if source == "vllm_stateful.adapters" else [source.rpartition(".")[2]]
             if source.startswith("vllm_stateful.adapters"):
-                waiting += set(ours) - seen
-                seen |= set(ours)
+                within = source.removeprefix("vllm_stateful.adapters").lstrip(".")
+                named = [f"{within}.{alias.name}".lstrip(".") for alias in node.names]
+                modules = {within, *named} & MODULES
+                waiting += modules - seen
+                seen |= modules
     return names
 
 

@@ -162,7 +162,7 @@ class Player:
     def report(self) -> dict[str, Any]:
         stats, pool = {}, {}
         if hasattr(self.scheduler, "stateful"):
-            from vllm_stateful.adapters.invariants import check_pool
+            from vllm_stateful.adapters.engine.invariants import check_pool
 
             for residency in self.scheduler.kv_cache_manager.store.residencies():
                 self.scheduler.kv_cache_manager.store.close(residency.session)

@@ -49,7 +49,7 @@ from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from benchmarks.models.dummy import write_config, write_weights
-from vllm_stateful.adapters import attention_backend
+from vllm_stateful.adapters.worker import attention_backend
 from vllm_stateful.attention import choice, ops, shared_prefixes
 from vllm_stateful.attention.oracle import append_oracle, quantize
 from vllm_stateful.attention.plan import Plan
@@ -57,7 +57,7 @@ from vllm_stateful.attention.plan import Plan
 NUM_TOKENS, SESSIONS, TURNS, FIRST, ADDED, ANSWER = 1024, 2, 3, 90, 20, 6
 AGENTS, PARENT, TAIL, TWINS = 3, 100, 10, 40
 NUM_CTAS, NUM_DRAFTS, BLOCK = 3, 4, 32
-BACKEND = "vllm_stateful.adapters.attention_backend.StatefulAttentionBackend"
+BACKEND = "vllm_stateful.adapters.worker.attention_backend.StatefulAttentionBackend"
 CALLS: Counter[str] = Counter()
 WRITES: Counter[str] = Counter()  # of a layer, in front of its launch
 GROUPS: Counter[int] = Counter()  # launches, by how many sequences have rows in one tile

@@ -19,8 +19,8 @@ import on_host  # noqa: F401
 import torch
 from numpy.random import Generator, default_rng
 
-from vllm_stateful.adapters import lookup_beside, lookup_kernels, lookup_speculator
-from vllm_stateful.adapters.lookup_beside import LookupBesideHead, prior_margins
+from vllm_stateful.adapters.worker import lookup_beside, lookup_kernels, lookup_speculator
+from vllm_stateful.adapters.worker.lookup_beside import LookupBesideHead, prior_margins
 
 MAX_LEN, MAX_REQS, BLOCK = 400, 4, 64
 

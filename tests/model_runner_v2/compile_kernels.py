@@ -14,7 +14,10 @@ from triton.compiler import ASTSource
 
 backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False), compiler=None)
 
-from vllm_stateful.adapters import lookup_kernels, row_kernel  # vLLM looks for its drivers once
+from vllm_stateful.adapters.worker import (  # vLLM looks for its drivers once
+    lookup_kernels,
+    row_kernel,
+)
 from vllm_stateful.speculate.answer_buffer import MAX_MATCH
 
 del backends["cpu"]

@@ -42,9 +42,10 @@ from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerific
 
 from benchmarks.models.dummy import SHAPES, write_config, write_weights
 from benchmarks.models.tiny import ensure_tiny
-from vllm_stateful.adapters import lookup_speculator, scheduler_lookup
-from vllm_stateful.adapters.turn import WORKER_ARRAY
+from vllm_stateful.adapters.engine import scheduler_lookup
+from vllm_stateful.adapters.worker import lookup_speculator
 from vllm_stateful.compat.ledger import patch_of
+from vllm_stateful.transport.wire import WORKER_ARRAY
 
 NUM_TOKENS, BLOCK = 64, 32
 SESSIONS, TURNS, SYSTEM, FIRST, ADDED, ANSWER, SAID = 3, 3, 40, 30, 20, 14, 24

@@ -12,8 +12,8 @@ import on_host  # noqa: F401
 import torch
 from numpy.random import Generator, default_rng
 
-from vllm_stateful.adapters import lookup_kernels, lookup_speculator
-from vllm_stateful.adapters.lookup_speculator import LookupSpeculator, prior
+from vllm_stateful.adapters.worker import lookup_kernels, lookup_speculator
+from vllm_stateful.adapters.worker.lookup_speculator import LookupSpeculator, prior
 from vllm_stateful.speculate.answer_buffer import END, MAX_MATCH, LookupUpdate, Span, Write
 
 MAX_LEN, MAX_REQS, BLOCK, REGION = 96, 5, 16, 40

@@ -10,8 +10,8 @@ import numpy as np
 import on_host  # noqa: F401
 import torch
 
-from vllm_stateful.adapters.row_kernel import ROW_BLOCK
-from vllm_stateful.adapters.worker_ids import write_ids
+from vllm_stateful.adapters.worker.row_kernel import ROW_BLOCK
+from vllm_stateful.adapters.worker.staged_ids import write_ids
 
 COUNTS = (0, 1, ROW_BLOCK - 1, ROW_BLOCK, ROW_BLOCK + 1, 4 * ROW_BLOCK + 225)
 

@@ -115,6 +115,18 @@ STAGE_IMPORTS = {
     "transport": {"transport"},
 }
 EVERYONE = {"config", "errors", "types"}
+PROCESSES = {"frontend", "engine", "worker"}
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_process_imports_no_adapter_of_another(process: str) -> None:
+    """What they say to each other stands in ``transport``."""
+    others = {f"vllm_stateful.adapters.{other}" for other in PROCESSES - {process}}
+    for path in (PACKAGE / "adapters" / process).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                module = node.module or ""
+                assert not any(f"{module}.".startswith(f"{other}.") for other in others), path
 
 
 @pytest.mark.parametrize("stage", STAGE_IMPORTS)

@@ -26,7 +26,7 @@ from vllm_stateful.errors import UnsupportedError
 
 logger = init_logger("vllm.stateful")
 
-_RENDERER = ("vllm_stateful.adapters.renderer", "StatefulHfRenderer")
+_RENDERER = ("vllm_stateful.adapters.frontend.renderer", "StatefulHfRenderer")
 
 _BEHIND_RUST = (
     "behind the Rust frontend sessions are told by session id, cache_salt and content. "

@@ -40,14 +40,14 @@ class Place(NamedTuple):
 
 ON_CUDA = Place(
     AttentionBackendEnum.FLASH_ATTN,
-    "vllm_stateful.adapters.attention_backend.StatefulAttentionBackend",
+    "vllm_stateful.adapters.worker.attention_backend.StatefulAttentionBackend",
     library(CUDA),
     is_measured=False,
     feature="attention-cuda",
 )
 ON_CPU = Place(
     AttentionBackendEnum.CPU_ATTN,
-    "vllm_stateful.adapters.cpu_attention_backend.StatefulCPUBackend",
+    "vllm_stateful.adapters.worker.cpu_attention_backend.StatefulCPUBackend",
     library(CPU),
     is_measured=True,
     feature="attention-cpu",

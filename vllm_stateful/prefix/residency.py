@@ -181,7 +181,7 @@ class FinishedTurn:
 
 
 class OffloadTier(Protocol):
-    """Who else must know which sessions wait (``adapters.offload_tier``)."""
+    """Who else must know which sessions wait (``adapters.engine.offload_tier``)."""
 
     def waits(
         self, session: SessionKey, forecast: Forecast, num_tokens: int, wished_until_s: float

@@ -161,7 +161,7 @@ PATCHES = (
         name="cli-flags",
         target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
         wrap=_cli_flags,
-        calls=(Hook("vllm_stateful.adapters.command_line:extend_parser"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.command_line:extend_parser"),),
         symptom="A general plugin cannot add flags to `vllm serve`.",
         reason="vLLM loads general plugins just before it builds this parser, but then offers the "
         "parser to platform plugins only (current_platform.pre_register_and_update).",
@@ -175,7 +175,7 @@ PATCHES = (
         name="session-identity",
         target="vllm.entrypoints.generate.base.serving:GenerateBaseServing._get_session_id",
         wrap=_session_identity,
-        calls=(Hook("vllm_stateful.adapters.identity:identify"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.identity:identify"),),
         symptom="Only `session_id`, `X-Session-ID` and `vllm_xargs.session_id` name a session; "
         "agents send other headers and are taken for strangers at every turn.",
         reason="Chat, completions and responses all ask this one function, and no seam lets a "
@@ -190,7 +190,7 @@ PATCHES = (
         name="request-identity",
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         wrap=_request_identity,
-        calls=(Hook("vllm_stateful.adapters.identity:stamp"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.identity:stamp"),),
         symptom="The API key of a request never reaches the engine, so two tenants share KV "
         "blocks.",
         reason="`cache_salt` would keep them apart, but only clients can set it, and nothing "
@@ -207,7 +207,7 @@ PATCHES = (
         name="message-parsing",
         target="vllm.renderers.hf:parse_chat_messages_async",
         wrap=_message_parsing,
-        calls=(Hook("vllm_stateful.adapters.messages:parse_new_messages"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.messages:parse_new_messages"),),
         symptom="A turn of a conversation of 400 messages blocks the event loop for 2 ms while all "
         "of them are parsed again.",
         reason="The function parses one message after the other, each on its own, but is only ever "
@@ -223,7 +223,7 @@ PATCHES = (
         name="anthropic-usage",
         target="vllm.entrypoints.anthropic.serving:AnthropicServingMessages.create_messages",
         wrap=_anthropic_usage,
-        calls=(Hook("vllm_stateful.adapters.anthropic_usage:with_cache_creation"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.anthropic_usage:with_cache_creation"),),
         symptom="`cache_control` of POST /v1/messages is dropped, and `usage` has no "
         "`cache_creation`: a client that asks for a cache of one hour cannot see whether it got "
         "one.",
@@ -239,7 +239,7 @@ PATCHES = (
         name="detokenizer-prompt",
         target="vllm.v1.engine.detokenizer:FastIncrementalDetokenizer.__init__",
         wrap=_detokenizer_prompt,
-        calls=(Hook("vllm_stateful.adapters.detokenizer:with_prompt_tail"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.detokenizer:with_prompt_tail"),),
         symptom="The first token of a 100k-token prompt blocks the API server's event loop for 32 "
         "ms: every other stream stalls.",
         reason="`DecodeStream` is primed with all prompt token ids and decodes them all at its "
@@ -254,7 +254,7 @@ PATCHES = (
         name="reasoning-end",
         target="vllm.reasoning.basic_parsers:BaseThinkingReasoningParser.is_reasoning_end",
         wrap=_reasoning_end,
-        calls=(Hook("vllm_stateful.adapters.reasoning_end:is_reasoning_end"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.reasoning_end:is_reasoning_end"),),
         symptom="With a reasoning parser, a Python loop runs backwards over the prompt, on the "
         "event loop: to its start when no thinking token is in it (2 ms for 100k tokens).",
         reason="The parser is given a list of ids and cannot know that all but its end was "
@@ -269,7 +269,7 @@ PATCHES = (
         name="finished-answer",
         target="vllm.v1.engine.output_processor:OutputProcessor._finish_request",
         wrap=_finished_answer,
-        calls=(Hook("vllm_stateful.adapters.renderer:note_answer"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.renderer:note_answer"),),
         symptom="A tool call comes back in the history with other white space in its JSON, hence "
         "other token ids: its KV is useless and it is computed again.",
         reason="The generated ids of every endpoint pass here, before they become text; no plugin "
@@ -284,7 +284,7 @@ PATCHES = (
         name="request-state",
         target="vllm.v1.engine.output_processor:RequestState.from_new_request",
         wrap=_request_state,
-        calls=(Hook("vllm_stateful.adapters.tool_call_check:state_maker"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.tool_call_check:state_maker"),),
         symptom="With parallel_tool_calls false or a named tool the model may go on behind the one "
         "call, and an invalid call is seen by nobody before its end.",
         reason="Where text appears and stop strings are found, nothing else can end a turn; logits "

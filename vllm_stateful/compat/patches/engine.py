@@ -72,7 +72,7 @@ PATCHES = (
         name="scheduler-class",
         target="vllm.config.scheduler:SchedulerConfig.get_scheduler_cls",
         wrap=_scheduler_class,
-        calls=(Hook("vllm_stateful.adapters.scheduler_choice:choose_scheduler"),),
+        calls=(Hook("vllm_stateful.adapters.engine.scheduler_choice:choose_scheduler"),),
         symptom="A plugin cannot be the default scheduler for both sync and async scheduling.",
         reason="`scheduler_cls` is one class, chosen by the user before async scheduling is "
         "resolved; the wrong base class costs the overlap of scheduling and execution. This method "
@@ -87,7 +87,7 @@ PATCHES = (
         name="engine-utility",
         target="vllm.v1.engine.core:EngineCore.stateful",
         wrap=_engine_utility,
-        calls=(Hook("vllm_stateful.adapters.engine_utility:answer"),),
+        calls=(Hook("vllm_stateful.adapters.engine.engine_utility:answer"),),
         symptom="The API process cannot ask a plugin in the engine core anything.",
         reason="Utility calls reach methods of EngineCore by name and a plugin has no name there; "
         "collective_rpc reaches the workers, not the scheduler.",
@@ -102,7 +102,7 @@ PATCHES = (
         name="worker-ids",
         target="vllm.v1.core.sched.output:NewRequestData.from_request",
         wrap=_worker_ids,
-        calls=(Hook("vllm_stateful.adapters.worker_ids:worker_ids"),),
+        calls=(Hook("vllm_stateful.adapters.engine.worker_ids:worker_ids"),),
         symptom="Pickling, unpickling and copying the ids of a 100k-token prompt takes the engine "
         "core and each worker 3 ms, every turn.",
         reason="The row that they end in is int32 already, but the dataclass is built from the "

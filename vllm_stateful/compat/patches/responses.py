@@ -83,7 +83,7 @@ PATCHES = (
         name="response-request",
         target="vllm.v1.engine.core_client:AsyncMPClient.add_request_async",
         wrap=_response_request,
-        calls=(Hook("vllm_stateful.adapters.response_cache:is_answered"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.response_cache:is_answered"),),
         symptom="A greedy request that was answered a moment ago, or is being answered right now, "
         "is computed once more in full.",
         reason="Below this point a request is a message; above it each endpoint has a way of its "
@@ -98,7 +98,7 @@ PATCHES = (
         name="response-abort",
         target="vllm.v1.engine.core_client:AsyncMPClient.abort_requests_async",
         wrap=_response_abort,
-        calls=(Hook("vllm_stateful.adapters.response_cache:left_to_abort"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.response_cache:left_to_abort"),),
         symptom="None in stock vLLM: part of response-request.",
         reason="The engine must go on with a request that others follow, and knows none that "
         "follows.",
@@ -113,8 +113,8 @@ PATCHES = (
         target="vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
         wrap=_response_outputs,
         calls=(
-            Hook("vllm_stateful.adapters.response_cache:with_followers"),
-            Hook("vllm_stateful.adapters.response_cache:stopped"),
+            Hook("vllm_stateful.adapters.frontend.response_cache:with_followers"),
+            Hook("vllm_stateful.adapters.frontend.response_cache:stopped"),
         ),
         symptom="None in stock vLLM: part of response-request.",
         reason="An answer is remembered as the engine gave it, and given to all who asked for it. "
@@ -131,8 +131,8 @@ PATCHES = (
         target="vllm.v1.engine.core_client:AsyncMPClient._call_utility_async",
         wrap=_response_forget,
         calls=(
-            Hook("vllm_stateful.adapters.response_cache:called"),
-            Hook("vllm_stateful.adapters.response_cache:done"),
+            Hook("vllm_stateful.adapters.frontend.response_cache:called"),
+            Hook("vllm_stateful.adapters.frontend.response_cache:done"),
         ),
         symptom="None in stock vLLM: part of response-request.",
         reason="Weight updates, adapters, sleep and resets all pass here, and nowhere else "

@@ -86,7 +86,7 @@ PATCHES = (
         name="prompt-send",
         target="vllm.v1.engine.core_client:AsyncMPClient._send_input",
         wrap=_prompt_send,
-        calls=(Hook("vllm_stateful.adapters.prompt_sender:pack"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.prompt_sender:pack"),),
         symptom="A turn that adds 700 tokens to 100k sends 100k integers over ZMQ: encoding, "
         "sending, decoding and copying them takes 5 to 10 ms on the way to the engine.",
         reason="The engine core has no notion of a prompt that continues another one, and nothing "
@@ -101,7 +101,7 @@ PATCHES = (
         name="prompt-answers",
         target="vllm.v1.engine.core_client:AsyncMPClient.get_output_async",
         wrap=_prompt_answers,
-        calls=(Hook("vllm_stateful.adapters.prompt_sender:take_misses"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.prompt_sender:take_misses"),),
         symptom="None in stock vLLM: the other half of prompt-send.",
         reason="An engine that gave up the base of a prompt says so in band, as vLLM does for its "
         "multimodal cache; the whole prompt is sent before the caller notices.",
@@ -115,7 +115,7 @@ PATCHES = (
         name="prompt-abort",
         target="vllm.v1.engine.core_client:DPLBAsyncMPClient.abort_requests_async",
         wrap=_prompt_abort,
-        calls=(Hook("vllm_stateful.adapters.prompt_sender:aborted"),),
+        calls=(Hook("vllm_stateful.adapters.frontend.prompt_sender:aborted"),),
         symptom="None in stock vLLM: with data parallelism, part of prompt-answers.",
         reason="The client of several engine cores sends no abort for a request that an engine "
         "answered with a miss; so it would be sent again after it was aborted.",
@@ -129,7 +129,7 @@ PATCHES = (
         name="prompt-handover",
         target="vllm.v1.engine.core:EngineCore.preprocess_add_request",
         wrap=_prompt_handover,
-        calls=(Hook("vllm_stateful.adapters.prompt_receiver:receive"),),
+        calls=(Hook("vllm_stateful.adapters.engine.prompt_receiver:receive"),),
         symptom="For 700 new tokens after 100k, the engine core computes the hashes of all blocks "
         "again (9 ms at block size 16).",
         reason="`Request` is built from the complete prompt, with no room for hashes that are "
@@ -144,7 +144,7 @@ PATCHES = (
         name="prompt-miss",
         target="vllm.v1.engine.core:EngineCoreProc._handle_request_preproc_error",
         wrap=_prompt_miss,
-        calls=(Hook("vllm_stateful.adapters.prompt_receiver:answer_miss"),),
+        calls=(Hook("vllm_stateful.adapters.engine.prompt_receiver:answer_miss"),),
         symptom="None in stock vLLM: the engine's half of prompt-answers.",
         reason="What goes wrong before a request is queued is reported here; a missing base is to "
         "be answered, not logged as an unexpected error.",

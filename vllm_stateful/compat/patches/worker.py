@@ -79,7 +79,7 @@ PATCHES = (
         name="staged-ids",
         target="vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor.stage_write",
         wrap=_staged_ids,
-        calls=(Hook("vllm_stateful.adapters.worker_ids:write_ids"),),
+        calls=(Hook("vllm_stateful.adapters.worker.staged_ids:write_ids"),),
         symptom="A prompt of 100k tokens is pickled twice for every worker, unpickled twice and "
         "converted there: 12 ms, every turn (2 ms where the engine core holds the worker).",
         reason="The row that they end in is int32, but what is staged for it is a list.",
@@ -93,7 +93,7 @@ PATCHES = (
         name="worker-speculator",
         target="vllm.v1.worker.gpu.model_runner:init_speculator",
         wrap=_worker_speculator,
-        calls=(Hook("vllm_stateful.adapters.lookup_speculator:make_speculator"),),
+        calls=(Hook("vllm_stateful.adapters.worker.lookup_speculator:make_speculator"),),
         symptom="ngram_gpu takes the longest match of at most prompt_lookup_max tokens, in the "
         "prompt alone, and nothing can take its place; custom_class falls back to model runner V1 "
         "without async scheduling.",
@@ -108,7 +108,7 @@ PATCHES = (
         name="worker-requests",
         target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests",
         wrap=_worker_requests,
-        calls=(Hook("vllm_stateful.adapters.lookup_speculator:note_requests"),),
+        calls=(Hook("vllm_stateful.adapters.worker.lookup_speculator:note_requests"),),
         symptom="A drafter on the device knows a request's own tokens, and nothing that its agent "
         "said in other requests.",
         reason="propose() gets the batch, not the SchedulerOutput, and no other member of a "
@@ -123,7 +123,7 @@ PATCHES = (
         name="worker-batch",
         target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs",
         wrap=_worker_batch,
-        calls=(Hook("vllm_stateful.adapters.batch_prefixes:note_batch"),),
+        calls=(Hook("vllm_stateful.adapters.worker.batch_prefixes:note_batch"),),
         symptom="Eight sub-agents that share a prefix of 32k tokens read its keys eight times in "
         "each step: cascade attention wants a prefix that the whole batch shares.",
         reason="The scheduler knows who shares what; a metadata builder sees rows without their "

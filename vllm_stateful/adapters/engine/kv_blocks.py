@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's KV cache manager, extended by residencies: resume, share, keep, give back.
+
+Four methods are the whole life of a turn's blocks: ``get_computed_blocks`` (what is here,
+`kv_lookup`), ``allocate_slots`` (take it, never fail because of a pin, `kv_admission`), ``free``
+(keep it) and ``reset_prefix_cache`` (drop it). Everything else is vLLM's own.
+"""
+
+from __future__ import annotations
+
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_stateful.adapters.engine.kv_admission import KVAdmission
+from vllm_stateful.adapters.engine.turn import (
+    Turn,
+    forced_tool,
+    is_final,
+    output_array,
+    retention_wish,
+)
+from vllm_stateful.prefix.groups import ResumePoint
+from vllm_stateful.prefix.residency import FinishedTurn
+from vllm_stateful.types import Demotion, SessionKey
+
+
+class StatefulKVCacheManager(KVAdmission):
+    """A ``KVCacheManager`` whose finished turns stay resident.
+
+    Not constructed: ``adapters.engine.scheduler`` turns the manager that the stock scheduler built
+    into one (``become_stateful``), so that no constructor argument is repeated here.
+    """
+
+    # ---- keep it -------------------------------------------------------------------------
+
+    def free(self, request: Request) -> None:
+        """Keep a finished turn's blocks with its session; free those of any other request."""
+        if not request.is_finished():
+            self._free_preempted(request)
+            return
+        self.bypassed.discard(request.request_id)
+        turn = self.turns.pop(request.request_id, None)
+        if turn is not None:
+            self._unshare(turn)
+        if turn is not None and self._is_worth_keeping(request, turn):
+            self._keep(request, turn)
+            return
+        if turn is not None:
+            self._drop_points(turn)
+            self._forfeit(turn, self._why_not_kept(request, turn))
+        super().free(request)
+
+    def _is_worth_keeping(self, request: Request, turn: Turn) -> bool:
+        if is_final(request):
+            turn.is_closing = True
+            self.store.close(turn.session)
+        return not (turn.is_closing or _has_failed(request, turn) or turn.epoch != self.epoch)
+
+    def _why_not_kept(self, request: Request, turn: Turn) -> Demotion:
+        if turn.is_closing:
+            return Demotion.CLOSED
+        return Demotion.ERROR if _has_failed(request, turn) else Demotion.RESET
+
+    def _free_preempted(self, request: Request) -> None:
+        self.preempted(request)
+        super().free(request)
+
+    def preempted(self, request: Request) -> None:
+        """A preempted turn loses its blocks, as in stock vLLM, and looks up again later."""
+        turn = self.turns.get(request.request_id)
+        if turn is not None:
+            turn.is_loading = False
+            self._unshare(turn)
+            self._drop_points(turn)
+            turn.wanted, turn.planned_for = [], None
+            self._forfeit(turn, Demotion.PREEMPTED)
+
+    def _forfeit(self, turn: Turn, why: Demotion) -> None:
+        if turn.borrowed is not None:
+            self.store.forfeit(turn.borrowed, why)
+        turn.borrowed = turn.offer = None
+
+    def _keep(self, request: Request, turn: Turn) -> None:
+        """Hand the turn's blocks to a residency, up to the last token that is sure.
+
+        Drafts that were accepted and then trimmed by a stop, or not yet verified when the client
+        went away, count as computed but are no tokens of the request: hence the ``min``.
+        """
+        frontier, has_state = self._end_of(request)
+        if frontier > 0:
+            self.cache_blocks(request, frontier)  # blocks that accepted drafts filled
+        self.resume_points.capture_at_end(turn, request.request_id, frontier)
+        known = None if turn.borrowed is None else turn.borrowed.tables
+        tables, held = self.request_tables.take(
+            request.request_id, frontier, known, has_state=has_state
+        )
+        if frontier <= 0:
+            self._drop_points(turn)
+            return
+        num_known = frontier + self.lookahead
+        last = None if held is None else ResumePoint(num_known, held)
+        points, turn.points = self._points_of(turn, last, num_known), []
+        related, num_shared = turn.related or (None, 0)
+        made = self.store.finish(
+            FinishedTurn(
+                session=turn.session,
+                prompt=turn.prompt,
+                output=output_array(request),
+                frontier=num_known,
+                tables=tables,
+                points=points,
+                borrowed=turn.borrowed,
+                base=related,
+                num_base_tokens=num_shared,
+                version=turn.version,
+                tool=forced_tool(request) or self.called_tool(request),
+                wish_s=retention_wish(request) or 0.0,
+            )
+        )
+        if made is not None and made.num_blocks > self.store.pins.budget_blocks:
+            self.store.demote(made, Demotion.BUDGET)  # rather than all others, then this one
+        self.store.enforce_budget()
+
+    def _end_of(self, request: Request) -> tuple[int, bool]:
+        """How many tokens were computed for sure, and whether states are those behind them.
+
+        A state is behind all that was ever scheduled. Where the answer ended with a step in flight
+        that step read the last token, which is known; the token that it sampled is not.
+        """
+        frontier = min(
+            request.num_computed_tokens - request.num_output_placeholders, request.num_tokens
+        )
+        most = request.num_tokens - self.lookahead
+        if not self.store.has_points:
+            return min(frontier, most), True
+        if request.num_computed_tokens <= most:
+            return request.num_computed_tokens, not self.may_have_drafts
+        return min(frontier, most), False
+
+    def _points_of(self, turn: Turn, last: ResumePoint | None, frontier: int) -> list[ResumePoint]:
+        """The resume points that a turn leaves, by position, each once.
+
+        None behind its frontier, and none inside the answers before its own.
+        """
+        by_position: dict[int, ResumePoint] = {}
+        for point in turn.points if last is None else [*turn.points, last]:
+            is_old = point.is_answer and point.position <= len(turn.prompt)
+            if is_old or point.position > frontier:
+                self.store.release_points([point])
+                continue
+            before = by_position.get(point.position)
+            if before is not None:
+                self.store.release_points([before])
+                point.is_shared |= before.is_shared
+                point.is_question |= before.is_question
+            by_position[point.position] = point
+        return [by_position[position] for position in sorted(by_position)]
+
+    # ---- drop it -------------------------------------------------------------------------
+
+    def reset_prefix_cache(self) -> bool:
+        """Drop every residency, then reset as vLLM does. Running turns will not be kept."""
+        self.epoch += 1
+        self.store.reset()
+        return bool(super().reset_prefix_cache())
+
+    def close_session(self, session_id: str, cache_salt: str | None) -> int:
+        """Release what a session keeps; turns of it that still run will keep nothing either.
+
+        Args:
+            session_id: as the engine was told.
+            cache_salt: as the engine was told; sessions of other tenants stay. The same id
+                under several LoRA adapters is closed under all of them.
+
+        Returns:
+            The number of branches that were dropped, running turns included.
+        """
+
+        def is_meant(session: SessionKey) -> bool:
+            return session.session_id == session_id and session.identity.cache_salt == cache_salt
+
+        running = [turn for turn in self.turns.values() if is_meant(turn.session)]
+        for turn in running:
+            turn.is_closing = True
+        sessions = [session for session in self.store.sessions() if is_meant(session)]
+        return len(running) + sum(self.store.close(session) for session in sessions)
+
+    def new_step_starts(self) -> None:
+        """Called by the scheduler at the start of each step; ends idle sessions."""
+        self.store.expire(self.idle_seconds)
+        super().new_step_starts()
+
+
+def _has_failed(request: Request, turn: Turn) -> bool:
+    """Whether its KV may be wrong: an error ended it, or while KV was still being loaded."""
+    return request.status == RequestStatus.FINISHED_ERROR or turn.is_loading

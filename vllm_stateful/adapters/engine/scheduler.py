@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's schedulers with resident sessions: one mixin over ``Scheduler`` and ``AsyncScheduler``.
+
+The scheduling itself is vLLM's. The mixin gives the scheduler a stateful KV cache manager, or
+leaves it as it is and says why when the model or the engine's settings are not known to be safe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request
+
+from vllm_stateful.adapters.attention_choice import STEPS, is_cuda_backend_chosen
+from vllm_stateful.adapters.engine.called_tools import CalledTools
+from vllm_stateful.adapters.engine.hash_check import HashCheck
+from vllm_stateful.adapters.engine.invariants import check_pool
+from vllm_stateful.adapters.engine.kv_blocks import StatefulKVCacheManager
+from vllm_stateful.adapters.engine.kv_groups import group_of, kinds_of
+from vllm_stateful.adapters.engine.message_boundaries import boundary_rules
+from vllm_stateful.adapters.engine.offload import is_offloading, tier_of
+from vllm_stateful.adapters.engine.prefill_groups import SchedulerPrefills
+from vllm_stateful.adapters.engine.resume_points import ResumePoints
+from vllm_stateful.adapters.engine.scheduler_lookup import SchedulerLookup
+from vllm_stateful.adapters.engine.scheduler_prefixes import SchedulerPrefixes
+from vllm_stateful.adapters.engine.turn import session_of
+from vllm_stateful.adapters.engine.waiting_queue import ProgramQueue
+from vllm_stateful.adapters.speculation import (
+    has_head,
+    is_asked_for,
+    is_looked_up,
+    why_not_beside_head,
+)
+from vllm_stateful.config import StatefulConfig, load_config
+from vllm_stateful.errors import UnsupportedError
+from vllm_stateful.prefix.boundaries import BoundaryRules
+from vllm_stateful.prefix.groups import Group
+from vllm_stateful.types import SessionKey
+
+if TYPE_CHECKING:
+    from vllm_stateful.adapters.engine.offload_tier import OffloadTier
+    from vllm_stateful.adapters.engine.scheduler_drafts import SchedulerDrafts
+
+logger = init_logger("vllm.stateful")
+
+
+def unsupported_reason(scheduler: Scheduler) -> str | None:
+    """Why sessions cannot be kept in this engine; None when they can."""
+    manager = scheduler.kv_cache_manager
+    if not manager.enable_caching:
+        return "prefix caching is off (--no-enable-prefix-caching)"
+    managers = manager.coordinator.single_type_managers
+    if not managers:
+        return "the model has no KV cache"
+    try:
+        groups = [group_of(each) for each in managers]
+    except UnsupportedError as error:
+        return str(error)
+    if any(each.block_pool is not manager.block_pool for each in managers):
+        return "its KV cache groups have blocks of their own"
+    return _unsupported_connector(scheduler, groups) or _unsupported_setting(scheduler)
+
+
+def _unsupported_connector(scheduler: Scheduler, groups: list[Group]) -> str | None:
+    connector = scheduler.connector
+    if connector is None:
+        return None
+    if not is_offloading(connector):
+        return f"a KV connector other than OffloadingConnector: {type(connector).__name__}"
+    if not all(group.is_full for group in groups):
+        return "an offload tier beside windows or states"
+    if scheduler.use_eagle or scheduler.num_prefill_lookahead:
+        return "an offload tier beside a draft head"
+    return None
+
+
+def _unsupported_setting(scheduler: Scheduler) -> str | None:
+    size = scheduler.cache_config.block_size
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    if any(isinstance(each, MambaManager) and each.block_size != size for each in managers):
+        return "chunks of a prompt do not end where blocks of states do"
+    if scheduler.num_prefill_lookahead > 1:
+        return "the draft head's KV depends on more than the next token (several MTP modules)"
+    if scheduler.prefix_replay_tokens:
+        return "a part of each hit is computed again (bounded replay)"
+    if scheduler.aux_output_connector is not None:
+        return "auxiliary outputs (routed experts) are kept per whole block"
+    if scheduler.num_sampled_tokens_per_step != 1:
+        return "the model does not sample one token a step"
+    if scheduler.dcp_world_size != 1 or scheduler.pcp_world_size != 1:
+        return "context parallelism is on"
+    return None
+
+
+class _StatefulMixin:
+    """Adds sessions to a vLLM scheduler class."""
+
+    kv_cache_manager: Any
+    structured_output_manager: Any
+    requests: dict[str, Request]
+    policy: SchedulingPolicy
+    config: StatefulConfig
+    by_service: ProgramQueue | None = None
+    """The waiting queue with ``--stateful-order least-served``."""
+    prefills: SchedulerPrefills | None = None
+    speculation: SchedulerDrafts | None = None
+    """Drafts from sessions, where vLLM was told to take them."""
+    lookup: SchedulerLookup | None = None
+    """What the device looks drafts up in, where it does."""
+    prefixes: SchedulerPrefixes | None = None
+    """What requests share, where our kernels for CUDA attend."""
+    vllm_config: Any
+    connector: Any
+    tier: OffloadTier | None = None
+    """vLLM's offload tier, where it is on and lets us order it."""
+    hash_check: HashCheck | None = None
+    """Where invariants are checked and vLLM hashes blocks."""
+    ending: deque[tuple[int, Request]]
+    """Turns that ended with a step in flight, and the step after which they are kept."""
+    hash_block_size: int
+    num_spec_tokens: int
+    use_eagle: bool
+    num_prefill_lookahead: int
+    sched_step_seq: int
+    processed_step_seq: int
+    _request_blocks_can_be_freed: Callable[[Request], bool]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config = load_config()
+        self.tier = tier_of(self.connector)
+        self.ending: deque[tuple[int, Request]] = deque()
+        self.stateful_off = unsupported_reason(self)
+        if self.stateful_off is None:
+            self._become_stateful()
+        elif self.config.strict:
+            raise UnsupportedError(f"--plugin stateful: {self.stateful_off}")
+        else:
+            logger.warning("stateful: off, serving as stock vLLM: %s", self.stateful_off)
+
+    def _become_stateful(self) -> None:
+        """Extend the manager in place: same object, same state, our four methods."""
+        manager = self.kv_cache_manager
+        if type(manager).__name__ != "KVCacheManager":
+            raise UnsupportedError(f"the KV cache manager is a {type(manager).__name__}")
+        manager.__class__ = StatefulKVCacheManager
+        tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
+        rules = boundary_rules(tokenizer)
+        manager.become_stateful(
+            pin_fraction=self.config.pin_fraction,
+            idle_seconds=self.config.idle_seconds,
+            clock=time.monotonic,
+            called_tool=CalledTools(tokenizer),
+            rules=rules,
+            groups=[group_of(each) for each in manager.coordinator.single_type_managers],
+            max_points=self.config.resume_points,
+            lookahead=int(self.use_eagle or self.num_prefill_lookahead > 0),
+            may_have_drafts=self.num_spec_tokens > 0,
+        )
+        logger.info(
+            "stateful: on, sessions may pin %d of %d blocks of %d tokens; KV cache groups: %s",
+            manager.store.pins.budget_blocks,
+            manager.block_pool.num_gpu_blocks - 1,
+            manager.store.block_size,
+            kinds_of(manager.groups),
+        )
+        manager.store.tier = self.tier
+        if self.config.check_invariants and manager.enable_caching:
+            algorithm = self.vllm_config.cache_config.prefix_caching_hash_algo
+            num_ahead = getattr(self, "num_hash_lookahead_tokens", 0)
+            self.hash_check = HashCheck(self.hash_block_size, algorithm, num_ahead)
+        if not manager.store.has_points:
+            self.prefills = SchedulerPrefills(self)
+        self._draft_from_sessions(rules)
+        if self._are_prefixes_shared():
+            self.prefixes = SchedulerPrefixes(manager)
+        if self.config.order == "least-served":
+            self._order_by_service()
+
+    def _draft_from_sessions(self, rules: BoundaryRules | None) -> None:
+        """Where vLLM was told to, and beside a drafting head."""
+        is_beside_head = False
+        if has_head(self.vllm_config) and self.num_spec_tokens:
+            reason = why_not_beside_head(self.vllm_config, self.config)
+            is_beside_head = reason is None
+            logger.info("stateful: drafts from sessions beside the head: %s", reason or "on")
+        on_device = self.vllm_config.use_v2_model_runner
+        if is_looked_up(self.vllm_config) or (is_beside_head and on_device):
+            self.lookup = SchedulerLookup(
+                self.kv_cache_manager, rules, is_beside_head=is_beside_head
+            )
+        elif is_asked_for(self.vllm_config) or is_beside_head:
+            from vllm_stateful.adapters.engine.scheduler_drafts import (
+                SchedulerDrafts,  # numba: a second
+            )
+
+            self.speculation = SchedulerDrafts(
+                self.kv_cache_manager,
+                rules,
+                self.num_spec_tokens,
+                is_beside_head=is_beside_head,
+            )
+
+    def _are_prefixes_shared(self) -> bool:
+        """Whether the worker can attend from several requests to one prefix."""
+        if len(self.kv_cache_manager.groups) > 1:
+            return False
+        is_wanted = "shared-prefixes" not in self.config.disable
+        return is_wanted and self.vllm_config.use_v2_model_runner and is_cuda_backend_chosen()
+
+    # ---- the order of waiting turns, when asked for --------------------------------------
+
+    def _order_by_service(self) -> None:
+        """Put our queue in the place of vLLM's; priorities that were asked for win.
+
+        Raises:
+            UnsupportedError: strict, and vLLM orders by priority.
+        """
+        if self.policy is SchedulingPolicy.FCFS:
+            self.waiting = self.by_service = ProgramQueue()
+            return
+        problem = f"--scheduling-policy {self.policy.value} decides, not --stateful-order"
+        if self.config.strict:
+            raise UnsupportedError(f"--plugin stateful: {problem}")
+        logger.warning("stateful: %s", problem)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's end of every request; counts what it generated."""
+        if self.tier is not None:
+            self.tier.request_ended(request.request_id, self._session_of(request))
+        if self.by_service is not None:
+            self.by_service.ended(request)
+        if self.prefills is not None:
+            self.prefills.ended(request)
+        if self.speculation is not None:
+            self.speculation.ended(request)
+        if self.lookup is not None:
+            self.lookup.ended(request)
+        return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Whether a waiting request can run in this step: not while another computes its prefix."""
+        ready = super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
+        return bool(ready) and not (self.prefills is not None and self.prefills.waits(request))
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """vLLM ends chunks where states must be cached; we, where resume points are wanted."""
+        num_new: int = super()._mamba_block_aligned_split(  # type: ignore[misc]
+            request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
+        )
+        turn = None if self.stateful_off else self.kv_cache_manager.turns.get(request.request_id)
+        if turn is None or not turn.wanted:
+            return num_new
+        start = request.num_computed_tokens + num_new_local_computed_tokens
+        return ResumePoints.stop(turn, start + num_external_computed_tokens, num_new)
+
+    # ---- beside an offload tier ----------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """vLLM's begin of every request; decides whether it is offloaded."""
+        if self.tier is not None and request.request_id not in self.requests:
+            self.tier.admit(request, session_of(request))
+        super().add_request(request)  # type: ignore[misc]
+
+    def _session_of(self, request: Request) -> SessionKey:
+        turn = None if self.stateful_off else self.kv_cache_manager.turns.get(request.request_id)
+        return session_of(request) if turn is None else turn.session
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """vLLM waits with a request's blocks while a step in flight may still write them.
+
+        So do we: until then nobody can resume the turn, and no load can be given its blocks.
+        """
+        if self.stateful_off is not None or self._request_blocks_can_be_freed(request):
+            super()._free_request_blocks(request)  # type: ignore[misc]
+        elif request.is_finished():
+            self.ending.append((self.sched_step_seq, request))
+        else:
+            self.kv_cache_manager.preempted(request)
+            super()._free_request_blocks(request)  # type: ignore[misc]
+
+    def _drain_deferred_frees(self) -> None:
+        super()._drain_deferred_frees()  # type: ignore[misc]
+        while self.ending and self.ending[0][0] <= self.processed_step_seq:
+            self.kv_cache_manager.free(self.ending.popleft()[1])
+
+    # ---- one step ------------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """One step of vLLM's scheduler; counts what the admitted turns will compute."""
+        output = self._schedule(*args, **kwargs)
+        if self.by_service is not None:
+            for new in output.scheduled_new_reqs:
+                self.by_service.admitted(self.requests[new.req_id], new.num_computed_tokens)
+        if self.speculation is not None:
+            self.speculation.step_begins(output)
+        if self.lookup is not None:
+            self.lookup.step_begins(output)
+        if self.prefixes is not None:
+            self.prefixes.step_begins(output, self.requests)
+        self._check()
+        return output
+
+    def _schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's own. Beside drafts from sessions without the placeholders of drafts (16 rows that
+        cannot be right) that it adds to a turn of which one token is left to compute: they are for
+        full CUDA graphs, which this way of drafting does not have.
+        """
+        if self.lookup is not None:
+            self.lookup.withdraw(self.requests)
+        if self.speculation is None or self.speculation.is_beside_head:
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self.speculation.withdraw(self.requests)
+        num, self.num_spec_tokens = self.num_spec_tokens, 0
+        try:
+            output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.num_spec_tokens = num
+        output.num_spec_tokens_to_schedule = num
+        return output
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """vLLM's hand-over of the worker's drafts; those of the sessions take their place."""
+        if self.speculation is not None:
+            draft_token_ids = self.speculation.fill(draft_token_ids, self.requests)
+        super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's bookkeeping after a step; turns that ended are kept here."""
+        if self.speculation is not None:
+            self.speculation.step_ends()
+        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        self._check()
+        return outputs
+
+    def _check(self) -> None:
+        if self.config.check_invariants and self.stateful_off is None:
+            check_pool(self)
+            if self.hash_check is not None:
+                self.hash_check.check(self.kv_cache_manager, self.requests)
+
+    # ---- what the API server asks for ----------------------------------------------------
+
+    def stateful(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Answer a utility call of the API server: ``stats`` or ``close``.
+
+        Raises:
+            ValueError: no such operation.
+        """
+        if self.stateful_off is not None:
+            return {"off": self.stateful_off}
+        if operation == "stats":
+            return self._stats()
+        if operation == "close":
+            return {"closed": self._close(**arguments)}
+        raise ValueError(f"stateful: no operation {operation!r}")
+
+    def _stats(self) -> dict[str, Any]:
+        manager: StatefulKVCacheManager = self.kv_cache_manager
+        store = manager.store
+        return {
+            **manager.turn_counts.snapshot(store.demotions),
+            "waits": {str(kind): number for kind, number in store.waits.num_began.items()},
+            "num_answers_unread": getattr(manager.called_tool, "num_failed", 0),
+            "num_prefills_joined": 0 if self.prefills is None else self.prefills.groups.num_joined,
+            "num_reasoning_dropped": store.num_reasoning_dropped,
+            "resume_points": manager.resume_points.counts(),
+            **self._tier_stats(),
+            **self._draft_stats(),
+            "attention_steps": dict(STEPS),
+            "num_sessions": store.num_sessions,
+            "num_blocks_pinned": store.pins.num_pinned,
+            "num_blocks_budget": store.pins.budget_blocks,
+            "num_blocks_free": manager.block_pool.get_num_free_blocks(),
+            "num_blocks_total": manager.block_pool.num_gpu_blocks - 1,
+        }
+
+    def _tier_stats(self) -> dict[str, float]:
+        if self.tier is None:
+            return {"num_offloads_declined": 0, "offload_working_set": 0.0}
+        return {
+            "num_offloads_declined": self.tier.num_declined,
+            "offload_working_set": self.tier.working_set.ratio,
+        }
+
+    def _draft_stats(self) -> dict[str, int]:
+        drafts = self.lookup if self.speculation is None else self.speculation.drafts
+        return {
+            "num_tokens_drafted": 0 if drafts is None else drafts.num_drafted,
+            "num_drafts_accepted": 0 if drafts is None else drafts.num_accepted,
+        }
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """vLLM's count of a request's verified drafts."""
+        if self.lookup is not None:
+            self.lookup.verified(num_draft_tokens, num_accepted_tokens)
+        return super().make_spec_decoding_stats(  # type: ignore[misc]
+            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
+        )
+
+    def _close(self, session_ids: list[str], cache_salt: str | None) -> int:
+        """The sessions of any of these ids, under one salt and any adapter."""
+        for request in self.requests.values():
+            if request.session_id in session_ids:
+                self.kv_cache_manager.turn_of(request)  # one that was not looked up yet counts too
+        if self.speculation is not None:
+            self.speculation.closed(
+                lambda session: (
+                    session.session_id in session_ids and session.identity.cache_salt == cache_salt
+                )
+            )
+        return sum(self.kv_cache_manager.close_session(each, cache_salt) for each in session_ids)
+
+
+class StatefulScheduler(_StatefulMixin, Scheduler):  # type: ignore[misc]
+    """``Scheduler`` with resident sessions (CPU, pipeline settings without async scheduling)."""
+
+
+class StatefulAsyncScheduler(_StatefulMixin, AsyncScheduler):  # type: ignore[misc]
+    """``AsyncScheduler`` with resident sessions (CUDA's default)."""
+
+
+def answer_utility(scheduler: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Answer a utility call to the engine core, whatever its scheduler is."""
+    if not isinstance(scheduler, _StatefulMixin):
+        return {"off": f"the scheduler is {type(scheduler).__name__}"}
+    return scheduler.stateful(operation, arguments)
+
+
+def stateful_scheduler_class(stock: type) -> type | None:
+    """The stateful counterpart of a stock scheduler class; None for any other class."""
+    counterparts: dict[type, type] = {
+        Scheduler: StatefulScheduler,
+        AsyncScheduler: StatefulAsyncScheduler,
+    }
+    return counterparts.get(stock)

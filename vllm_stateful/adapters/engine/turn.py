@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One vLLM request seen as a turn: its identity, its tokens, and what it may reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.request import Request
+
+from vllm_stateful.adapters.engine.mm_tokens import can_be_named, with_features
+from vllm_stateful.adapters.model_input import identity_of
+from vllm_stateful.api.retention_wish import hinted_seconds
+from vllm_stateful.api.session_identity import id_fault
+from vllm_stateful.prefix.groups import ResumePoint
+from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency
+from vllm_stateful.prefix.resume_places import Place
+from vllm_stateful.transport.wire import (
+    CLOSE_ACTION,
+    PROMPT_ARRAY,
+    PROMPT_NAMES,
+    RETAIN_ACTION,
+    TOOL_ACTION,
+)
+from vllm_stateful.types import BlockIds, Bypass, Outcome, SessionKey, TokenArray, token_array
+
+
+class Offer(NamedTuple):
+    """KV that a lookup found in a residency."""
+
+    blocks: KVCacheBlocks
+    residency: Residency
+    num_tokens: int
+    outcome: Outcome
+    point: ResumePoint | None = None
+    """What is held for that position, where not every position can be continued."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """State of a running or waiting request, from its first lookup to its end."""
+
+    session: SessionKey
+    prompt: TokenArray
+    """Its tokens; what is not text has ids of its own (``mm_tokens``)."""
+    version: Hashable = None
+    """The name of the prompt, by which a later one may refer to it."""
+    prompt_base: PromptBase | None = None
+    """The earlier prompt that this one was sent as a continuation of."""
+    epoch: int = 0
+    """Resets seen at its last lookup; KV computed before a reset is not kept."""
+    offer: Offer | None = None
+    """What the last lookup returned; None when it returned stock's answer."""
+    related: tuple[Residency, int] | None = None
+    """Who shares most tokens with it, and how many, by its last lookup."""
+    wanted: list[Place] = field(default_factory=list)
+    """Where resume points are still to be left."""
+    planned_for: tuple[int, int] | None = None
+    """Where it continued and what it shared when those were chosen."""
+    points: list[ResumePoint] = field(default_factory=list)
+    """Those that it holds, by position."""
+    num_read: int = 0
+    """Tokens, prompt included, that were looked at for where segments of the answer begin."""
+    inherited_ids: list[BlockIds] = field(default_factory=list)
+    """Blocks of those that it took over from an idle residency, as the pin ledger was told."""
+    borrowed: Residency | None = None
+    shared_ids: BlockIds | None = None
+    """The full blocks that it shares with a residency, as the pin ledger was told."""
+    only_full_blocks: bool = False
+    """Its partial block could not be copied for lack of one free block: align the hit."""
+    can_make_room: bool = False
+    """Its allocation was refused, and somebody gave blocks for it."""
+    is_loading: bool = False
+    """vLLM's offload tier writes into its blocks; none of it has run yet."""
+    has_arrived: bool = False
+    """The gap before it was learned from."""
+    is_counted: bool = False
+    is_closing: bool = False
+    """Its session was closed while it ran, or this is its last turn."""
+    lookup_s: float = 0.0
+    text: TokenArray | None = None
+    """The token ids of its prompt as the model gets them, where ``prompt`` has others."""
+    named: SessionKey = field(init=False)
+    """The session that its request names. ``session`` is the one that it was found to continue."""
+
+    def __post_init__(self) -> None:
+        self.named = self.session
+
+    @property
+    def token_ids(self) -> TokenArray:
+        """The prompt as the model gets it, shape ``[num_prompt_tokens]``."""
+        return self.prompt if self.text is None else self.text
+
+
+def bypass_reason(request: Request, caching: bool) -> Bypass | None:
+    """Why this request must be served by stock vLLM; None when it is an ordinary turn."""
+    if not caching:
+        return Bypass.PREFIX_CACHING_OFF
+    if request.pooling_params is not None:
+        return Bypass.POOLING
+    if request.resumable:
+        return Bypass.STREAMING_INPUT
+    if request.mm_features and not can_be_named(request.mm_features):
+        return Bypass.MULTIMODAL
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        return Bypass.PROMPT_EMBEDS
+    if request.skip_reading_prefix_cache:
+        params = request.sampling_params
+        asks = params is not None and params.prompt_logprobs is not None
+        return Bypass.PROMPT_LOGPROBS if asks else Bypass.NO_CACHE_READ
+    return None
+
+
+def session_of(request: Request) -> SessionKey:
+    """The session that a request names, or an anonymous one of its own.
+
+    An id that is too short or a placeholder names nothing (``api.session_identity.id_fault``).
+    """
+    named = request.session_id if id_fault(request.session_id) is None else None
+    return SessionKey(identity_of(request), named or ANONYMOUS + request.request_id)
+
+
+def is_final(request: Request) -> bool:
+    """Whether the client said that this is its session's last turn (a KV hint)."""
+    hints = request.kv_hints
+    return hints is not None and any(a.action_type == CLOSE_ACTION for a in hints.actions)
+
+
+def retention_wish(request: Request) -> float | None:
+    """For how many seconds without use the client wishes its session kept; None without a wish."""
+    if request.kv_hints is None:
+        return None
+    actions = (action for action in request.kv_hints.actions if action.action_type == RETAIN_ACTION)
+    return max((hinted_seconds(action.payload) or 0.0 for action in actions), default=0.0) or None
+
+
+def forced_tool(request: Request) -> str | None:
+    """The tool that the answer must call (a KV hint); None where the model chooses."""
+    hints = request.kv_hints
+    for action in () if hints is None else hints.actions:
+        if action.action_type == TOOL_ACTION:
+            name = action.payload.get("name")
+            return name if isinstance(name, str) else None
+    return None
+
+
+def prompt_array(request: Request) -> TokenArray | None:
+    """The prompt, shape ``[num_prompt_tokens]``; None when it came without a header."""
+    return getattr(request, PROMPT_ARRAY, None)
+
+
+def start_turn(request: Request) -> Turn:
+    """Begin the record of a turn; copies the prompt's ids where they are not at hand."""
+    assert request.prompt_token_ids is not None
+    array = prompt_array(request)
+    if array is None:
+        array = token_array(request.prompt_token_ids)
+    if request.mm_features:  # its prompt may begin as another one that shows something else
+        return Turn(session_of(request), with_features(array, request.mm_features), text=array)
+    version, base = getattr(request, PROMPT_NAMES, (None, None))
+    return Turn(session_of(request), array, version, base)
+
+
+def output_array(request: Request) -> TokenArray:
+    """What was generated so far, shape ``[num_output_tokens]``."""
+    return token_array(list(request.output_token_ids))
+
+
+def tokens_so_far(turn: Turn, request: Request, num_tokens: int) -> TokenArray:
+    """The first ``num_tokens`` tokens of the request, prompt and output.
+
+    Shape ``[num_tokens]``. The prompt part is not converted again.
+    """
+    num_output = num_tokens - len(turn.prompt)
+    if num_output <= 0:
+        return turn.prompt[:num_tokens]
+    return np.concatenate([turn.prompt, output_array(request)[:num_output]])

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's queue of waiting requests, ordered by the service of their sessions.
+
+Takes the place of ``Scheduler.waiting`` with ``--stateful-order least-served``. Requests that hold
+blocks while they wait are in ``Scheduler.kv_holding_waiting``, which stays vLLM's and goes first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_stateful.adapters.engine.turn import session_of
+from vllm_stateful.api.session_identity import id_fault
+from vllm_stateful.schedule.program_order import ProgramOrder, ServiceBook, Ticket
+from vllm_stateful.types import SessionKey
+
+TICKET = "stateful_ticket"
+"""Attribute of a request that waits or waited: its place by arrival."""
+
+
+def program_of(request: Request) -> SessionKey | None:
+    """The session that a request names; None for a request of its own."""
+    return None if id_fault(request.session_id) is not None else session_of(request)
+
+
+class ProgramQueue(RequestQueue):  # type: ignore[misc]
+    """A ``RequestQueue``: preempted requests first, as in stock vLLM, then by service.
+
+    vLLM takes requests that cannot run yet (a grammar that compiles, a LoRA slot) out during a
+    step and prepends them after it: they go back to the place they had, not before all others.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._book = ServiceBook()
+        self._order: ProgramOrder[Request] = ProgramOrder(self._book)
+        self._preempted: deque[Request] = deque()
+
+    def add_request(self, request: Request) -> None:
+        """Enter a request that has arrived."""
+        setattr(request, TICKET, self._order.add(request, program_of(request), self._clock()))
+
+    def pop_request(self) -> Request:
+        """Take the next request: the one that ``peek_request`` gives."""
+        if self._preempted:
+            return self._preempted.popleft()
+        return self._order.pop(self._clock())
+
+    def peek_request(self) -> Request:
+        """The next request. Raises IndexError when none waits."""
+        return self._preempted[0] if self._preempted else self._order.first(self._clock())
+
+    def prepend_request(self, request: Request) -> None:
+        """Enter a preempted request before all others; any other goes back to its place."""
+        ticket: Ticket | None = getattr(request, TICKET, None)
+        if request.status == RequestStatus.PREEMPTED:
+            self._preempted.appendleft(request)
+        elif ticket is None:
+            self.add_request(request)
+        else:
+            self._order.put_back(request, ticket)
+
+    def prepend_requests(self, requests: Iterable[Request]) -> None:
+        """Enter each before the one before it, as vLLM's queue does."""
+        for request in requests:
+            self.prepend_request(request)
+
+    def remove_request(self, request: Request) -> None:
+        """Take a request out. Raises ValueError when it does not wait."""
+        if not self._order.discard(request):
+            self._preempted.remove(request)
+
+    def remove_requests(self, requests: Iterable[Request]) -> None:
+        """Take requests out; those that do not wait are passed over."""
+        gone = {request for request in requests if not self._order.discard(request)}
+        if gone and self._preempted:
+            self._preempted = deque(r for r in self._preempted if r not in gone)
+
+    def __bool__(self) -> bool:
+        return bool(self._preempted) or len(self._order) > 0
+
+    def __len__(self) -> int:
+        return len(self._preempted) + len(self._order)
+
+    def __iter__(self) -> Iterator[Request]:
+        """As ``pop_request`` would give them if time stood still."""
+        return iter([*self._preempted, *self._order.in_order(self._clock())])
+
+    # ---- what the scheduler tells ---------------------------------------------------------
+
+    def admitted(self, request: Request, num_cached: int) -> None:
+        """A request was admitted, with so many of its tokens in the cache.
+
+        What a preempted request computes a second time is not its program's doing.
+        """
+        if request.num_preemptions == 0:
+            self._book.charge(program_of(request), request.num_prompt_tokens - num_cached)
+
+    def ended(self, request: Request) -> None:
+        """A request has ended, with all its output tokens."""
+        self._book.charge(program_of(request), num_output=request.num_output_tokens)

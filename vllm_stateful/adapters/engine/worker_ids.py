@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scheduler to worker: a prompt's ids as one int32 array instead of a list of Python integers.
+
+Model runner V1 copies them into a row of an int32 table: from a list that is a conversion of
+every id, from an array a memory copy, and pickling an array costs next to nothing. Model runner
+V2 extends Python lists with the ids (``StagedWriteTensor.stage_write``) and gets them twice, as
+the prompt and as all there is to compute; `adapters.worker.staged_ids` takes an array there. The
+list stays where something else reads prompts: KV connectors, logits processors of others, the
+thinking budget.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vllm_stateful.transport.wire import WORKER_ARRAY
+from vllm_stateful.types import token_array
+
+
+def worker_ids(request: Any, all_ids: Any, uses_mrope: bool) -> tuple[Any, Any]:
+    """Hook of ``worker-ids``: what the worker is told the prompt is.
+
+    Args:
+        request: vLLM's scheduler-side request.
+        all_ids: prompt and answer so far, where they go to model runner V2; else None.
+        uses_mrope: whether the model computes positions from the list of ids.
+
+    Returns:
+        ids of the prompt, and all.
+    """
+    array = getattr(request, WORKER_ARRAY, None)
+    params = request.sampling_params
+    if (
+        array is None
+        or uses_mrope
+        or params is None
+        or params.prompt_logprobs is not None
+        or params.thinking_token_budget is not None
+        or len(array) != request.num_prompt_tokens
+    ):
+        return request.prompt_token_ids, all_ids
+    if all_ids is None:
+        return array, None
+    answer = list(request.output_token_ids)  # of a request that was preempted
+    return array, np.concatenate([array, token_array(answer)]) if answer else array

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP: ``DELETE /v1/sessions/{id}``, and the metrics poll (``vllm.endpoint_plugins``).
+
+There is no listing route: sessions cannot be enumerated, and a client reaches its own tenant's
+sessions only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from argparse import Namespace
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from starlette.datastructures import State
+from starlette.responses import JSONResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.logger import init_logger
+
+from vllm_stateful.adapters import fit
+from vllm_stateful.adapters.frontend import session_affinity
+from vllm_stateful.adapters.frontend.identity import TenantMiddleware, salt_of, stand_aside
+from vllm_stateful.adapters.frontend.metrics_exporter import MetricsExporter
+from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas
+from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
+from vllm_stateful.api.session_identity import ids_of_client
+from vllm_stateful.compat.ledger import patch_of
+from vllm_stateful.config import is_enabled, load_config
+from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
+from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
+from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
+
+logger = init_logger("vllm.stateful")
+
+ASK_SECONDS = 30.0
+"""For the first question to the engine."""
+
+POLL_SECONDS, MOST_POLL_SECONDS = 1.0, 60.0
+"""Between two questions to the engine, and where it does not answer them."""
+
+router = APIRouter()
+
+
+@router.delete("/v1/sessions/{session_id:path}")
+async def close_session(
+    session_id: str, raw_request: Request, cache_salt: str | None = None
+) -> Any:
+    """Release what a session keeps; its next turn starts cold.
+
+    Args:
+        session_id: As the client named it, in whichever header or field. A sub-agent of Claude
+            Code is ``ROOT/AGENT``.
+        cache_salt: What the session's requests have in the field of that name.
+
+    Returns:
+        How many branches were dropped; or an error of vLLM's form: 404, nothing is kept; 501, the
+        engine serves as stock vLLM, and why. Not raised: vLLM logs those with their stack.
+    """
+    salt = salt_of(raw_request.headers, cache_salt)
+    arguments = {"session_ids": ids_of_client(session_id), "cache_salt": salt}
+    client = raw_request.app.state.engine_client
+    results = await _ask_all(client, "close", arguments)
+    reasons = [result["off"] for result in results if "off" in result]
+    if results and len(reasons) == len(results):
+        return _error(HTTPStatus.NOT_IMPLEMENTED, f"off: {reasons[0]}")
+    closed = sum(result.get("closed", 0) for result in results)
+    if closed == 0:
+        return _error(HTTPStatus.NOT_FOUND, f"no resident session {session_id!r}")
+    return {"session_id": session_id, "closed": closed}
+
+
+def _error(status: HTTPStatus, message: str) -> JSONResponse:
+    error = ErrorInfo(message=message, type=status.phrase, code=status)
+    return JSONResponse(ErrorResponse(error=error).model_dump(), status_code=status)
+
+
+async def _ask_all(engine_client: Any, operation: str, arguments: dict[str, Any]) -> list[Any]:
+    """One answer per engine core; several with data parallelism."""
+    core = engine_client.engine_core
+    return list(await core.call_utility_all_async("stateful", operation, arguments))
+
+
+class StatefulEndpoint:
+    """vLLM's ``EndpointPlugin``: routes, and a task that keeps ``/metrics`` current."""
+
+    name = "stateful"
+    required_tasks: tuple[str, ...] | None = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add our routes, and what stands before vLLM's; nothing when not enabled."""
+        if _is_on():
+            app.include_router(router)
+            app.add_middleware(TenantMiddleware)
+            if "messages" not in load_config().disable:
+                validate_plain_messages(app)
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Start the metrics' poll. Only the first of several API servers asks the engine."""
+        if not _is_on() or engine_client is None:
+            return
+        asks = getattr(engine_client.engine_core, "client_index", 0) == 0
+        is_known = await _learn_whether_engines_are_off(engine_client)
+        ask_for_deltas(engine_client.engine_core)
+        session_affinity.watch(engine_client.engine_core, patch_of("prompt-send").is_applied)
+        poll = _poll(engine_client, MetricsExporter(), asks, is_known=is_known)
+        state.stateful_poll = asyncio.create_task(poll)
+
+
+async def _learn_whether_engines_are_off(engine_client: Any) -> bool:
+    """Where all of them serve as stock vLLM, requests go to them as they came.
+
+    Returns:
+        Whether they have answered.
+    """
+    try:
+        answers = await asyncio.wait_for(_ask_all(engine_client, "stats", {}), ASK_SECONDS)
+    except Exception as error:  # whatever the engine answers; asked again by `_poll`
+        logger.warning("stateful: the engine did not say whether sessions are kept: %r", error)
+        return False
+    reasons = [answer["off"] for answer in answers if "off" in answer]
+    if reasons and len(reasons) == len(answers):
+        stand_aside(reasons[0])
+        logger.warning(
+            "stateful: the engine keeps no sessions, so requests reach it as they came: no session "
+            "id of ours, and no salt by API key unless answers are kept. Reason: %s",
+            reasons[0],
+        )
+    return True
+
+
+def _is_on() -> bool:
+    """Whether the plugin serves in this process: asked for, and vLLM is one that it fits."""
+    return is_enabled() and fit.off_reason() is None and patch_of("engine-utility").is_applied
+
+
+async def _poll(
+    engine_client: Any, exporter: MetricsExporter, asks_engine: bool, *, is_known: bool
+) -> None:
+    ask_at, pause = 0.0, POLL_SECONDS
+    while not engine_client.errored:
+        is_known = is_known or await _learn_whether_engines_are_off(engine_client)
+        exporter.update_own(
+            PROMPT_COUNTS.snapshot() | RESPONSE_COUNTS.snapshot() | TOOL_CALL_COUNTS.snapshot()
+        )
+        try:
+            if asks_engine and time.monotonic() >= ask_at:
+                exporter.update(await _ask_all(engine_client, "stats", {}))
+                pause = POLL_SECONDS
+        except Exception as error:  # whatever the engine answers
+            if pause == POLL_SECONDS:
+                logger.warning("stateful: no metrics from the engine: %r", error)
+            pause = min(2 * pause, MOST_POLL_SECONDS)
+            ask_at = time.monotonic() + pause
+        await asyncio.sleep(POLL_SECONDS)

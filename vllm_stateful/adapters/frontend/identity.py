@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""API process: which session and tenant a request belongs to, carried to the engine.
+
+vLLM asks for a session id once per HTTP request, just before it hands the prompt to the engine.
+What is found then rides on the answer (a ``str`` that knows its ``TurnIdentity``), and is put on
+the ``EngineCoreRequest`` as that is made: the session in ``session_id``, the tenant folded into
+``cache_salt`` (so that vLLM's own block hashes keep tenants apart too), the end of a session and
+the wish to keep it as KV hints. A context variable set there would not do: vLLM runs a handler in a
+task of its own, and the request of a streamed response is made in another. Routes that never ask
+for a session id (token-in-token-out and others) get their tenant from ``TenantMiddleware``, which
+is outside both.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any
+
+from starlette.datastructures import Headers
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
+
+from vllm_stateful.adapters.frontend import asked, session_affinity
+from vllm_stateful.adapters.frontend.sent_body import sent_body, wish_of
+from vllm_stateful.adapters.frontend.tool_call_plan import ToolCallPlan, carry, plan_of
+from vllm_stateful.api import (
+    ResponseChain,
+    RetentionWish,
+    TurnIdentity,
+    resolve_turn,
+    scoped_salt,
+    tenant_of,
+)
+from vllm_stateful.api.session_identity import id_fault
+from vllm_stateful.config import load_config, process_config
+from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION, TOOL_ACTION
+
+HINTS_PROTOCOL = "vllm-stateful/1"
+
+MAX_TOOL_CHARS = 128
+"""A longer name of a tool is not sent on."""
+
+_responses = ResponseChain()
+
+
+class IdentifiedSession(str):
+    """A session id on its way through vLLM's API process; empty when there is none."""
+
+    __slots__ = ("identity", "opening", "tool", "tool_calls", "wish")
+    identity: TurnIdentity
+    wish: RetentionWish | None
+    tool_calls: ToolCallPlan | None
+    opening: str | None
+    tool: str | None
+    """The one that the answer must call."""
+
+    @classmethod
+    def of(
+        cls,
+        session_id: str | None,
+        identity: TurnIdentity,
+        wish: RetentionWish | None,
+        tool_calls: ToolCallPlan | None = None,
+        opening: str | None = None,
+        tool: str | None = None,
+    ) -> IdentifiedSession:
+        made = cls(session_id or "")
+        made.identity = identity
+        made.wish = wish
+        made.tool_calls = tool_calls
+        made.opening = opening
+        made.tool = tool
+        return made
+
+
+_tenant: ContextVar[str] = ContextVar("stateful_tenant", default="")
+
+
+class TenantMiddleware:
+    """ASGI middleware that remembers, for one HTTP request, whose it is and what it allows."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass everything on untouched."""
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            asked.note_headers(headers)
+            if tenant_isolation():
+                _tenant.set(tenant_of(headers))
+        await self.app(scope, receive, send)
+
+
+_salt: ContextVar[str] = ContextVar("stateful_prompt_salt", default="")
+
+
+def note_salt(cache_salt: str | None) -> None:
+    """Remember, for the prompt that is being rendered, the cache salt of its request."""
+    _salt.set(cache_salt or "")
+
+
+def prompt_owner() -> tuple[str, str]:
+    """Tenant and cache salt of the prompt that is being rendered: who may share its memory."""
+    return (_tenant.get(), _salt.get())
+
+
+_engine_off: str | None = None
+
+
+def stand_aside(reason: str | None) -> None:
+    """Send requests to the engine as they came, for it serves as stock vLLM; None: it does not.
+
+    Without sessions a salt by API key would only divide the prefix cache. It stays where the
+    response cache is on, whose answers are found by it.
+    """
+    global _engine_off
+    _engine_off = reason
+
+
+@lru_cache(maxsize=1)
+def tenant_isolation() -> bool:
+    """Whether the API key separates tenants (``--stateful-tenant``)."""
+    return load_config().tenant == "api-key"
+
+
+def identify(request: Any, raw_request: Any | None, stock: str | None) -> IdentifiedSession:
+    """Hook of ``session-identity``: the session id that the engine is told, and whose it is.
+
+    Args:
+        request: vLLM's parsed chat, completion or responses request. Made from an Anthropic
+            request it lacks fields (``metadata``): these are read from the body.
+        raw_request: the HTTP request, or None when there is none.
+        stock: the id that vLLM itself found.
+    """
+    as_sent = stock
+    headers = {} if raw_request is None else raw_request.headers
+    body = sent_body(raw_request)
+    asked.note_tools(body)
+
+    def field(name: str) -> object:
+        value = getattr(request, name, None)
+        return body.get(name) if value is None else value
+
+    identity = resolve_turn(headers, field, tenant_isolation=tenant_isolation())
+    if hasattr(request, "previous_response_id"):
+        identity = _responses.resolve(
+            identity,
+            request.previous_response_id,
+            getattr(request, "request_id", None),
+            stored=bool(getattr(request, "store", False)),
+        )
+    if identity.session_id is None and stock is not None and id_fault(stock) is None:
+        stock = None  # a gateway's cookie: it names a server
+    return IdentifiedSession.of(
+        (identity.session_id or stock) if _engine_off is None else as_sent,
+        identity,
+        wish_of(raw_request),
+        plan_of(request, raw_request),
+        session_affinity.opening(raw_request),
+        _forced_tool(getattr(request, "tool_choice", None)),
+    )
+
+
+def _forced_tool(choice: Any) -> str | None:
+    """The function that ``tool_choice`` names, in a chat or a responses request."""
+    if getattr(choice, "type", None) != "function":
+        return None
+    name = getattr(getattr(choice, "function", choice), "name", None)
+    return name if isinstance(name, str) and len(name) <= MAX_TOOL_CHARS else None
+
+
+def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
+    """Hook of ``request-identity``: tenant, end of session and wish, on the request to the engine.
+
+    And which engine core it goes to, where there are several.
+
+    Hints that it has already, from the client's own process, are kept as they are.
+    """
+    found = request.session_id
+    carry(request.request_id, getattr(found, "tool_calls", None))
+    tenant = found.identity.tenant if isinstance(found, IdentifiedSession) else _tenant.get()
+    if _engine_off is not None:
+        request.session_id = str(found) if found else None
+        if process_config().response_cache_bytes:  # its answers belong to a tenant
+            request.cache_salt = scoped_salt(tenant, request.cache_salt)
+        return request
+    request.session_id = str(found) if found else _offline_session_id(request)
+    if not isinstance(found, IdentifiedSession):
+        request.cache_salt = scoped_salt(tenant, request.cache_salt)
+        session_affinity.choose(request, None)
+        return request
+    request.cache_salt = scoped_salt(tenant, request.cache_salt)
+    if request.kv_hints is None:
+        request.kv_hints = _hints(found, request.request_id)
+    session_affinity.choose(request, found.opening)
+    return request
+
+
+def _hints(found: IdentifiedSession, message_id: str) -> KvHintsEnvelope | None:
+    said: list[tuple[str, dict[str, Any]]] = []
+    if found.identity.final:
+        said.append((CLOSE_ACTION, {}))
+    if found.wish is not None:
+        said.append((RETAIN_ACTION, {"seconds": found.wish.seconds}))
+    if found.tool is not None:
+        said.append((TOOL_ACTION, {"name": found.tool}))
+    actions = [
+        KvHintAction(str(number), action, "1", payload)
+        for number, (action, payload) in enumerate(said)
+    ]
+    return KvHintsEnvelope(HINTS_PROTOCOL, message_id, actions) if actions else None
+
+
+def salt_of(headers: Any, cache_salt: str | None) -> str | None:
+    """The salt under which the engine knows the sessions of whoever sent these headers."""
+    identity = resolve_turn(headers, lambda _: None, tenant_isolation=tenant_isolation())
+    return scoped_salt(identity.tenant, cache_salt)
+
+
+def _offline_session_id(request: EngineCoreRequest) -> str | None:
+    """``SamplingParams(extra_args={"session_id": ...})``, for ``LLM.generate`` and ``LLM.chat``."""
+    params = request.sampling_params
+    value = (params.extra_args or {}).get("session_id") if params is not None else None
+    return value if isinstance(value, str) and value else None
