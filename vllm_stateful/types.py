@@ -25,7 +25,7 @@ BlockIds = NDArray[np.int32]
 
 SALT_PREFIX = "vllm-stateful."
 TENANT_HEX_CHARS = 16
-"""A tenant's name, and how a salt begins that holds one (``api.scoped_salt``)."""
+"""A tenant's name, and how a salt begins that holds one (``request.scoped_salt``)."""
 
 _SCOPED_SALT = re.compile(
     rf"{re.escape(SALT_PREFIX)}((?:[0-9a-f]{{{TENANT_HEX_CHARS}}})?)\.[0-9a-f]{{64}}"
@@ -33,9 +33,9 @@ _SCOPED_SALT = re.compile(
 
 
 def tenant_of_salt(cache_salt: str | None) -> str:
-    """Whose salt it is, read back from what ``api.scoped_salt`` made.
+    """Whose salt it is, read back from what ``request.scoped_salt`` made.
 
-    The name that ``api.tenant_of`` gave; "" for all that was sent without one, whatever its salt.
+    The name that ``request.tenant_of`` gave; "" for all that was sent without one.
     It says who shares with whom, never what may be reused: that takes the whole salt.
     """
     found = _SCOPED_SALT.fullmatch(cache_salt) if isinstance(cache_salt, str) else None
@@ -50,7 +50,7 @@ class Identity(NamedTuple):
     """
 
     cache_salt: str | None = None
-    """The request's cache salt; the tenant is folded into it (``api.scoped_salt``)."""
+    """The request's cache salt; the tenant is folded into it (``request.scoped_salt``)."""
     lora: tuple[Hashable, ...] | None = None
     """All that names the LoRA adapter (``adapters.model_input``), or None for the base model."""
     hash_keys: tuple[Hashable, Hashable] = (None, None)

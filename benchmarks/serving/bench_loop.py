@@ -26,9 +26,9 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.parser.parser_manager import ParserManager
 
 from vllm_stateful.adapters.frontend import tool_call_plan
-from vllm_stateful.respond.compiled_schema import compile_schema
-from vllm_stateful.respond.partial_schema import MAX_STEPS, Steps, objection
-from vllm_stateful.respond.tool_call_stream import ToolCallStream
+from vllm_stateful.answer.compiled_schema import compile_schema
+from vllm_stateful.answer.partial_schema import MAX_STEPS, Steps, objection
+from vllm_stateful.answer.tool_call_stream import ToolCallStream
 
 MB = 1_000_000
 TOKEN = 4

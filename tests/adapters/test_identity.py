@@ -22,8 +22,8 @@ from vllm_stateful.adapters.frontend.identity import (
     salt_of,
     stamp,
 )
-from vllm_stateful.api import ResponseChain
 from vllm_stateful.config import process_config
+from vllm_stateful.request import ResponseChain
 from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION
 from vllm_stateful.types import SALT_PREFIX
 

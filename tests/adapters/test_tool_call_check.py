@@ -22,9 +22,9 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm_stateful.adapters.frontend import tool_call_check, tool_call_plan
 from vllm_stateful.adapters.frontend.identity import identify, stamp
 from vllm_stateful.adapters.frontend.tool_call_check import state_maker
+from vllm_stateful.answer.tool_call_stream import Form
 from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.observe.tool_call_counts import ToolCallCounts
-from vllm_stateful.respond.tool_call_stream import Form
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
@@ -330,7 +330,7 @@ def test_an_error_in_the_check_leaves_the_answer_to_vllm(
     def fail(*_: Any) -> None:
         raise KeyError("a fault of ours")
 
-    monkeypatch.setattr("vllm_stateful.respond.tool_call_stream.objection", fail)
+    monkeypatch.setattr("vllm_stateful.answer.tool_call_stream.objection", fail)
     turn = Turn(chat()).play(BAD)
     assert (turn.text, turn.last.finish_reason) == (BAD, "length")
     assert counts.snapshot()["tool_calls_unchecked"] == {"error": 1}

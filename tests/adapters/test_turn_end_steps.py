@@ -11,7 +11,7 @@ from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 from vllm.v1.request import RequestStatus
 
 from vllm_stateful.adapters.engine.invariants import check_pool
-from vllm_stateful.api.session_identity import ids_of_client
+from vllm_stateful.request.session_identity import ids_of_client
 from vllm_stateful.transport.wire import TOOL_ACTION
 from vllm_stateful.types import Bypass, Demotion, Outcome
 

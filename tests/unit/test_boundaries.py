@@ -21,14 +21,14 @@ PURE_PACKAGES = [
     "vllm_stateful.config",
     "vllm_stateful.errors",
     "vllm_stateful.plugin",
-    "vllm_stateful.api",
+    "vllm_stateful.request",
     "vllm_stateful.prefix",
     "vllm_stateful.schedule",
-    "vllm_stateful.respond",
+    "vllm_stateful.answer",
     "vllm_stateful.speculate",
     "vllm_stateful.observe",
     "vllm_stateful.render",
-    "vllm_stateful.respond",
+    "vllm_stateful.answer",
     "vllm_stateful.transport",
 ]
 
@@ -106,12 +106,12 @@ def test_only_adapters_and_compat_import_vllm_and_nothing_pure_imports_torch(pat
 
 
 STAGE_IMPORTS = {
-    "api": {"api"},
+    "request": {"request"},
     "prefix": {"prefix", "schedule"},
     "schedule": {"schedule"},
     "observe": {"observe"},
     "render": {"render", "prefix", "transport"},
-    "respond": {"respond"},
+    "answer": {"answer"},
     "transport": {"transport"},
 }
 EVERYONE = {"config", "errors", "types"}

@@ -40,7 +40,7 @@ class Worth(IntEnum):
     LIVE = 1
     """Its session may come back."""
     WISHED = 2
-    """Its client asked to keep it for some time (``api.retention_wish``), which is not over."""
+    """Its client asked to keep it for some time (``request.retention_wish``), which is not over."""
 
 
 class _Entry(NamedTuple):

@@ -3,7 +3,7 @@
 
 from fake_pool import BLOCK_SIZE, FakeEngine, key
 
-from vllm_stateful.api.session_identity import scoped_salt, tenant_of
+from vllm_stateful.request.session_identity import scoped_salt, tenant_of
 from vllm_stateful.types import Demotion, SessionKey
 
 

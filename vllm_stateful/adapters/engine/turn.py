@@ -13,11 +13,11 @@ from vllm.v1.request import Request
 
 from vllm_stateful.adapters.engine.mm_tokens import can_be_named, with_features
 from vllm_stateful.adapters.model_input import identity_of
-from vllm_stateful.api.retention_wish import hinted_seconds
-from vllm_stateful.api.session_identity import id_fault
 from vllm_stateful.prefix.groups import ResumePoint
 from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency
 from vllm_stateful.prefix.resume_places import Place
+from vllm_stateful.request.retention_wish import hinted_seconds
+from vllm_stateful.request.session_identity import id_fault
 from vllm_stateful.transport.wire import (
     CLOSE_ACTION,
     PROMPT_ARRAY,
@@ -117,7 +117,7 @@ def bypass_reason(request: Request, caching: bool) -> Bypass | None:
 def session_of(request: Request) -> SessionKey:
     """The session that a request names, or an anonymous one of its own.
 
-    An id that is too short or a placeholder names nothing (``api.session_identity.id_fault``).
+    An id that is too short or a placeholder names nothing (``request.session_identity.id_fault``).
     """
     named = request.session_id if id_fault(request.session_id) is None else None
     return SessionKey(identity_of(request), named or ANONYMOUS + request.request_id)

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_stateful.adapters.engine.turn import session_of
-from vllm_stateful.api.session_identity import id_fault
+from vllm_stateful.request.session_identity import id_fault
 from vllm_stateful.schedule.program_order import ProgramOrder, ServiceBook, Ticket
 from vllm_stateful.types import SessionKey
 

@@ -18,7 +18,7 @@ from typing import Any
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicUsage
 
 from vllm_stateful.adapters.frontend.sent_body import wish_of
-from vllm_stateful.api.retention_wish import Ttl, cache_creation
+from vllm_stateful.request.retention_wish import Ttl, cache_creation
 
 _EVENTS_WITH_USAGE = ("event: message_start\n", "event: message_delta\n")
 

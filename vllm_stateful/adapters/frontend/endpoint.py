@@ -25,12 +25,12 @@ from vllm_stateful.adapters.frontend.identity import TenantMiddleware, salt_of, 
 from vllm_stateful.adapters.frontend.metrics_exporter import MetricsExporter
 from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
-from vllm_stateful.api.session_identity import ids_of_client
 from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.config import is_enabled, load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
+from vllm_stateful.request.session_identity import ids_of_client
 
 logger = init_logger("vllm.stateful")
 

@@ -24,7 +24,8 @@ from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 from vllm_stateful.adapters.frontend import asked, session_affinity
 from vllm_stateful.adapters.frontend.sent_body import sent_body, wish_of
 from vllm_stateful.adapters.frontend.tool_call_plan import ToolCallPlan, carry, plan_of
-from vllm_stateful.api import (
+from vllm_stateful.config import load_config, process_config
+from vllm_stateful.request import (
     ResponseChain,
     RetentionWish,
     TurnIdentity,
@@ -32,8 +33,7 @@ from vllm_stateful.api import (
     scoped_salt,
     tenant_of,
 )
-from vllm_stateful.api.session_identity import id_fault
-from vllm_stateful.config import load_config, process_config
+from vllm_stateful.request.session_identity import id_fault
 from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION, TOOL_ACTION
 
 HINTS_PROTOCOL = "vllm-stateful/1"

@@ -21,9 +21,9 @@ from fastapi.dependencies.utils import get_dependant
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.logger import init_logger
 
-from vllm_stateful.api.plain_messages import SplitMessages
 from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Validated
+from vllm_stateful.request.plain_messages import SplitMessages
 
 logger = init_logger("vllm.stateful")
 

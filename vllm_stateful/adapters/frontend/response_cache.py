@@ -30,9 +30,9 @@ from vllm.v1.metrics.stats import PrefillStats
 from vllm_stateful.adapters.frontend import asked
 from vllm_stateful.adapters.frontend.response_epoch import Epochs
 from vllm_stateful.adapters.frontend.response_key import Uncached, key_of
+from vllm_stateful.answer.response_cache import Answer, Flight, Flights, ResponseCache
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS, Response
-from vllm_stateful.respond.response_cache import Answer, Flight, Flights, ResponseCache
 from vllm_stateful.transport.wire import BASE_MISS
 
 logger = init_logger("vllm.stateful")

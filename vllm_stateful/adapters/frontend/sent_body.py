@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_stateful.api import RetentionWish, retention_wish
+from vllm_stateful.request import RetentionWish, retention_wish
 
 _WISH = "stateful_retention_wish"
 

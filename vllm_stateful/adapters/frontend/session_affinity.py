@@ -15,9 +15,9 @@ from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_stateful.adapters.frontend.sent_body import sent_body
-from vllm_stateful.api import opening_of
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
+from vllm_stateful.request import opening_of
 from vllm_stateful.transport.session_affinity import Choice, SessionAffinity
 
 logger = init_logger("vllm.stateful")

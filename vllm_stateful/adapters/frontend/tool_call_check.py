@@ -17,8 +17,8 @@ from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
 from vllm.v1.engine.output_processor import RequestState
 
 from vllm_stateful.adapters.frontend.tool_call_plan import carried, mode
+from vllm_stateful.answer.tool_call_stream import COMPLETE, ToolCallStream, Verdict
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
-from vllm_stateful.respond.tool_call_stream import COMPLETE, ToolCallStream, Verdict
 
 logger = init_logger("vllm.stateful")
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
 
+from vllm_stateful.answer.compiled_schema import CompiledSchema, compile_schema
+from vllm_stateful.answer.tool_call_stream import Form, ToolCallStream, Unchecked
+from vllm_stateful.answer.tool_schemas import ToolSchemas
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
-from vllm_stateful.respond.compiled_schema import CompiledSchema, compile_schema
-from vllm_stateful.respond.tool_call_stream import Form, ToolCallStream, Unchecked
-from vllm_stateful.respond.tool_schemas import ToolSchemas
 
 logger = init_logger("vllm.stateful")
 

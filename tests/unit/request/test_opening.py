@@ -3,7 +3,7 @@
 
 import pytest
 
-from vllm_stateful.api import opening_of
+from vllm_stateful.request import opening_of
 
 SYSTEM = {"role": "system", "content": "You are an agent."}
 QUESTION = {"role": "user", "content": "Why?"}

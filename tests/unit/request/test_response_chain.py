@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_stateful.api.response_chain import ResponseChain
-from vllm_stateful.api.session_identity import TurnIdentity
+from vllm_stateful.request.response_chain import ResponseChain
+from vllm_stateful.request.session_identity import TurnIdentity
 
 
 def anonymous(tenant: str = "tenant-a") -> TurnIdentity:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from vllm_stateful.respond.stack_room import with_room
+from vllm_stateful.answer.stack_room import with_room
 
 SLOT = 8
 BLOCK = 1 << 20

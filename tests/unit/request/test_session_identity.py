@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_stateful.api.session_identity import (
+from vllm_stateful.request.session_identity import (
     MAX_ID_CHARS,
     PLACEHOLDERS,
     TurnIdentity,

@@ -7,7 +7,7 @@ vllm/tool_parsers/streaming.py for the two forms of guided JSON.
 
 It runs for each token, in the process that serves all clients, on text and schemas that a client
 chose. So it reads on from where it was, and what must be read again (a call, at each look) is
-counted, in the steps of ``respond.tool_schemas``: an answer earns them by its length, and a look
+counted, in the steps of ``answer.tool_schemas``: an answer earns them by its length, and a look
 waits until it can be paid for. What cannot be judged is not looked at again.
 """
 
@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from vllm_stateful.respond.compiled_schema import SchemaError
-from vllm_stateful.respond.json_scanner import JsonScanner
-from vllm_stateful.respond.partial_schema import Steps, objection
-from vllm_stateful.respond.stack_room import with_room
-from vllm_stateful.respond.tool_schemas import LOOK_STEPS, ToolSchemas
+from vllm_stateful.answer.compiled_schema import SchemaError
+from vllm_stateful.answer.json_scanner import JsonScanner
+from vllm_stateful.answer.partial_schema import Steps, objection
+from vllm_stateful.answer.stack_room import with_room
+from vllm_stateful.answer.tool_schemas import LOOK_STEPS, ToolSchemas
 
 MAX_CHARS = 256 * 1024
 """A longer call is not judged."""

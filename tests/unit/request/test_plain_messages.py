@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_stateful.api.plain_messages import SplitMessages, plain_message
+from vllm_stateful.request.plain_messages import SplitMessages, plain_message
 
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from json_documents import anything, documents, schemas, tools, written
 
-from vllm_stateful.respond.compiled_schema import SchemaError, compile_schema
-from vllm_stateful.respond.json_scanner import JsonScanner
-from vllm_stateful.respond.partial_schema import objection
-from vllm_stateful.respond.tool_call_stream import COMPLETE, Form, ToolCallStream, Verdict
+from vllm_stateful.answer.compiled_schema import SchemaError, compile_schema
+from vllm_stateful.answer.json_scanner import JsonScanner
+from vllm_stateful.answer.partial_schema import objection
+from vllm_stateful.answer.tool_call_stream import COMPLETE, Form, ToolCallStream, Verdict
 
 NUMBER = {
     "type": "object",

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from vllm_stateful.respond import tool_call_stream
-from vllm_stateful.respond.compiled_schema import CompiledSchema, SchemaError, compile_schema
-from vllm_stateful.respond.partial_schema import Steps
-from vllm_stateful.respond.tool_call_stream import Form, ToolCallStream
-from vllm_stateful.respond.tool_schemas import (
+from vllm_stateful.answer import tool_call_stream
+from vllm_stateful.answer.compiled_schema import CompiledSchema, SchemaError, compile_schema
+from vllm_stateful.answer.partial_schema import Steps
+from vllm_stateful.answer.tool_call_stream import Form, ToolCallStream
+from vllm_stateful.answer.tool_schemas import (
     INLINE_UNITS,
     LOOK_STEPS,
     MAX_STEPS,

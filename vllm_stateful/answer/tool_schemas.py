@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from vllm_stateful.respond.compiled_schema import CompiledSchema, SchemaError, compile_schema
-from vllm_stateful.respond.partial_schema import Steps
+from vllm_stateful.answer.compiled_schema import CompiledSchema, SchemaError, compile_schema
+from vllm_stateful.answer.partial_schema import Steps
 
 Submit = Callable[[Any], "Future[CompiledSchema] | None"]
 """Begins to compile a schema in another thread; None when too many wait there."""

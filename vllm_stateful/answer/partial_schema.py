@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from vllm_stateful.respond.compiled_schema import ANY, NEVER, CompiledSchema, Node, SchemaError
+from vllm_stateful.answer.compiled_schema import ANY, NEVER, CompiledSchema, Node, SchemaError
 
 MAX_STEPS = 6_000
 """Steps of one judgement. A step is at most about 1 us on a slow core, mostly half of that."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_stateful.api.retention_wish import (
+from vllm_stateful.request.retention_wish import (
     MAX_SECONDS,
     RetentionWish,
     cache_creation,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 0 of a turn: which session and tenant an HTTP request belongs to, and what it wishes."""
 
-from vllm_stateful.api.opening import opening_of
-from vllm_stateful.api.response_chain import ResponseChain
-from vllm_stateful.api.retention_wish import RetentionWish, retention_wish
-from vllm_stateful.api.session_identity import (
+from vllm_stateful.request.opening import opening_of
+from vllm_stateful.request.response_chain import ResponseChain
+from vllm_stateful.request.retention_wish import RetentionWish, retention_wish
+from vllm_stateful.request.session_identity import (
     Source,
     TurnIdentity,
     resolve_turn,

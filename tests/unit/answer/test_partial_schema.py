@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from vllm_stateful.respond.compiled_schema import (
+from vllm_stateful.answer.compiled_schema import (
     MAX_REF,
     MAX_UNITS,
     PAUSE_AFTER,
     SchemaError,
     compile_schema,
 )
-from vllm_stateful.respond.partial_schema import MAX_STEPS, Steps, objection
+from vllm_stateful.answer.partial_schema import MAX_STEPS, Steps, objection
 
 
 def doubled(key: str, leaf: Any, member: str = "") -> Any:

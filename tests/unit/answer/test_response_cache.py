@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 from hypothesis import given
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from vllm_stateful.respond.response_cache import KEY_BYTES, Answer, Flights, ResponseCache
+from vllm_stateful.answer.response_cache import KEY_BYTES, Answer, Flights, ResponseCache
 
 KEYS = st.sampled_from([b"a", b"b", b"c", b"d"])
 

@@ -4,7 +4,7 @@
 from collections import OrderedDict
 from dataclasses import replace
 
-from vllm_stateful.api.session_identity import (
+from vllm_stateful.request.session_identity import (
     MAX_ID_CHARS,
     TurnIdentity,
     has_control_characters,
