@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import NamedTuple
 
-from vllm_stateful.schedule.program_order import MAX_WAIT_S, ProgramOrder, ServiceBook
+from vllm_stateful.schedule.service_order import MAX_WAIT_S, ServiceBook, ServiceOrder
 
 NUM_SLOTS = 32
 PREFILL_PER_S = 10_000.0
@@ -91,7 +91,7 @@ def make_programs(chance: random.Random, num_programs: int, load: float) -> list
 def simulate(programs: Sequence[Program], max_wait_s: float) -> Figures:
     """Play all programs to their ends."""
     book = ServiceBook()
-    order: ProgramOrder[tuple[int, int]] = ProgramOrder(book, max_wait_s)
+    order: ServiceOrder[tuple[int, int]] = ServiceOrder(book, max_wait_s)
     events = [(program.start_s, number, 0, False) for number, program in enumerate(programs)]
     heapq.heapify(events)
     arrived: dict[tuple[int, int], float] = {}

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vllm_stateful.adapters.slots import OnStep
 from vllm_stateful.adapters.worker.batch_prefixes import note_batch, shared_in
 from vllm_stateful.attention.plan import SharedPrefix
 from vllm_stateful.attention.shared_prefixes import SharedKeys
-from vllm_stateful.transport.wire import SHARED_KEYS
 
 NONE = (-1, -1)
 
@@ -34,7 +34,7 @@ def builder(window: int | None = None, *layer_windows: Any) -> Any:
 def common() -> Any:
     """Metadata of the batch that was noted last."""
     batch = SimpleNamespace(idx_mapping_np=np.array([4, 0, 2]), req_ids=["c", "a", "b"])
-    output = SimpleNamespace(**{SHARED_KEYS: (SharedKeys(("a", "c", "gone"), 512),)})
+    output = SimpleNamespace(stateful=OnStep(shared=(SharedKeys(("a", "c", "gone"), 512),)))
     note_batch(batch, output)
     return SimpleNamespace(req_idx=batch.idx_mapping_np)
 

@@ -12,10 +12,10 @@ from simulated_engine import SimulatedEngine, expected_answer
 
 from vllm_stateful.adapters import attention_choice
 from vllm_stateful.adapters.engine.scheduler_prefixes import SchedulerPrefixes
+from vllm_stateful.adapters.slots import of_step
 from vllm_stateful.attention import shared_prefixes
 from vllm_stateful.attention.shared_prefixes import SharedKeys
 from vllm_stateful.config import StatefulConfig
-from vllm_stateful.transport.wire import SHARED_KEYS
 
 BLOCK = 16
 
@@ -41,7 +41,7 @@ class Engine(SimulatedEngine):
         self.worker._update = checked
 
     def check(self, step: Any) -> None:
-        found = getattr(step, SHARED_KEYS, ())
+        found = of_step(step).shared
         names = [name for each in found for name in each.names]
         assert len(set(names)) == len(names)
         for each in found:
@@ -124,7 +124,7 @@ def test_a_request_that_comes_back_is_looked_up_again(is_resumed: bool) -> None:
             num_scheduled_tokens={"a": 2, "b": 2},
         )
         prefixes.step_begins(made, requests)
-        return getattr(made, SHARED_KEYS, ())
+        return of_step(made).shared
 
     expected = (SharedKeys(("a", "b"), 32),)
     assert step("a", "b") == expected

@@ -9,7 +9,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_stateful.adapters.engine.waiting_queue import ProgramQueue, program_of
+from vllm_stateful.adapters.engine.waiting_queue import ServiceQueue, named_session_of
 from vllm_stateful.adapters.model_input import identity_of
 from vllm_stateful.types import SessionKey
 
@@ -38,7 +38,7 @@ EVENTS = st.lists(
 def test_as_long_as_all_are_served_the_same_it_is_vllms_queue(
     events: list[tuple[str, int]],
 ) -> None:
-    ours, stock = ProgramQueue(clock=lambda: 0.0), FCFSRequestQueue()
+    ours, stock = ServiceQueue(clock=lambda: 0.0), FCFSRequestQueue()
     running: list[Request] = []
     for number, (event, amount) in enumerate(events):
         if event == "add":
@@ -73,7 +73,7 @@ def test_as_long_as_all_are_served_the_same_it_is_vllms_queue(
 
 
 def test_an_empty_queue_has_no_next_and_a_stranger_cannot_be_removed() -> None:
-    queue, stranger = ProgramQueue(), make_request(0)
+    queue, stranger = ServiceQueue(), make_request(0)
     for take in (queue.peek_request, queue.pop_request):
         with pytest.raises(IndexError):
             take()
@@ -87,16 +87,16 @@ def test_an_empty_queue_has_no_next_and_a_stranger_cannot_be_removed() -> None:
 def test_a_program_is_a_session_of_a_tenant() -> None:
     request = make_request(0, ALICE)
     request.cache_salt = "tenant-a"
-    assert program_of(request) == SessionKey(identity_of(request), ALICE)
-    assert program_of(request).identity.cache_salt == "tenant-a"
-    assert program_of(make_request(1)) is None
-    assert program_of(make_request(2, "null")) is None
+    assert named_session_of(request) == SessionKey(identity_of(request), ALICE)
+    assert named_session_of(request).identity.cache_salt == "tenant-a"
+    assert named_session_of(make_request(1)) is None
+    assert named_session_of(make_request(2, "null")) is None
 
 
 def test_what_a_preempted_turn_computes_again_is_not_counted() -> None:
     """Model runner V2 is sent resumed requests as new ones."""
-    queue, request = ProgramQueue(), make_request(0, ALICE)
+    queue, request = ServiceQueue(), make_request(0, ALICE)
     queue.admitted(request, 0)
     request.num_preemptions = 1
     queue.admitted(request, 0)
-    assert queue._book.served(program_of(request)) == request.num_prompt_tokens
+    assert queue._book.served(named_session_of(request)) == request.num_prompt_tokens

@@ -43,9 +43,9 @@ from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerific
 from benchmarks.models.dummy import SHAPES, write_config, write_weights
 from benchmarks.models.tiny import ensure_tiny
 from vllm_stateful.adapters.engine import scheduler_lookup
+from vllm_stateful.adapters.slots import on_request
 from vllm_stateful.adapters.worker import lookup_speculator
 from vllm_stateful.compat.ledger import patch_of
-from vllm_stateful.transport.wire import WORKER_ARRAY
 
 NUM_TOKENS, BLOCK = 64, 32
 SESSIONS, TURNS, SYSTEM, FIRST, ADDED, ANSWER, SAID = 3, 3, 40, 30, 20, 14, 24
@@ -259,7 +259,9 @@ def send_arrays() -> None:
     stock = Scheduler.add_request
 
     def add_request(self: Any, request: Any) -> None:
-        setattr(request, WORKER_ARRAY, np.array(request.prompt_token_ids, np.int32))
+        found = on_request(request)
+        found.prompt = np.array(request.prompt_token_ids, np.int32)
+        found.is_array_sent = True
         stock(self, request)
 
     Scheduler.add_request = add_request  # type: ignore[method-assign]

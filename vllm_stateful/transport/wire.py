@@ -27,22 +27,3 @@ EPOCH = "epoch"
 
 BASE_MISS = "stateful.base_miss"
 """``stop_reason`` of the answer of an engine that does not hold the base of a prompt."""
-
-# Inside the engine core, as attributes of vLLM's ``Request``.
-
-PROMPT_ARRAY = "stateful_prompt_array"
-"""Its prompt: int32, shape ``[num_tokens]``."""
-
-PROMPT_NAMES = "stateful_prompt_names"
-"""The version and the ``PromptBase`` of its prompt, where it came with a header."""
-
-WORKER_ARRAY = "stateful_worker_array"
-"""The same array as ``PROMPT_ARRAY``, where the worker may be given it in place of the list."""
-
-# From the engine core to the workers, as attributes of vLLM's ``SchedulerOutput``.
-
-LOOKUP = "stateful_lookup"
-"""A ``LookupUpdate`` for the device, if there is one."""
-
-SHARED_KEYS = "stateful_shared_keys"
-"""A tuple of ``SharedKeys``, if there are any."""

@@ -26,11 +26,12 @@ from vllm.v1.kv_hints import KvHintsEnvelope
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.model_input import identity_of
+from vllm_stateful.adapters.slots import on_request
 from vllm_stateful.config import load_config
 from vllm_stateful.prefix.residency import PromptBase
 from vllm_stateful.transport.bases import Base, BaseStore, Prompt
 from vllm_stateful.transport.header import ACTION, NO_VERSION, BaseMissError, PromptHeader
-from vllm_stateful.transport.wire import BASE_MISS, PROMPT_ARRAY, PROMPT_NAMES, WORKER_ARRAY
+from vllm_stateful.transport.wire import BASE_MISS
 
 logger = init_logger("vllm.stateful")
 
@@ -75,10 +76,10 @@ class PromptReceiver:
             made, wave = proceed(core, request)
         finally:
             self._inherited.block_hashes = ()
-        setattr(made, PROMPT_ARRAY, prompt.array)
-        setattr(made, PROMPT_NAMES, _names(header))
-        if self._workers_take_arrays:
-            setattr(made, WORKER_ARRAY, prompt.array)
+        found = on_request(made)
+        found.prompt = prompt.array
+        found.version, found.base = _names(header)
+        found.is_array_sent = self._workers_take_arrays
         hashes = tuple(made.block_hashes)
         self.bases.keep(header, Base(tuple(prompt.token_ids), prompt.array, hash_key, hashes))
         return made, wave

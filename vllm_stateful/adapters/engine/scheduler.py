@@ -34,7 +34,7 @@ from vllm_stateful.adapters.engine.resume_points import ResumePoints
 from vllm_stateful.adapters.engine.scheduler_lookup import SchedulerLookup
 from vllm_stateful.adapters.engine.scheduler_prefixes import SchedulerPrefixes
 from vllm_stateful.adapters.engine.turn import session_of
-from vllm_stateful.adapters.engine.waiting_queue import ProgramQueue
+from vllm_stateful.adapters.engine.waiting_queue import ServiceQueue
 from vllm_stateful.adapters.speculation import (
     has_head,
     is_asked_for,
@@ -110,7 +110,7 @@ class _StatefulMixin:
     requests: dict[str, Request]
     policy: SchedulingPolicy
     config: StatefulConfig
-    by_service: ProgramQueue | None = None
+    by_service: ServiceQueue | None = None
     """The waiting queue with ``--stateful-order least-served``."""
     prefills: SchedulerPrefills | None = None
     speculation: SchedulerDrafts | None = None
@@ -227,7 +227,7 @@ class _StatefulMixin:
             UnsupportedError: strict, and vLLM orders by priority.
         """
         if self.policy is SchedulingPolicy.FCFS:
-            self.waiting = self.by_service = ProgramQueue()
+            self.waiting = self.by_service = ServiceQueue()
             return
         problem = f"--scheduling-policy {self.policy.value} decides, not --stateful-order"
         if self.config.strict:

@@ -15,6 +15,7 @@ from vllm.v1.request import Request
 from vllm_stateful.adapters.engine.agents import agent_of, wish_of
 from vllm_stateful.adapters.engine.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.engine.turn import Turn
+from vllm_stateful.adapters.slots import on_step
 from vllm_stateful.prefix.boundaries import BoundaryRules
 from vllm_stateful.speculate.answer_buffer import (
     BUFFER_TOKENS,
@@ -25,7 +26,6 @@ from vllm_stateful.speculate.answer_buffer import (
     Span,
     Write,
 )
-from vllm_stateful.transport.wire import LOOKUP
 from vllm_stateful.types import token_array
 
 
@@ -68,7 +68,7 @@ class SchedulerLookup:
             self._changed[new.req_id] = self._span(new.req_id)
         spans = {name: span for name, span in self._changed.items() if span != NOTHING}
         if spans or self._writes:
-            setattr(output, LOOKUP, LookupUpdate(self._writes, spans))
+            on_step(output).lookup = LookupUpdate(self._writes, spans)
         self._writes, self._changed = [], {}
 
     def ended(self, request: Request) -> None:

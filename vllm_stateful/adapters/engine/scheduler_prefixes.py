@@ -13,10 +13,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.engine.kv_blocks import StatefulKVCacheManager
+from vllm_stateful.adapters.slots import on_step
 from vllm_stateful.attention import shared_prefixes
 from vllm_stateful.attention.plan import KEY_ALIGNMENT
 from vllm_stateful.attention.shared_prefixes import Ints, SharedKeys, share
-from vllm_stateful.transport.wire import SHARED_KEYS
 
 _id_of = attrgetter("block_id")
 
@@ -47,7 +47,7 @@ class SchedulerPrefixes:
             self._counts = counts
             self._shared = self._share(moved)
         if self._shared:
-            setattr(output, SHARED_KEYS, self._shared)
+            on_step(output).shared = self._shared
 
     def _num_computed(
         self, scheduled: dict[str, int], requests: dict[str, Request]

@@ -13,6 +13,7 @@ from vllm.v1.request import Request
 
 from vllm_stateful.adapters.engine.mm_tokens import can_be_named, with_features
 from vllm_stateful.adapters.model_input import identity_of
+from vllm_stateful.adapters.slots import of_request
 from vllm_stateful.prefix.groups import ResumePoint
 from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency
 from vllm_stateful.prefix.resume_places import Place
@@ -20,8 +21,6 @@ from vllm_stateful.request.retention_wish import hinted_seconds
 from vllm_stateful.request.session_identity import id_fault
 from vllm_stateful.transport.wire import (
     CLOSE_ACTION,
-    PROMPT_ARRAY,
-    PROMPT_NAMES,
     RETAIN_ACTION,
     TOOL_ACTION,
 )
@@ -149,7 +148,7 @@ def forced_tool(request: Request) -> str | None:
 
 def prompt_array(request: Request) -> TokenArray | None:
     """The prompt, shape ``[num_prompt_tokens]``; None when it came without a header."""
-    return getattr(request, PROMPT_ARRAY, None)
+    return of_request(request).prompt
 
 
 def start_turn(request: Request) -> Turn:
@@ -160,8 +159,8 @@ def start_turn(request: Request) -> Turn:
         array = token_array(request.prompt_token_ids)
     if request.mm_features:  # its prompt may begin as another one that shows something else
         return Turn(session_of(request), with_features(array, request.mm_features), text=array)
-    version, base = getattr(request, PROMPT_NAMES, (None, None))
-    return Turn(session_of(request), array, version, base)
+    found = of_request(request)
+    return Turn(session_of(request), array, found.version, found.base)
 
 
 def output_array(request: Request) -> TokenArray:

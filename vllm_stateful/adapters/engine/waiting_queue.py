@@ -15,20 +15,18 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_stateful.adapters.engine.turn import session_of
+from vllm_stateful.adapters.slots import of_request, on_request
 from vllm_stateful.request.session_identity import id_fault
-from vllm_stateful.schedule.program_order import ProgramOrder, ServiceBook, Ticket
+from vllm_stateful.schedule.service_order import ServiceBook, ServiceOrder
 from vllm_stateful.types import SessionKey
 
-TICKET = "stateful_ticket"
-"""Attribute of a request that waits or waited: its place by arrival."""
 
-
-def program_of(request: Request) -> SessionKey | None:
+def named_session_of(request: Request) -> SessionKey | None:
     """The session that a request names; None for a request of its own."""
     return None if id_fault(request.session_id) is not None else session_of(request)
 
 
-class ProgramQueue(RequestQueue):  # type: ignore[misc]
+class ServiceQueue(RequestQueue):  # type: ignore[misc]
     """A ``RequestQueue``: preempted requests first, as in stock vLLM, then by service.
 
     vLLM takes requests that cannot run yet (a grammar that compiles, a LoRA slot) out during a
@@ -38,12 +36,14 @@ class ProgramQueue(RequestQueue):  # type: ignore[misc]
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._book = ServiceBook()
-        self._order: ProgramOrder[Request] = ProgramOrder(self._book)
+        self._order: ServiceOrder[Request] = ServiceOrder(self._book)
         self._preempted: deque[Request] = deque()
 
     def add_request(self, request: Request) -> None:
         """Enter a request that has arrived."""
-        setattr(request, TICKET, self._order.add(request, program_of(request), self._clock()))
+        on_request(request).ticket = self._order.add(
+            request, named_session_of(request), self._clock()
+        )
 
     def pop_request(self) -> Request:
         """Take the next request: the one that ``peek_request`` gives."""
@@ -57,7 +57,7 @@ class ProgramQueue(RequestQueue):  # type: ignore[misc]
 
     def prepend_request(self, request: Request) -> None:
         """Enter a preempted request before all others; any other goes back to its place."""
-        ticket: Ticket | None = getattr(request, TICKET, None)
+        ticket = of_request(request).ticket
         if request.status == RequestStatus.PREEMPTED:
             self._preempted.appendleft(request)
         elif ticket is None:
@@ -96,11 +96,11 @@ class ProgramQueue(RequestQueue):  # type: ignore[misc]
     def admitted(self, request: Request, num_cached: int) -> None:
         """A request was admitted, with so many of its tokens in the cache.
 
-        What a preempted request computes a second time is not its program's doing.
+        What a preempted request computes a second time is not counted.
         """
         if request.num_preemptions == 0:
-            self._book.charge(program_of(request), request.num_prompt_tokens - num_cached)
+            self._book.charge(named_session_of(request), request.num_prompt_tokens - num_cached)
 
     def ended(self, request: Request) -> None:
         """A request has ended, with all its output tokens."""
-        self._book.charge(program_of(request), num_output=request.num_output_tokens)
+        self._book.charge(named_session_of(request), num_output=request.num_output_tokens)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_stateful.transport.wire import WORKER_ARRAY
+from vllm_stateful.adapters.slots import of_request
 from vllm_stateful.types import token_array
 
 
@@ -30,7 +30,8 @@ def worker_ids(request: Any, all_ids: Any, uses_mrope: bool) -> tuple[Any, Any]:
     Returns:
         ids of the prompt, and all.
     """
-    array = getattr(request, WORKER_ARRAY, None)
+    found = of_request(request)
+    array = found.prompt if found.is_array_sent else None
     params = request.sampling_params
     if (
         array is None

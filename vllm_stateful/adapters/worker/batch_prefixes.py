@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from vllm_stateful.adapters.slots import of_step
 from vllm_stateful.attention.plan import SharedPrefix
 from vllm_stateful.attention.shared_prefixes import SharedKeys, in_batch
-from vllm_stateful.transport.wire import SHARED_KEYS
 
 
 class _Step(NamedTuple):
@@ -30,7 +30,7 @@ be taken for it."""
 def note_batch(batch: Any, scheduler_output: Any) -> None:
     """Hook of ``worker-batch``: the requests of a step have their order."""
     global _step
-    shared = getattr(scheduler_output, SHARED_KEYS, ())
+    shared = of_step(scheduler_output).shared
     _step = _Step(batch.idx_mapping_np, batch.req_ids, shared) if shared else None
 
 

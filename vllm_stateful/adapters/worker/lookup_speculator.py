@@ -21,6 +21,7 @@ from vllm.triton_utils import triton
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
+from vllm_stateful.adapters.slots import of_step
 from vllm_stateful.adapters.speculation import has_head, is_looked_up, why_not_beside_head
 from vllm_stateful.adapters.worker import lookup_kernels
 from vllm_stateful.adapters.worker.lookup_kernels import BLOCK, MAX_PLACES, NUM_COLUMNS
@@ -32,7 +33,6 @@ from vllm_stateful.speculate.answer_buffer import (
     REGION_TOKENS,
     LookupUpdate,
 )
-from vllm_stateful.transport.wire import LOOKUP
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -225,7 +225,7 @@ def note_requests(runner: Any, scheduler_output: Any) -> None:
     """Hook of ``worker-requests``: a step begins, its new requests have their rows."""
     found = runner.speculator
     lookup = found if isinstance(found, LookupSpeculator) else getattr(found, MEMBER, None)
-    update: LookupUpdate | None = getattr(scheduler_output, LOOKUP, None)
+    update = of_step(scheduler_output).lookup
     names = [new.req_id for new in scheduler_output.scheduled_new_reqs]
     if lookup is not None and (names or update is not None):
         lookup.begin(names, update)

@@ -14,8 +14,8 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue, PriorityRequestQu
 
 from vllm_stateful.adapters.engine import scheduler
 from vllm_stateful.errors import UnsupportedError
-from vllm_stateful.schedule import program_order
-from vllm_stateful.schedule.program_order import MAX_WAIT_S, OUTPUT_WEIGHT
+from vllm_stateful.schedule import service_order
+from vllm_stateful.schedule.service_order import MAX_WAIT_S, OUTPUT_WEIGHT
 from vllm_stateful.types import Identity, SessionKey
 
 CAROL = "session-carol"
@@ -25,7 +25,7 @@ CAROL = "session-carol"
 def least_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Levels as wide as the turns of these tests: one turn of ALICE leads out of the first."""
     monkeypatch.setenv("VLLM_STATEFUL_ORDER", "least-served")
-    monkeypatch.setattr(program_order, "FIRST_LEVEL", 16)
+    monkeypatch.setattr(service_order, "FIRST_LEVEL", 16)
 
 
 def start(options: dict[str, Any], **more: Any) -> Engine:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting turns, those of the least served programs first."""
+"""Waiting turns, those of the least served sessions first."""
 
 from itertools import pairwise
 from typing import Any
@@ -9,26 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_stateful.config import OPTIONS
-from vllm_stateful.schedule.program_order import (
+from vllm_stateful.schedule.service_order import (
     FIRST_LEVEL,
     MAX_WAIT_S,
     NUM_LEVELS,
     OUTPUT_WEIGHT,
     SLACK,
-    ProgramOrder,
     ServiceBook,
+    ServiceOrder,
     Ticket,
 )
 
 
-def new_order(**served: int) -> tuple[ServiceBook, ProgramOrder[str]]:
+def new_order(**served: int) -> tuple[ServiceBook, ServiceOrder[str]]:
     book = ServiceBook()
-    for program, num_tokens in served.items():
-        book.charge(program, num_tokens)
-    return book, ProgramOrder(book)
+    for session, num_tokens in served.items():
+        book.charge(session, num_tokens)
+    return book, ServiceOrder(book)
 
 
-def drain(order: ProgramOrder[str], now_s: float = 0.0) -> list[str]:
+def drain(order: ServiceOrder[str], now_s: float = 0.0) -> list[str]:
     expected = order.in_order(now_s)
     found = [order.pop(now_s) for _ in range(len(order))]
     assert found == expected
@@ -61,10 +61,10 @@ def test_levels_are_four_times_as_wide_as_the_one_before() -> None:
 
 
 def test_the_one_that_was_served_longest_ago_is_forgotten() -> None:
-    book = ServiceBook(max_programs=2)
-    for program in ("a", "b", "a", "c"):
-        book.charge(program, 5000)
-    assert [book.served(program) for program in "abc"] == [10_000, 0, 5000]
+    book = ServiceBook(max_sessions=2)
+    for session in ("a", "b", "a", "c"):
+        book.charge(session, 5000)
+    assert [book.served(session) for session in "abc"] == [10_000, 0, 5000]
     assert len(book) == 2
 
 
@@ -79,16 +79,16 @@ def test_turns_of_their_own_are_not_remembered() -> None:
 
 def test_the_least_served_program_goes_first() -> None:
     _, order = new_order(long=10**6, middle=20_000, short=100)
-    for program in ("long", "middle", "short", "new"):
-        order.add(program, program, 0.0)
+    for session in ("long", "middle", "short", "new"):
+        order.add(session, session, 0.0)
     order.add("anonymous", None, 0.0)
     assert drain(order) == ["short", "new", "anonymous", "middle", "long"]
 
 
 def test_programs_of_similar_service_go_by_arrival() -> None:
     _, order = new_order(a=FIRST_LEVEL - 1, b=0, c=FIRST_LEVEL // 2)
-    for program in "abc":
-        order.add(program, program, 0.0)
+    for session in "abc":
+        order.add(session, session, 0.0)
     assert drain(order) == ["a", "b", "c"]
 
 
@@ -103,7 +103,7 @@ def test_a_turn_that_has_waited_long_enough_goes_before_all_that_have_not() -> N
 
 
 def test_waiting_turns_sink_with_what_their_program_is_served() -> None:
-    """A program that sends many turns at once does not take its turn with each of them."""
+    """A session that sends many turns at once does not take its turn with each of them."""
     book, order = new_order()
     for number in range(3):
         order.add(f"wide-{number}", "wide", 0.0)
@@ -165,7 +165,7 @@ def test_one_that_is_gone_is_not_given() -> None:
 
 def test_a_bound_of_no_time_is_an_order_by_arrival() -> None:
     book = ServiceBook()
-    order: ProgramOrder[str] = ProgramOrder(book, max_wait_s=0.0)
+    order: ServiceOrder[str] = ServiceOrder(book, max_wait_s=0.0)
     for item in "cab":
         book.charge(item, 10 ** (ord(item) - 90))
         order.add(item, item, 0.0)
@@ -173,7 +173,7 @@ def test_a_bound_of_no_time_is_an_order_by_arrival() -> None:
 
 
 def test_the_turn_of_a_long_program_is_taken_while_short_ones_keep_coming() -> None:
-    """A new program arrives before each pop: without the bound the long one would never go."""
+    """A new session arrives before each pop: without the bound the long one would never go."""
     _, order = new_order(long=10**9)
     order.add("first", None, 0.0)
     order.add("long", "long", 0.0)
@@ -218,7 +218,7 @@ class SortedTurns:
             ticket = self.tickets[item]
             if now_s - ticket.since_s >= MAX_WAIT_S:
                 return (0, ticket.number)
-            return (1, self.book.level(ticket.program), ticket.number)
+            return (1, self.book.level(ticket.session), ticket.number)
 
         found = sorted(self.tickets, key=key)
         if self.frozen is not None:
@@ -244,7 +244,7 @@ EVENTS = st.lists(
 @given(events=EVENTS)
 def test_any_events_give_the_order_of_a_sorted_list(events: list[tuple[Any, ...]]) -> None:
     book = ServiceBook()
-    order: ProgramOrder[int] = ProgramOrder(book)
+    order: ServiceOrder[int] = ServiceOrder(book)
     model = SortedTurns(book)
     gone: dict[int, Ticket] = {}
     now_s = 0.0

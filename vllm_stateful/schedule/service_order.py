@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order in which waiting turns are admitted: those of programs that were served least go first.
+"""The order in which waiting turns are admitted: those of sessions that were served least go first.
 
-A program is a session; its service is what was computed for it so far. What a turn reused from the
-cache was not computed and costs its program nothing. Services are compared by level, and within a
-level turns go by arrival: among programs of similar service it is first come, first served. A turn
+The service of a session is what was computed for it so far. What a turn reused from the cache was
+not computed and counts nothing. Services are compared by level, and within a
+level turns go by arrival: among sessions of similar service it is first come, first served. A turn
 that has waited for ``MAX_WAIT_S`` goes by arrival before all that have not, so nobody starves; when
 every turn waits for that long, all go by arrival.
 
@@ -32,13 +32,13 @@ OUTPUT_WEIGHT = 4
 fairness between clients 2 is usual (VTC, arXiv:2401.00588)."""
 
 FIRST_LEVEL = 4096
-"""Weighted tokens below which a program is in level 0; each level ends at 4 times the last."""
+"""Weighted tokens below which a session is in level 0; each level ends at 4 times the last."""
 
 NUM_LEVELS = 6
 """The last one has no end and begins at 1M: 4k, 16k, 64k, 256k, 1M weighted tokens."""
 
-MAX_PROGRAMS = 10_000
-"""Programs remembered; the one that was served longest ago is forgotten and starts at 0."""
+MAX_SESSIONS = 10_000
+"""Sessions remembered; the one that was served longest ago is forgotten and starts at 0."""
 
 SLACK = 64
 """Entries of turns that are gone that a heap may hold beside twice those that wait."""
@@ -49,41 +49,41 @@ class Ticket(NamedTuple):
 
     number: int
     since_s: float
-    program: Hashable | None
+    session: Hashable | None
     """None for a turn of its own: service 0."""
 
 
 class ServiceBook:
-    """What was computed for each program: weighted tokens, O(1) per entry. Not thread-safe."""
+    """What was computed for each session: weighted tokens, O(1) per entry. Not thread-safe."""
 
-    def __init__(self, max_programs: int = MAX_PROGRAMS) -> None:
-        self._max = max_programs
+    def __init__(self, max_sessions: int = MAX_SESSIONS) -> None:
+        self._max = max_sessions
         self._served: OrderedDict[Hashable, int] = OrderedDict()
         """Least recently served first."""
 
     def __len__(self) -> int:
         return len(self._served)
 
-    def charge(self, program: Hashable | None, num_prompt: int = 0, num_output: int = 0) -> None:
+    def charge(self, session: Hashable | None, num_prompt: int = 0, num_output: int = 0) -> None:
         """Count so many prompt tokens that were computed, and output tokens. Nothing for None."""
-        if program is None:
+        if session is None:
             return
-        served = self._served.pop(program, 0)
-        self._served[program] = served + num_prompt + OUTPUT_WEIGHT * num_output
+        served = self._served.pop(session, 0)
+        self._served[session] = served + num_prompt + OUTPUT_WEIGHT * num_output
         if len(self._served) > self._max:
             self._served.popitem(last=False)
 
-    def served(self, program: Hashable | None) -> int:
-        """Weighted tokens so far; 0 for None and for a program that is not known."""
-        return 0 if program is None else self._served.get(program, 0)
+    def served(self, session: Hashable | None) -> int:
+        """Weighted tokens so far; 0 for None and for a session that is not known."""
+        return 0 if session is None else self._served.get(session, 0)
 
-    def level(self, program: Hashable | None) -> int:
+    def level(self, session: Hashable | None) -> int:
         """From 0, served least, to ``NUM_LEVELS - 1``."""
-        width = self.served(program) // FIRST_LEVEL
+        width = self.served(session) // FIRST_LEVEL
         return min(NUM_LEVELS - 1, (width.bit_length() + 1) // 2)
 
 
-class ProgramOrder(Generic[T]):
+class ServiceOrder(Generic[T]):
     """Waiting turns and which is next. Each operation is O(log n), amortized.
 
     Times are those of one clock. Once asked for, the next turn stays the same until it is taken or
@@ -113,9 +113,9 @@ class ProgramOrder(Generic[T]):
     def __contains__(self, item: object) -> bool:
         return item in self._numbers
 
-    def add(self, item: T, program: Hashable | None, now_s: float) -> Ticket:
+    def add(self, item: T, session: Hashable | None, now_s: float) -> Ticket:
         """A turn arrived. Raises ValueError when it waits already."""
-        ticket = Ticket(next(self._count), now_s, program)
+        ticket = Ticket(next(self._count), now_s, session)
         self.put_back(item, ticket)
         return ticket
 
@@ -125,7 +125,7 @@ class ProgramOrder(Generic[T]):
             raise ValueError("the turn waits already")
         self._waiting[ticket.number] = item, ticket
         self._numbers[item] = ticket.number
-        heapq.heappush(self._by_service, (self._book.level(ticket.program), ticket.number))
+        heapq.heappush(self._by_service, (self._book.level(ticket.session), ticket.number))
         heapq.heappush(self._by_arrival, ticket.number)
         self._next = None
         self._tidy()
@@ -162,7 +162,7 @@ class ProgramOrder(Generic[T]):
             ticket = self._waiting[number][1]
             if self._has_waited(ticket, now_s):
                 return number != self._next, False, 0, number
-            return number != self._next, True, self._book.level(ticket.program), number
+            return number != self._next, True, self._book.level(ticket.session), number
 
         return [self._waiting[number][0] for number in sorted(self._waiting, key=rank)]
 
@@ -180,7 +180,7 @@ class ProgramOrder(Generic[T]):
             if number not in self._waiting:
                 heapq.heappop(self._by_service)
                 continue
-            now_level = self._book.level(self._waiting[number][1].program)
+            now_level = self._book.level(self._waiting[number][1].session)
             if now_level <= level:
                 return number
             heapq.heapreplace(self._by_service, (now_level, number))
@@ -192,6 +192,6 @@ class ProgramOrder(Generic[T]):
             self._by_arrival = sorted(self._waiting)
         if len(self._by_service) > most:
             self._by_service = sorted(
-                (self._book.level(ticket.program), number)
+                (self._book.level(ticket.session), number)
                 for number, (_, ticket) in self._waiting.items()
             )

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the plugin keeps on two of vLLM's objects: one typed slot on each, named ``stateful``.
+
+`OnRequest` rides on vLLM's scheduler-side ``Request``, inside the engine core. `OnStep` rides on
+its ``SchedulerOutput`` from the engine core to the workers: it is pickled where these are processes
+of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_stateful.types import TokenArray
+
+if TYPE_CHECKING:
+    from vllm_stateful.attention.shared_prefixes import SharedKeys
+    from vllm_stateful.prefix.residency import PromptBase
+    from vllm_stateful.schedule.service_order import Ticket
+    from vllm_stateful.speculate.answer_buffer import LookupUpdate
+
+SLOT = "stateful"
+
+
+@dataclass(slots=True)
+class OnRequest:
+    """Of one request.
+
+    Attributes:
+        prompt: its prompt, int32, shape ``[num_tokens]``; None where it came without a header.
+        version: by what name later prompts refer to this one; None where it has none.
+        base: the prompt to which this one refers, and how much both share; None without one.
+        is_array_sent: whether the workers may be given ``prompt`` in place of the list.
+        ticket: its place in the waiting queue, with ``--stateful-order least-served``.
+    """
+
+    prompt: TokenArray | None = None
+    version: Hashable | None = None
+    base: PromptBase | None = None
+    is_array_sent: bool = False
+    ticket: Ticket | None = None
+
+
+@dataclass(slots=True)
+class OnStep:
+    """Of one step.
+
+    Attributes:
+        lookup: what the device looks drafts up in, where something of it is new.
+        shared: which requests share leading keys.
+    """
+
+    lookup: LookupUpdate | None = None
+    shared: tuple[SharedKeys, ...] = ()
+
+
+NO_REQUEST = OnRequest()
+NO_STEP = OnStep()
+
+
+def on_request(request: Any) -> OnRequest:
+    """What is known of a request, to be written to."""
+    found: OnRequest | None = getattr(request, SLOT, None)
+    if found is None:
+        found = OnRequest()
+        setattr(request, SLOT, found)
+    return found
+
+
+def of_request(request: Any) -> OnRequest:
+    """What is known of a request, to be read only."""
+    found: OnRequest = getattr(request, SLOT, NO_REQUEST)
+    return found
+
+
+def on_step(output: Any) -> OnStep:
+    """What a step takes to the workers, to be written to."""
+    found: OnStep | None = getattr(output, SLOT, None)
+    if found is None:
+        found = OnStep()
+        setattr(output, SLOT, found)
+    return found
+
+
+def of_step(output: Any) -> OnStep:
+    """What a step brought to the workers, to be read only."""
+    found: OnStep = getattr(output, SLOT, NO_STEP)
+    return found
