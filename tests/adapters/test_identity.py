@@ -14,7 +14,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_stateful.adapters.engine.turn import is_final, retention_wish
+from vllm_stateful.adapters.engine.turn import forced_tool, is_final, retention_wish
 from vllm_stateful.adapters.frontend import identity
 from vllm_stateful.adapters.frontend.identity import (
     TenantMiddleware,
@@ -339,6 +339,24 @@ def test_what_vllm_parsed_wins_over_the_body() -> None:
 @pytest.mark.parametrize("sent_by_client", [None, [], "text", 7, {"metadata": None}])
 def test_a_body_without_metadata_names_nothing(sent_by_client: Any) -> None:
     assert not identify(body(), http({}, sent_by_client), None)
+
+
+# ---- a tool that must be called --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choice", "tool"),
+    [
+        (SimpleNamespace(type="function", function=SimpleNamespace(name="look_up")), "look_up"),
+        (SimpleNamespace(type="function", name="look_up"), "look_up"),  # the Responses API
+        (SimpleNamespace(type="function", name="x" * (identity.MAX_TOOL_CHARS + 1)), None),
+        ("required", None),
+        (None, None),
+    ],
+)
+def test_the_tool_that_a_request_names_reaches_the_engine(choice: Any, tool: str | None) -> None:
+    request: Any = over_the_wire(sent({}, tool_choice=choice))
+    assert forced_tool(request) == tool
 
 
 # ---- wishes ----------------------------------------------------------------------------------
