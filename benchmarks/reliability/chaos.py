@@ -38,7 +38,7 @@ NUM_CLIENTS = 6
 MAX_TOKENS = 500
 STOP_S, FREEZE_S = 5.0, 10.0
 END_WITHIN_S = 60.0
-UNDER_WAY_S = 0.7
+UNDER_WAY_S = 30.0
 OPTIONS = Options(response_cache="0", stock_api_servers=2)
 
 Act = Callable[[SoakServer], Awaitable[None]]
@@ -49,6 +49,7 @@ class Outcome:
     """What one fault did to one server.
 
     Attributes:
+        under_way: answers that had not ended when the fault began.
         seen: what the clients saw: right, error, wrong, stuck.
         errors: of those, by text.
         ended_after_s: until the main process ended; None: it did not.
@@ -58,6 +59,7 @@ class Outcome:
 
     fault: str
     side: str
+    under_way: int = 0
     seen: dict[str, int] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
     ended_after_s: float | None = None
@@ -73,7 +75,7 @@ class Outcome:
             end = f"ends with {self.exit_status} after {self.ended_after_s:.0f} s"
             end += f", {self.alive} processes left" if self.alive else ""
         after = "yes" if self.answers else "no"
-        return f"| {self.fault} | {self.side} | {seen} | {end} | {after} |"
+        return f"| {self.fault} | {self.side} | {self.under_way} | {seen} | {end} | {after} |"
 
 
 def stop_for(name: str) -> Act:
@@ -99,6 +101,17 @@ def kill(name: str) -> Act:
     return act
 
 
+async def kill_busiest_api_server(server: SoakServer) -> None:
+    """SIGKILL to the API server that has most of the clients; the kernel deals them out."""
+    pids = [pid for name, pid in server.processes().items() if name.startswith("api")]
+    os.kill(max(pids, key=lambda pid: _num_clients(pid, server.port)), signal.SIGKILL)
+
+
+def _num_clients(pid: int, port: int) -> int:
+    held = psutil.Process(pid).net_connections("tcp")
+    return sum(c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in held)
+
+
 async def nothing(server: SoakServer) -> None:
     """The fault is on the client's side."""
 
@@ -108,7 +121,7 @@ ROUNDS: tuple[tuple[tuple[str, Act], ...], ...] = (
         ("engine core stopped for 5 s", stop_for("engine 0")),
         ("API server stopped for 5 s", stop_for("api 0")),
         ("a client frozen for 10 s", nothing),
-        ("API server killed", kill("api 1")),
+        ("API server killed", kill_busiest_api_server),
     ),
     (("engine core killed", kill("engine 0")),),
 )
@@ -136,11 +149,16 @@ async def play(
     outcome = Outcome(fault, server.side)
     family = list(server.processes().values())
     async with httpx.AsyncClient(timeout=None) as client:
-        clients = [asyncio.create_task(send(client, server.url, request)) for request in asked]
+        coming = [Answer() for _ in asked]
+        clients = [
+            asyncio.create_task(send(client, server.url, *one))
+            for one in zip(asked, coming, strict=True)
+        ]
         if act is nothing:
             clients.append(asyncio.create_task(_frozen(server, asked[0])))
             right = [*right, right[0]]
-        await asyncio.sleep(UNDER_WAY_S)
+        await _all_begun(asked, coming)
+        outcome.under_way = sum(not task.done() for task in clients)
         began = time.monotonic()
         await act(server)
         answers = await asyncio.gather(*clients)
@@ -158,6 +176,14 @@ async def play(
         again = await send(client, server.url, asked[1])
     outcome.answers = again.status == 200 and not difference(again, right[1]) and again.is_whole
     return outcome
+
+
+async def _all_begun(asked: list[Request], coming: list[Answer]) -> None:
+    """Until each stream has brought some text; the other clients asked at the same time."""
+    streams = [a for r, a in zip(asked, coming, strict=True) if r.body.get("stream")]
+    until = time.monotonic() + UNDER_WAY_S
+    while not all(any(a.texts.values()) for a in streams) and time.monotonic() < until:
+        await asyncio.sleep(0.01)
 
 
 async def _frozen(server: SoakServer, request: Request) -> Answer:
@@ -225,7 +251,7 @@ async def play_round(
             ]
         for side in (STOCK, PLUGIN):
             made.append(await play(servers[side], fault, act, asked, right))
-            print(made[-1].row(), made[-1].errors or "", file=sys.stderr, flush=True)
+            _say(f"{made[-1].row()} {made[-1].errors or ''}")
     return made
 
 
@@ -249,6 +275,10 @@ def faults_of(outcomes: list[Outcome]) -> list[str]:
     return found
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/chaos"))
@@ -259,13 +289,15 @@ def main() -> None:
     for number, faults in enumerate(ROUNDS):
         with both(OPTIONS, args.out / f"round-{number}") as servers:
             outcomes += asyncio.run(play_round(servers, faults, args.seed + number))
-    lines = ["| fault | server | clients saw | processes | answers afterwards |"]
-    lines += ["|---|---|---|---|---|", *(outcome.row() for outcome in outcomes)]
+    lines = [
+        "| fault | server | answers under way | clients saw | processes | answers afterwards |"
+    ]
+    lines += ["|---|---|---|---|---|---|", *(outcome.row() for outcome in outcomes)]
     found = faults_of(outcomes)
+    rows = [asdict(outcome) for outcome in outcomes]
     lines += ["", *(f"- {fault}" for fault in found)] if found else ["", "Nothing found."]
     print("\n".join(lines))
     (args.out / "report.md").write_text("\n".join(lines) + "\n")
-    rows = [asdict(outcome) for outcome in outcomes]
     (args.out / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
     sys.exit(1 if found else 0)
 

@@ -80,9 +80,15 @@ class Answer:
             self.ids.setdefault(choice, []).extend(ids)
 
 
-async def send(client: httpx.AsyncClient, url: str, request: Request) -> Answer:
-    """Never raises for what the server does; `Answer` tells."""
-    answer = Answer()
+async def send(
+    client: httpx.AsyncClient, url: str, request: Request, answer: Answer | None = None
+) -> Answer:
+    """Never raises for what the server does; `Answer` tells.
+
+    Args:
+        answer: filled while it comes; None makes one.
+    """
+    answer = answer or Answer()
     try:
         async with asyncio.timeout(DEADLINE_S):
             await _exchange(client, url + PATHS[request.api], request, answer)
