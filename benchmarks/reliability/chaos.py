@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chaos: processes of a server are stopped or killed while it answers; stock vLLM beside it.
+"""Chaos: processes are stopped or killed, a disk fills up, while a server answers; stock beside it.
 
     python -m benchmarks.reliability.chaos [--out DIR]
 
 Both servers get the same faults under the same load: six clients with long greedy answers, four of
 them streams. A client may see an error or the right answer; never a wrong one, and never nothing
 for a minute. The server has to end where stock vLLM's ends, with all of its processes, and to
-answer where it does. Exit status 1 where that is not so.
+answer where it does. Then a full disk under vLLM's offload tier (`chaos_disk`), where a file system
+may be mounted. Exit status 1 where something is not so.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import httpx
 import psutil
 
 from benchmarks.models import tiny
+from benchmarks.reliability import chaos_disk
 from benchmarks.reliability.soak_client import Answer, Request, difference, send
 from benchmarks.reliability.soak_servers import Options, SoakServer, both
 from benchmarks.reliability.soak_sessions import words
@@ -294,7 +296,14 @@ def main() -> None:
     ]
     lines += ["|---|---|---|---|---|---|", *(outcome.row() for outcome in outcomes)]
     found = faults_of(outcomes)
-    rows = [asdict(outcome) for outcome in outcomes]
+    rows = {"processes": [asdict(outcome) for outcome in outcomes]}
+    try:
+        on_disk, more = chaos_disk.play(args.out / "disk", args.seed + len(ROUNDS), _say)
+        found += more
+        lines += ["", *chaos_disk.HEAD, *(row.row() for row in on_disk)]
+        rows["disk"] = [asdict(row) for row in on_disk]
+    except PermissionError as error:
+        lines += ["", f"A full disk was not played: {error}"]
     lines += ["", *(f"- {fault}" for fault in found)] if found else ["", "Nothing found."]
     print("\n".join(lines))
     (args.out / "report.md").write_text("\n".join(lines) + "\n")
