@@ -43,7 +43,8 @@ END_WITHIN_S = 60.0
 UNDER_WAY_S = 30.0
 OPTIONS = Options(response_cache="0", stock_api_servers=2)
 
-Act = Callable[[SoakServer], Awaitable[None]]
+Act = Callable[[SoakServer, dict[str, int]], Awaitable[None]]
+"""Gets the server and its processes, looked up before: on a busy machine that takes a second."""
 
 
 @dataclass
@@ -83,8 +84,8 @@ class Outcome:
 def stop_for(name: str) -> Act:
     """SIGSTOP to a process, and SIGCONT after a while."""
 
-    async def act(server: SoakServer) -> None:
-        pid = server.processes()[name]
+    async def act(server: SoakServer, processes: dict[str, int]) -> None:
+        pid = processes[name]
         os.kill(pid, signal.SIGSTOP)
         try:
             await asyncio.sleep(STOP_S)
@@ -97,15 +98,15 @@ def stop_for(name: str) -> Act:
 def kill(name: str) -> Act:
     """SIGKILL to a process."""
 
-    async def act(server: SoakServer) -> None:
-        os.kill(server.processes()[name], signal.SIGKILL)
+    async def act(server: SoakServer, processes: dict[str, int]) -> None:
+        os.kill(processes[name], signal.SIGKILL)
 
     return act
 
 
-async def kill_busiest_api_server(server: SoakServer) -> None:
+async def kill_busiest_api_server(server: SoakServer, processes: dict[str, int]) -> None:
     """SIGKILL to the API server that has most of the clients; the kernel deals them out."""
-    pids = [pid for name, pid in server.processes().items() if name.startswith("api")]
+    pids = [pid for name, pid in processes.items() if name.startswith("api")]
     os.kill(max(pids, key=lambda pid: _num_clients(pid, server.port)), signal.SIGKILL)
 
 
@@ -114,7 +115,7 @@ def _num_clients(pid: int, port: int) -> int:
     return sum(c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in held)
 
 
-async def nothing(server: SoakServer) -> None:
+async def nothing(server: SoakServer, processes: dict[str, int]) -> None:
     """The fault is on the client's side."""
 
 
@@ -149,7 +150,7 @@ async def play(
 ) -> Outcome:
     """One fault while all clients wait for their answers."""
     outcome = Outcome(fault, server.side)
-    family = list(server.processes().values())
+    processes = server.processes()
     async with httpx.AsyncClient(timeout=None) as client:
         coming = [Answer() for _ in asked]
         clients = [
@@ -162,7 +163,7 @@ async def play(
         await _all_begun(asked, coming)
         outcome.under_way = sum(not task.done() for task in clients)
         began = time.monotonic()
-        await act(server)
+        await act(server, processes)
         answers = await asyncio.gather(*clients)
     _tell(outcome, answers, right)
     is_deadly = "killed" in fault
@@ -173,7 +174,7 @@ async def play(
     if outcome.exit_status is not None:
         outcome.ended_after_s = time.monotonic() - began
         await asyncio.sleep(2)
-        outcome.alive = sum(_is_alive(pid) for pid in family)
+        outcome.alive = sum(_is_alive(pid) for pid in processes.values())
     async with httpx.AsyncClient(timeout=None) as client:
         again = await send(client, server.url, asked[1])
     outcome.answers = again.status == 200 and not difference(again, right[1]) and again.is_whole
