@@ -81,7 +81,8 @@ _API = (
         "api",
         "tokenizer model_config _executor _resources _apply_chat_template_async "
         "_build_tokens_prompt _wants_offsets _tokenize_prompt_async",
-        overrides="render_chat_async render_cmpl_async _tokenize_prompt validate_token_ids",
+        overrides="render_chat_async render_cmpl_async _tokenize_prompt _process_tokens "
+        "_process_tokens_async validate_token_ids",
         asked_by="vllm.renderers.base vllm.renderers.hf vllm.renderers.online_renderer",
     ),
     Use("vllm.renderers.hf", "renderer", "api", "resolve_chat_template safe_apply_chat_template"),

@@ -106,6 +106,20 @@ def prompt_owner() -> tuple[str, str]:
     return (_tenant.get(), _salt.get())
 
 
+def owned_name(name: str, cache_salt: str | None) -> str:
+    """A client's own name (``uuid``) of an image, sound or video in the prompt being rendered.
+
+    vLLM keeps what it is given under such a name, and takes it from there when the name comes
+    again. Two tenants may give one name to two pictures, and one may guess another's.
+
+    Args:
+        name: any text.
+        cache_salt: of the request.
+    """
+    owner = None if _engine_off is not None else scoped_salt(_tenant.get(), cache_salt)
+    return name if owner is None else f"{owner}:{name}"
+
+
 _engine_off: str | None = None
 
 

@@ -27,7 +27,7 @@ from vllm.renderers.params import TokenizeParams
 from vllm.utils.async_utils import make_async
 
 from vllm_stateful.adapters.frontend.detokenizer import try_tail_decoding
-from vllm_stateful.adapters.frontend.identity import note_salt, prompt_owner
+from vllm_stateful.adapters.frontend.identity import note_salt, owned_name, prompt_owner
 from vllm_stateful.adapters.frontend.messages import ChatRenderer
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Tokenized, Verified
@@ -128,6 +128,14 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         """As vLLM's; notes the request's cache salt, for nothing is shared across salts."""
         note_salt((kwargs.get("prompt_extras") or {}).get("cache_salt"))
         return await super().render_cmpl_async(*args, **kwargs)
+
+    def _process_tokens(self, prompt: TokensPrompt, **options: Any) -> Any:
+        """As vLLM's; a name that the client gave to an image is the name of its tenant's image."""
+        return super()._process_tokens(_with_owned_names(prompt), **options)
+
+    async def _process_tokens_async(self, prompt: TokensPrompt, **options: Any) -> Any:
+        """As vLLM's; a name that the client gave to an image is the name of its tenant's image."""
+        return await super()._process_tokens_async(_with_owned_names(prompt), **options)
 
     async def _tokenize_prompt_in_context(
         self, prompt: TextPrompt, params: TokenizeParams
@@ -237,6 +245,20 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
             "Please report the tokenizer.",
             len(full),
         )
+
+
+def _with_owned_names(prompt: TokensPrompt) -> TokensPrompt:
+    """The prompt, with names for its media that no other tenant's have."""
+    if not (given := prompt.get("multi_modal_uuids")):
+        return prompt
+    salt = prompt.get("cache_salt")
+    owned: dict[str, Any] = {}
+    for modality, names in given.items():
+        if isinstance(names, str):
+            owned[modality] = owned_name(names, salt)
+        else:
+            owned[modality] = [None if name is None else owned_name(name, salt) for name in names]
+    return {**prompt, "multi_modal_uuids": owned}
 
 
 def _report(done: Future[None]) -> None:
