@@ -19,9 +19,10 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
+from simulated_connectors import worker_of
 from simulated_groups import Vocabulary, cache_config, first_read, head_config, parted
-from simulated_tier import SimulatedTier
 from vllm.config import KVTransferConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -109,14 +110,15 @@ class SimulatedWorker:
         self.num_tokens_computed = 0
         self.are_heads_read = True
         """Whether the KV of draft heads must be right, too; it decides what is drafted only."""
-        self.tier: SimulatedTier | None = None
+        self.tier: Any = None
+        """The worker's side of a KV connector."""
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         if self.tier is None:
             return self._compute(step)
-        self.tier.begin(step)
+        self.tier.begin(step.kv_connector_metadata)
         output = self._compute(step)
-        output.kv_connector_output = self.tier.end(step)
+        output.kv_connector_output = self.tier.end(step.kv_connector_metadata)
         return output
 
     def _compute(self, step: SchedulerOutput) -> ModelRunnerOutput:
@@ -162,7 +164,11 @@ class SimulatedWorker:
         start, end = request.num_computed, request.num_computed + num_tokens
         known = len(request.tokens)
         assert end <= known + len(drafts), f"{request_id}: scheduled beyond its tokens"
-        self._read(request_id, request, start, end)
+        is_lost = self.tier is not None and any(
+            block in self.tier.lost for table in request.tables for block in table
+        )
+        if not is_lost:
+            self._read(request_id, request, start, end)
         prefix = request.prefix_after(min(start, known))
         first_prefix = prefix
         computed = [*request.tokens, *drafts][start:end]
@@ -176,6 +182,8 @@ class SimulatedWorker:
                 sampled.append(sample(prefix))
         self.num_tokens_computed += num_tokens
         request.num_computed = end
+        if is_lost:  # the scheduler drops what comes of it
+            return sampled
         request.tokens.extend(sampled)
         if "head" in self.kinds:
             self._run_head(request, start, end, first_prefix, computed)
@@ -299,6 +307,9 @@ class SimulatedEngine:
         config.cache_config.block_size = scheduled
         config.speculative_config = head_config() if "head" in names else None
         config.kv_transfer_config = kv_transfer
+        config.scheduler_config.disable_hybrid_kv_cache_manager = (
+            kv_transfer is not None and not KVConnectorFactory.supports_hma_config(kv_transfer)
+        )
         config.cache_config.num_gpu_blocks = num_blocks
         config.scheduler_config.async_scheduling = async_scheduling
         default = StatefulAsyncScheduler if async_scheduling else StatefulScheduler
@@ -322,7 +333,7 @@ class SimulatedEngine:
             )
         self.worker = SimulatedWorker(num_blocks, block_size, kinds)
         if kv_transfer is not None:
-            self.worker.tier = SimulatedTier(self.worker.slots)
+            self.worker.tier = worker_of(self.scheduler.connector, self.worker.slots, self.manager)
         self.block_size = block_size
         self.depth = 2 if async_scheduling else 1
         self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()

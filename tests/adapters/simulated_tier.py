@@ -14,7 +14,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingWorkerMetadata,
     TransferJob,
 )
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm.v1.outputs import KVConnectorOutput
 
@@ -43,6 +42,8 @@ class _Pending(NamedTuple):
 class SimulatedTier:
     """Chunks of slots on the host.
 
+    ``lost`` is empty: no load fails.
+
     Args:
         slots: those of the worker, shape ``[num_blocks][block_size]``.
         delay: steps from the step that carries a job to the one that does it.
@@ -53,15 +54,15 @@ class SimulatedTier:
         self.delay = delay
         self.chunks: dict[int, list[int]] = {}
         self.num_loaded = 0
+        self.lost: set[int] = set()
         self._step = 0
         self._pending: dict[int, _Pending] = {}
         self._done = OffloadingWorkerMetadata()
         self._received: set[str] = set()
 
-    def begin(self, step: SchedulerOutput) -> None:
+    def begin(self, meta: Any) -> None:
         """Before the step computes: what is due, and what must be done now."""
         self._step += 1
-        meta: Any = step.kv_connector_metadata
         for job_id, job in meta.load_jobs.items():
             self._pending[job_id] = _Pending(self._step + self.delay, job, is_store=False)
         for job_id in meta.jobs_to_flush or ():
@@ -73,9 +74,8 @@ class SimulatedTier:
         for job_id in [n for n, pending in self._pending.items() if pending.due <= self._step]:
             self._finish(job_id)
 
-    def end(self, step: SchedulerOutput) -> KVConnectorOutput | None:
+    def end(self, meta: Any) -> KVConnectorOutput | None:
         """After the step has computed; what to report with its output."""
-        meta: Any = step.kv_connector_metadata
         for job_id, job in meta.store_jobs.items():
             self._pending[job_id] = _Pending(self._step + self.delay, job, is_store=True)
         done, self._done = self._done, OffloadingWorkerMetadata()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from recorded_engine import Engine
 from simulated_groups import CHUNK, WINDOW, spec_of
+from simulated_tier import offloading
 from vllm.v1.core.single_type_kv_cache_manager import (
     CrossAttentionManager,
     FullAttentionManager,
@@ -14,8 +15,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     RSWAManager,
 )
 
+from vllm_stateful.adapters.engine.connectors import unsupported_connector
 from vllm_stateful.adapters.engine.kv_groups import group_of, kinds_of
-from vllm_stateful.adapters.engine.scheduler import _unsupported_connector
 from vllm_stateful.errors import UnsupportedError
 from vllm_stateful.prefix.groups import ChunkGroup, FullGroup, StateGroup, WindowGroup
 
@@ -60,12 +61,6 @@ def test_what_is_not_known_is_named(manager: Any, reason: str) -> None:
         group_of(manager)
 
 
-def test_a_connector_that_is_not_known_is_named() -> None:
-    scheduler: Any = SimpleNamespace(connector=object())
-    reason = _unsupported_connector(scheduler, [FullGroup(4)])
-    assert reason == "a KV connector other than OffloadingConnector: object"
-
-
 @pytest.mark.parametrize(
     ("groups", "use_eagle", "reason"),
     [
@@ -75,10 +70,10 @@ def test_a_connector_that_is_not_known_is_named() -> None:
     ],
 )
 def test_an_offload_tier_beside_other_kinds(
-    monkeypatch: pytest.MonkeyPatch, groups: list[Any], use_eagle: bool, reason: str | None
+    groups: list[Any], use_eagle: bool, reason: str | None
 ) -> None:
-    monkeypatch.setattr("vllm_stateful.adapters.engine.scheduler.is_offloading", lambda _: True)
+    connector = Engine(num_blocks=50, kv_transfer=offloading(9)).scheduler.connector
     scheduler: Any = SimpleNamespace(
-        connector=object(), use_eagle=use_eagle, num_prefill_lookahead=int(use_eagle)
+        connector=connector, use_eagle=use_eagle, num_prefill_lookahead=int(use_eagle)
     )
-    assert _unsupported_connector(scheduler, groups) == reason
+    assert unsupported_connector(scheduler, groups) == reason

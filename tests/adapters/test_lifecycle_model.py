@@ -23,13 +23,19 @@ from hypothesis.stateful import (
     multiple,
     rule,
 )
+from simulated_connectors import connected
 from simulated_engine import SimulatedEngine, expected_answer
+from simulated_lmcache import lmcache, stand_in
 from simulated_tier import offloading
+from vllm.config import KVTransferConfig
 from vllm.v1.request import RequestStatus
 
+from vllm_stateful.adapters.engine.connectors import parts_of
 from vllm_stateful.adapters.engine.invariants import check_pool
 from vllm_stateful.prefix import matching, resume_places
 from vllm_stateful.speculate.step_costs import StepCosts
+
+stand_in()
 
 NUM_BLOCKS = 40
 MAX_PROMPT = 80
@@ -51,7 +57,7 @@ class AgentSessions(RuleBasedStateMachine):
 
     async_scheduling = False
     num_drafts = 0
-    num_chunks = 0
+    connectors: tuple[KVTransferConfig, ...] = ()
     num_blocks = NUM_BLOCKS
     session_drafts = False
     beside_head = False
@@ -72,8 +78,9 @@ class AgentSessions(RuleBasedStateMachine):
             beside_head=self.beside_head,
             kinds=self.kinds,
             has_markers=self.has_markers,
-            kv_transfer=offloading(self.num_chunks) if self.num_chunks else None,
+            kv_transfer=connected(self.connectors),
         )
+        assert self.engine.scheduler.stateful_off is None
         # vLLM's own hits may join blocks of two requests whose tokens behind were not the same.
         self.engine.worker.are_heads_read = False
         self.manager = self.engine.manager
@@ -168,14 +175,16 @@ class AgentSessions(RuleBasedStateMachine):
             request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
             for request in self.engine.scheduler.requests.values()
         )
-        tier = getattr(self.engine.scheduler.connector, "connector_scheduler", None)
-        flushing = tier is not None and tier._current_batch_jobs_to_flush
+        connector = self.engine.scheduler.connector
+        parts = () if connector is None else parts_of(connector)
+        tiers = [getattr(part, "connector_scheduler", None) for part in parts]
+        flushing = any(tier is not None and tier._current_batch_jobs_to_flush for tier in tiers)
         if running_too and not self.engine.in_flight and not loading and not flushing:
             # vLLM 0.32 fails in the next step when running requests start again and the offload
             # tier still has their KV; while one is loaded, it refuses; and a second reset before
             # the next step ends the engine where the first has stores to wait for.
             assert self.engine.scheduler.reset_prefix_cache(
-                reset_running_requests=True, reset_connector=bool(self.num_chunks)
+                reset_running_requests=True, reset_connector=bool(self.connectors)
             )
         else:
             self.engine.scheduler.reset_prefix_cache()
@@ -252,13 +261,47 @@ class AgentSessionsDraftsBesideHead(AgentSessions):
 class AgentSessionsOffloaded(AgentSessions):
     """The same beside vLLM's offload tier, which holds about two conversations."""
 
-    num_chunks = 30
+    connectors = (offloading(30),)
 
 
 class AgentSessionsOffloadedAsync(AgentSessionsOffloaded):
     """The same with two steps in flight: vLLM frees blocks a step later then."""
 
     async_scheduling = True
+
+
+class AgentSessionsLMCache(AgentSessions):
+    """The same beside LMCache, of which a load may fail: chunks of three blocks, in the step."""
+
+    connectors = (lmcache(10, fails=True),)
+
+
+class AgentSessionsLMCacheAsync(AgentSessionsLMCache):
+    """The same with two steps in flight, and lookups that take a step. vLLM has no right answer
+    then to a load that fails: it reads what the step behind has sampled.
+    """
+
+    async_scheduling = True
+    connectors = (lmcache(10, is_slow=True, overwrites=False),)
+
+
+class AgentSessionsLMCacheDrafts(AgentSessionsLMCache):
+    """The same with drafts, of which about half are rejected."""
+
+    num_drafts = 3
+
+
+class AgentSessionsSeveral(AgentSessions):
+    """The same beside three connectors at once."""
+
+    connectors = (offloading(20), lmcache(8, fails=True), offloading(20, "lru"))
+
+
+class AgentSessionsSeveralAsync(AgentSessionsSeveral):
+    """The same with two steps in flight."""
+
+    async_scheduling = True
+    connectors = (lmcache(8), offloading(20), offloading(20, "lru"))
 
 
 class AgentSessionsWindows(AgentSessions):
@@ -341,6 +384,11 @@ RUN = settings(
         AgentSessionsDraftsBesideHead,
         AgentSessionsOffloaded,
         AgentSessionsOffloadedAsync,
+        AgentSessionsLMCache,
+        AgentSessionsLMCacheAsync,
+        AgentSessionsLMCacheDrafts,
+        AgentSessionsSeveral,
+        AgentSessionsSeveralAsync,
         AgentSessionsWindows,
         AgentSessionsChunksAsync,
         AgentSessionsStates,

@@ -2,7 +2,6 @@
 """Sessions beside vLLM's offload tier, step by step: what is loaded, kept, and not taken in."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from simulated_engine import expected_answer
 from simulated_tier import offloading
 from vllm.v1.request import RequestStatus
 
-from vllm_stateful.adapters.engine.scheduler import unsupported_reason
 from vllm_stateful.adapters.offload_policy import StatefulCachePolicy
 
 
@@ -177,16 +175,6 @@ def test_with_another_eviction_policy_sessions_are_kept_all_the_same(
     assert engine.outcomes()["restored"] == 1
     assert engine.scheduler.stateful("stats", {})["num_offloads_declined"] == 0
     engine.check_nothing_is_lost()
-
-
-def test_other_connectors_are_left_to_stock_vllm(engine: Engine) -> None:
-    class NixlConnector:
-        pass
-
-    scheduler = SimpleNamespace(**{**vars(engine.scheduler), "connector": NixlConnector()})
-    assert unsupported_reason(scheduler) == (
-        "a KV connector other than OffloadingConnector: NixlConnector"
-    )
 
 
 def test_a_reset_of_both_caches_forgets_all_but_the_answers_are_right(tiered: Engine) -> None:

@@ -61,6 +61,15 @@ def offloading(num_bytes: int) -> dict[str, Any]:
     }
 
 
+def several(*connectors: dict[str, Any]) -> dict[str, Any]:
+    """KV connectors in a ``MultiConnector``."""
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"connectors": connectors},
+    }
+
+
 class Player:
     """One engine and everything that was said to it."""
 
@@ -83,7 +92,8 @@ class Player:
                 "model": "vllm_stateful.adapters.speculation.SessionDrafter",
             }
         if args.offload:
-            options["kv_transfer_config"] = offloading(args.offload)
+            tier = offloading(args.offload)
+            options["kv_transfer_config"] = several(tier, tier) if args.several else tier
         self.llm = LLM(
             args.model,
             dtype=args.dtype,
@@ -281,6 +291,7 @@ def main() -> None:
     parser.add_argument("--logprobs", type=int, help="of so many tokens; compiles for some seconds")
     parser.add_argument("--prompts", help="replay the prompts of this earlier result")
     parser.add_argument("--offload", type=int, default=0, help="bytes of a CPU offload tier")
+    parser.add_argument("--several", action="store_true", help="two such tiers at once")
     parser.add_argument("--session-drafts", action="store_true", help="with the plugin's drafts")
     parser.add_argument("--speculate", action="store_true", help="with vLLM's ngram drafts")
     args = parser.parse_args()

@@ -57,6 +57,20 @@ def test_sessions_that_come_back_from_the_offload_tier_give_the_same_answers(pla
     assert_nothing_lost(plugin)
 
 
+def test_several_kv_connectors_at_once_give_the_same_answers(play: Play) -> None:
+    """Two offload tiers in a ``MultiConnector``: sessions resume, and come back from the first."""
+    small = ("--scenario", "pressure", "--num-blocks", "100")
+    stock = play(TINY, *small)
+    tiers = ("--offload", str(256 * 1024**2), "--several")
+    plugin = play(TINY, "--plugin", *small, *tiers)
+    assert assert_same_answers(stock, plugin) == 24
+    outcomes = plugin["stats"]["turns"]
+    print(outcomes)
+    assert outcomes["restored"] > 0
+    assert outcomes["resumed"] > 0
+    assert_nothing_lost(plugin)
+
+
 def test_ngram_speculation_resumes_at_accepted_tokens_only(play: Play) -> None:
     """Rejected drafts leave KV behind the frontier; it must never be taken for context."""
     stock, plugin = play(TINY), play(TINY, "--plugin", "--speculate")

@@ -9,7 +9,8 @@ _KV = f"{_CORE}.kv_cache_manager"
 _MANAGERS = f"{_CORE}.single_type_kv_cache_manager"
 _SPECS = "vllm.v1.kv_cache_interface"
 _POLICIES = "vllm.v1.kv_offload.cpu.policies.base"
-_OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler"
+_V1 = "vllm.distributed.kv_transfer.kv_connector.v1"
+_OFFLOADING = f"{_V1}.offloading.scheduler"
 _CONFIG = "vllm.config"
 
 _SETTINGS = (
@@ -70,7 +71,8 @@ _REQUESTS = (
         "output_token_ids all_token_ids num_computed_tokens num_output_placeholders "
         "num_preemptions block_hashes cache_salt lora_request session_id kv_hints mm_features "
         "sampling_params pooling_params prompt_embeds resumable skip_reading_prefix_cache status "
-        "arrival_time spec_token_ids kv_cache_report_mode is_finished is_prefill_chunk priority",
+        "num_in_flight_tokens arrival_time spec_token_ids kv_cache_report_mode is_finished "
+        "is_prefill_chunk priority",
     ),
     Use(
         "vllm.v1.request:RequestStatus",
@@ -142,6 +144,24 @@ _SCHEDULER = (
     ),
     Use(f"{_SCHED}.output:CachedRequestData", "sessions", "engine", "req_ids resumed_req_ids"),
     Use("vllm.v1.outputs:DraftTokenIds", "sessions", "engine", "req_ids draft_token_ids"),
+    Use("vllm.v1.outputs:ModelRunnerOutput", "sessions", "engine", "kv_connector_output"),
+    Use("vllm.v1.outputs:KVConnectorOutput", "sessions", "engine", "invalid_block_ids"),
+)
+
+_CONNECTORS = (
+    Use(
+        f"{_V1}.base:KVConnectorBase_V1",
+        "sessions",
+        "engine",
+        "get_num_new_matched_tokens _kv_transfer_config",
+    ),
+    Use(f"{_V1}.multi_connector:MultiConnector", "sessions", "engine", "sub_connectors"),
+    Use(
+        f"{_CONFIG}.kv_transfer:KVTransferConfig",
+        "sessions",
+        "engine",
+        "kv_role get_from_extra_config",
+    ),
 )
 
 _BLOCKS = (
@@ -150,7 +170,7 @@ _BLOCKS = (
         "sessions",
         "engine",
         "coordinator block_pool enable_caching enable_kv_cache_events empty_kv_cache_blocks "
-        "max_model_len cache_blocks",
+        "max_model_len cache_blocks truncate_computed_blocks",
         overrides="get_computed_blocks allocate_slots free reset_prefix_cache new_step_starts "
         "usage estimate_cached_tokens",
         asked_by=f"{_SCHED}.scheduler:Scheduler",
@@ -236,11 +256,18 @@ _OFFLOAD = (
     Use("vllm.v1.kv_offload.base", "offload", "engine", "OffloadKey"),
     Use("vllm.v1.kv_offload.base:ReqContext", "offload", "engine", "req_id kv_transfer_params"),
     Use(
-        "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector",
+        f"{_V1}.offloading_connector",
         "offload",
         "engine",
         "OffloadingConnector",
     ),
 )
 
-USES: tuple[Use, ...] = (*_SETTINGS, *_REQUESTS, *_SCHEDULER, *_BLOCKS, *_OFFLOAD)
+USES: tuple[Use, ...] = (
+    *_SETTINGS,
+    *_REQUESTS,
+    *_SCHEDULER,
+    *_CONNECTORS,
+    *_BLOCKS,
+    *_OFFLOAD,
+)

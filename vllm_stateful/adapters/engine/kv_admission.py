@@ -49,8 +49,11 @@ class KVAdmission(KVLookup):
         """
         ask = Ask(request, num_new_tokens, num_new_computed_tokens, new_computed_blocks, options)
         turn = self.turns.get(request.request_id)
+        num_loaded = options.get("num_external_computed_tokens", 0)
+        if self.loads is not None and request.num_computed_tokens == 0:
+            self.loads.begins(request, num_new_computed_tokens, num_loaded)
         if turn is not None:
-            turn.is_loading = bool(options.get("delay_cache_blocks"))
+            turn.is_loading = num_loaded > 0
             if request.num_computed_tokens == 0:
                 return self._admit(ask, turn)
             if turn.wanted:

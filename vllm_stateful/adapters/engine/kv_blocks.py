@@ -39,7 +39,9 @@ class StatefulKVCacheManager(KVAdmission):
             return
         self.bypassed.discard(request.request_id)
         turn = self.turns.pop(request.request_id, None)
+        is_loading = self.loads is not None and self.loads.ended(request)
         if turn is not None:
+            turn.has_failed |= is_loading
             self._unshare(turn)
         if turn is not None and self._is_worth_keeping(request, turn):
             self._keep(request, turn)
@@ -67,8 +69,10 @@ class StatefulKVCacheManager(KVAdmission):
     def preempted(self, request: Request) -> None:
         """A preempted turn loses its blocks, as in stock vLLM, and looks up again later."""
         turn = self.turns.get(request.request_id)
+        if self.loads is not None:
+            self.loads.ended(request)
         if turn is not None:
-            turn.is_loading = False
+            turn.is_loading = turn.has_failed = False
             self._unshare(turn)
             self._drop_points(turn)
             turn.wanted, turn.planned_for = [], None
@@ -191,5 +195,5 @@ class StatefulKVCacheManager(KVAdmission):
 
 
 def _has_failed(request: Request, turn: Turn) -> bool:
-    """Whether its KV may be wrong: an error ended it, or while KV was still being loaded."""
-    return request.status == RequestStatus.FINISHED_ERROR or turn.is_loading
+    """Whether its KV may be wrong: an error ended it, or a load that had not ended or failed."""
+    return request.status == RequestStatus.FINISHED_ERROR or turn.has_failed

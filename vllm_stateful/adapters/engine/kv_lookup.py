@@ -15,9 +15,11 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.engine.kv_groups import RequestTables, in_place
+from vllm_stateful.adapters.engine.loads import Computed, Loads
 from vllm_stateful.adapters.engine.resume_points import ResumePoints
 from vllm_stateful.adapters.engine.turn import (
     Offer,
@@ -35,9 +37,6 @@ from vllm_stateful.prefix.residency import Match
 from vllm_stateful.prefix.residency_book import MAX_POINTS
 from vllm_stateful.prefix.residency_store import ResidencyStore
 from vllm_stateful.types import Bypass, Demotion
-
-Computed = tuple[KVCacheBlocks, int, int]
-"""Blocks, number of computed tokens, shared-prefix boundary: as vLLM's own method returns."""
 
 
 class KVLookup(KVCacheManager):  # type: ignore[misc]
@@ -58,6 +57,8 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
     resume_points: ResumePoints
     request_tables: RequestTables
 
+    loads: Loads | None
+    """Those of the KV connector, where there is one."""
     called_tool: Callable[[Request], str | None]
 
     def become_stateful(
@@ -72,6 +73,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         max_points: int = MAX_POINTS,
         lookahead: int = 0,
         may_have_drafts: bool = False,
+        loads: Loads | None = None,
     ) -> None:
         """Add the residencies' state to a manager that the stock constructor made."""
         num_blocks = self.block_pool.num_gpu_blocks
@@ -93,6 +95,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         self.resume_points = ResumePoints(
             self.coordinator, groups, rules, self._make_room, lookahead
         )
+        self.loads = loads
         self.turns = {}
         self.bypassed = set()
         self.turn_counts = TurnCounts()
@@ -132,10 +135,21 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         started = time.perf_counter()
         turn = self.turn_of(request)
         if turn is None:
-            return self._stock_lookup(request)
-        computed = self._lookup(request, turn)
+            return self._settled(request, self._stock_lookup(request))
+        computed = self._settled(request, self._lookup(request, turn))
         turn.lookup_s = time.perf_counter() - started
         return computed
+
+    def _settled(self, request: Request, ours: Computed) -> Computed:
+        """Ours, or less of it where a KV connector reaches further from there."""
+        if self.loads is None:
+            return ours
+        return self.loads.settle(request, ours, self.truncate_computed_blocks)
+
+    def read_loads(self, output: KVConnectorOutput | None) -> None:
+        """What a step could not load. Call before vLLM reads it."""
+        if self.loads is not None and output is not None and output.invalid_block_ids:
+            self.loads.fail(output, self.turns, self._managers[0].req_to_blocks)
 
     def estimate_cached_tokens(self, request: Request) -> int:
         """What the next turn can read: ``created_cache_tokens`` is this without what was there.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
@@ -94,9 +94,9 @@ def _owner(session: SessionKey) -> Owner:
     return Owner(session, session.identity.tenant, session.identity.cache_salt)
 
 
-def tier_of(connector: Any) -> OffloadTier | None:
-    """The tier of the ``OffloadingConnector`` that vLLM has just built; None when another policy
-    runs it.
+def tier_of(connectors: Sequence[Any]) -> OffloadTier | None:
+    """The tier of an ``OffloadingConnector`` that vLLM has just built; None when another policy
+    runs it. Of several, the last one that asked for ours: the others know no sessions.
     """
     policy = StatefulCachePolicy.take_newest()
     if policy is None:
@@ -105,5 +105,10 @@ def tier_of(connector: Any) -> OffloadTier | None:
             "docs/offload.md says how to let it know sessions"
         )
         return None
-    group = connector.scheduler.config.kv_group_configs[0]
+    ours = [each for each in connectors if _policy_of(each) == StatefulCachePolicy.__name__]
+    group = (ours or connectors)[-1].scheduler.config.kv_group_configs[0]
     return OffloadTier(policy, group.tokens_per_chunk)
+
+
+def _policy_of(connector: Any) -> Any:
+    return connector._kv_transfer_config.get_from_extra_config("eviction_policy", None)

@@ -18,17 +18,17 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
-from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.attention_choice import STEPS, is_cuda_backend_chosen
 from vllm_stateful.adapters.engine.called_tools import CalledTools
+from vllm_stateful.adapters.engine.connectors import loads_of, tier_of, unsupported_connector
 from vllm_stateful.adapters.engine.hash_check import HashCheck
 from vllm_stateful.adapters.engine.invariants import check_pool
 from vllm_stateful.adapters.engine.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.engine.kv_groups import group_of, kinds_of
 from vllm_stateful.adapters.engine.message_boundaries import boundary_rules
-from vllm_stateful.adapters.engine.offload import is_offloading, tier_of
 from vllm_stateful.adapters.engine.prefill_groups import SchedulerPrefills
 from vllm_stateful.adapters.engine.resume_points import ResumePoints
 from vllm_stateful.adapters.engine.scheduler_lookup import SchedulerLookup
@@ -44,7 +44,6 @@ from vllm_stateful.adapters.speculation import (
 from vllm_stateful.config import StatefulConfig, load_config
 from vllm_stateful.errors import UnsupportedError
 from vllm_stateful.prefix.boundaries import BoundaryRules
-from vllm_stateful.prefix.groups import Group
 from vllm_stateful.types import SessionKey
 
 if TYPE_CHECKING:
@@ -68,20 +67,7 @@ def unsupported_reason(scheduler: Scheduler) -> str | None:
         return str(error)
     if any(each.block_pool is not manager.block_pool for each in managers):
         return "its KV cache groups have blocks of their own"
-    return _unsupported_connector(scheduler, groups) or _unsupported_setting(scheduler)
-
-
-def _unsupported_connector(scheduler: Scheduler, groups: list[Group]) -> str | None:
-    connector = scheduler.connector
-    if connector is None:
-        return None
-    if not is_offloading(connector):
-        return f"a KV connector other than OffloadingConnector: {type(connector).__name__}"
-    if not all(group.is_full for group in groups):
-        return "an offload tier beside windows or states"
-    if scheduler.use_eagle or scheduler.num_prefill_lookahead:
-        return "an offload tier beside a draft head"
-    return None
+    return unsupported_connector(scheduler, groups) or _unsupported_setting(scheduler)
 
 
 def _unsupported_setting(scheduler: Scheduler) -> str | None:
@@ -121,6 +107,7 @@ class _StatefulMixin:
     """What requests share, where our kernels for CUDA attend."""
     vllm_config: Any
     connector: Any
+    cache_config: Any
     tier: OffloadTier | None = None
     """vLLM's offload tier, where it is on and lets us order it."""
     hash_check: HashCheck | None = None
@@ -166,6 +153,7 @@ class _StatefulMixin:
             max_points=self.config.resume_points,
             lookahead=int(self.use_eagle or self.num_prefill_lookahead > 0),
             may_have_drafts=self.num_spec_tokens > 0,
+            loads=loads_of(self.connector, self.cache_config.block_size),
         )
         logger.info(
             "stateful: on, sessions may pin %d of %d blocks of %d tokens; KV cache groups: %s",
@@ -341,11 +329,17 @@ class _StatefulMixin:
             draft_token_ids = self.speculation.fill(draft_token_ids, self.requests)
         super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
         """vLLM's bookkeeping after a step; turns that ended are kept here."""
         if self.speculation is not None:
             self.speculation.step_ends()
-        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        if self.stateful_off is None:
+            self.kv_cache_manager.read_loads(model_runner_output.kv_connector_output)
+        outputs = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output
+        )
         self._check()
         return outputs
 

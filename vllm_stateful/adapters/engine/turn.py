@@ -73,7 +73,9 @@ class Turn:
     can_make_room: bool = False
     """Its allocation was refused, and somebody gave blocks for it."""
     is_loading: bool = False
-    """vLLM's offload tier writes into its blocks; none of it has run yet."""
+    """A KV connector loads what is behind its hit."""
+    has_failed: bool = False
+    """Its blocks hold KV of which nobody knows that it was loaded."""
     has_arrived: bool = False
     """The gap before it was learned from."""
     is_counted: bool = False
