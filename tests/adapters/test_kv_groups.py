@@ -65,8 +65,8 @@ def test_what_is_not_known_is_named(manager: Any, reason: str) -> None:
     ("groups", "use_eagle", "reason"),
     [
         ([FullGroup(4)], False, None),
-        ([FullGroup(4), StateGroup(4)], False, "an offload tier beside windows or states"),
-        ([FullGroup(4)], True, "an offload tier beside a draft head"),
+        ([FullGroup(4), StateGroup(4)], False, "a KV connector beside windows or states"),
+        ([FullGroup(4)], True, "a KV connector beside a draft head"),
     ],
 )
 def test_an_offload_tier_beside_other_kinds(

@@ -91,9 +91,9 @@ def unsupported_connector(scheduler: Any, groups: list[Group]) -> str | None:
         if reason is not None:
             return reason
     if not all(group.is_full for group in groups):
-        return "an offload tier beside windows or states"
+        return "a KV connector beside windows or states"
     if scheduler.use_eagle or scheduler.num_prefill_lookahead:
-        return "an offload tier beside a draft head"
+        return "a KV connector beside a draft head"
     return None
 
 
