@@ -244,16 +244,8 @@ def connector(name: str, module: str = "nixl.connector", role: str = "kv_both", 
             "LMCacheConnectorV1 as kv_both: blended KV",
         ),
         (
-            connector(
-                "LMCacheMPConnectorUpstream",
-                "lmcache_mp_connector",
-                scheduler_adapter=SimpleNamespace(),
-            ),
-            "LMCacheMPConnectorUpstream as kv_both: an LMCache so old",
-        ),
-        (
-            connector("LMCacheMPConnectorUpstream", "lmcache_mp_connector", lazy_offload=True),
-            "LMCacheMPConnectorUpstream as kv_both: lmcache.mp.lazy_offload",
+            connector("LMCacheMPConnectorUpstream", "lmcache_mp_connector"),
+            "LMCacheMPConnectorUpstream as kv_both: LMCache as a server was not run",
         ),
         (
             connector(

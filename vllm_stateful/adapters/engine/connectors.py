@@ -42,13 +42,6 @@ def _exact(connector: Any) -> int:
     return 1
 
 
-def _lmcache_skips(connector: Any) -> int:
-    """LMCache's server is told how many tokens at the front of a chunk it must not write. vLLM's
-    own adapter, which vLLM takes beside an old LMCache, does not tell it (`_unsupported`).
-    """
-    return 1
-
-
 def _lmcache_chunk(connector: Any) -> int:
     """LMCache in the engine's process loads its whole chunk, also where vLLM has its begin."""
     engine = getattr(connector, "_lmcache_engine", None)
@@ -59,8 +52,6 @@ UNITS: dict[tuple[str, str], Callable[[Any], int]] = {
     OFFLOADING: _exact,
     (_V1 + "lmcache_connector", "LMCacheConnectorV1"): _lmcache_chunk,
     ("lmcache.integration.vllm.lmcache_connector_v1", "LMCacheConnectorV1Dynamic"): _lmcache_chunk,
-    (_V1 + "lmcache_mp_connector", "LMCacheMPConnectorUpstream"): _lmcache_skips,
-    ("lmcache.integration.vllm.lmcache_mp_connector", "LMCacheMPConnector"): _lmcache_skips,
 }
 """By class, the tokens at whose multiples its loads begin."""
 
@@ -103,17 +94,14 @@ def _unsupported(connector: Any) -> str | None:
     said = f"{name[1]} as {role}"
     if name[0].removeprefix(_V1).startswith(_TRANSFERS) and name[0].startswith(_V1):
         return f"{said}: P/D transfer, blocks belong to another engine after a request's end"
+    if name[0].endswith("lmcache_mp_connector"):
+        return f"{said}: LMCache as a server was not run beside sessions yet"
     if name != MULTI and name not in UNITS:
         return f"{said}: a KV connector that is not known"
     if name == OFFLOADING:
         return None
     if role != "kv_both":
         return f"{said}: P/D transfer was not tried beside sessions, kv_both was"
-    adapter = getattr(connector, "scheduler_adapter", None)
-    if adapter is not None and not type(adapter).__module__.startswith("lmcache."):
-        return f"{said}: an LMCache so old loads over KV that vLLM has"
-    if getattr(connector, "lazy_offload", False):
-        return f"{said}: lmcache.mp.lazy_offload reads blocks that were freed"
     if getattr(_lmcache_config(connector), "enable_blending", False):
         return f"{said}: blended KV is not that of the tokens before it"
     return None
