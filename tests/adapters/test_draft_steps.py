@@ -109,7 +109,7 @@ def test_beside_a_head_a_request_can_do_without_drafts(is_long: bool) -> None:
     """None of the head's either, whether looks pay or rest."""
     engine = beside_head()
     if not is_long:
-        engine.scheduler.speculation._rest({})
+        engine.scheduler.speculation._rests = 1000
     engine.turn("first", HISTORY, ALICE, max_tokens=8, extra_args={XARG: 0})
     drafted = [step.scheduled_spec_decode_tokens for step in engine.outputs]
     assert not any(drafted)
@@ -119,9 +119,28 @@ def test_looks_that_do_not_pay_rest_and_the_head_goes_on() -> None:
     engine = beside_head()
     speculation = engine.scheduler.speculation
     speculation.drafts.beside.pays = lambda *_: False
-    engine.turn("first", HISTORY, ALICE, max_tokens=30)
-    assert speculation._rests > 0
+    engine.turn("first", HISTORY, ALICE, max_tokens=60)
     assert any(step.scheduled_spec_decode_tokens for step in engine.outputs)
+    before = speculation.drafts.beside._gain
+    engine.turn("second", HISTORY, ALICE, max_tokens=60)
+    assert speculation.drafts.beside._gain > before, "it goes on to learn while it rests"
+
+
+def test_a_turn_that_ends_while_looks_rest_is_remembered() -> None:
+    engine = beside_head()
+    engine.scheduler.speculation._rests = 1000
+    engine.turn("first", HISTORY, ALICE, max_tokens=6)
+    assert len(engine.scheduler.speculation.drafts.waiting()) == 1
+
+
+@pytest.mark.parametrize(("options", "is_chosen"), [({}, True), ({"temperature": 0.5}, False)])
+def test_with_a_seed_only_the_heads_draft_is_verified(
+    options: dict[str, Any], is_chosen: bool
+) -> None:
+    engine = beside_head()
+    for session in ("first", "second", "third"):
+        engine.turn(session, HISTORY, ALICE, max_tokens=40, seed=7, **options)
+    assert (engine.scheduler.speculation.drafts.num_drafted > 0) == is_chosen
 
 
 @pytest.mark.parametrize(
@@ -130,6 +149,8 @@ def test_looks_that_do_not_pay_rest_and_the_head_goes_on() -> None:
         ({}, None),
         ({"draft_sample_method": "probabilistic"}, "draft_sample_method probabilistic"),
         ({"rejection_sample_method": "synthetic"}, "rejection_sample_method synthetic"),
+        ({"rejection_sample_method": "fly"}, "rejection_sample_method fly"),
+        ({"rejection_sample_method": "block"}, None),
         ({"async_scheduling": True}, "async scheduling with model runner V1"),
         (
             {"use_v2_model_runner": True},

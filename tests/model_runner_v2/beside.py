@@ -25,6 +25,13 @@ from vllm_stateful.adapters.worker.lookup_beside import LookupBesideHead, prior_
 MAX_LEN, MAX_REQS, BLOCK = 400, 4, 64
 
 
+class Table:
+    """Stands for vLLM's table of texts, whose buffers want a GPU's driver."""
+
+    def __init__(self, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.gpu = torch.zeros(size, dtype=dtype, device=device)
+
+
 class Head:
     """A drafting head that is right with some chance."""
 
@@ -64,6 +71,7 @@ class Bench:
         self.ours: Any = LookupBesideHead(
             SimpleNamespace(speculative_config=config), torch.device("cpu"), self.state, self.head
         )
+        self.ours.is_on = True
         self.margins = prior_margins(num_drafts).numpy().astype(np.int64)
         self.is_taken = np.zeros(MAX_REQS, bool)
         self.begin()
@@ -87,7 +95,7 @@ class Bench:
         rows = self.random.permutation(MAX_REQS)
         came = [self.verified(row) for row in rows]
         sampled = torch.tensor([len(tokens) for tokens in came], dtype=torch.int32)
-        drafted = [0 if self.drafts[row, 0] < 0 else self.num_drafts for row in rows]
+        drafted = [int((self.drafts[row] >= 0).sum()) for row in rows]
         rejected = torch.tensor(drafted, dtype=torch.int32) - sampled + 1
         for row, tokens in zip(rows, came, strict=True):
             self.lengths[row] += len(tokens)
@@ -105,10 +113,16 @@ class Bench:
         assert self.head.observed == expected
         last = torch.zeros(MAX_REQS, 1, dtype=torch.int64)
         batch = SimpleNamespace(num_reqs=len(rows), idx_mapping=states)
-        made = self.head.propose(batch, None, None, None, None, sampled, rejected, last)
+        given = (batch, None, None, None, None, sampled, rejected, last)
+        most = int(self.random.choice([0, 1, self.num_drafts, self.num_drafts, self.num_drafts]))
+        made = self.head.propose(*given, num_speculative_tokens=most)
+        if most == 0:  # nothing of this step is verified, and nothing compared
+            self.drafts[:] = -1
+            self.before.clear()
+            return
         np.testing.assert_array_equal(self.ours.margins.numpy(), self.margins)
         for index, row in enumerate(rows):
-            self.choose(row, made[index].tolist(), head[index])
+            self.choose(row, made[index].tolist(), head[index], most)
 
     def verified(self, row: int) -> list[int]:
         """What comes: the draft as far as it is right, and one token."""
@@ -128,16 +142,17 @@ class Bench:
             match, found, head = self.before[row]
             self.margins[match] += num_right(found, came) - num_right(head, came)
 
-    def choose(self, row: int, made: list[int], head: list[int]) -> None:
+    def choose(self, row: int, made: list[int], head: list[int], most: int) -> None:
         own = self.texts[row][: self.lengths[row]].tolist()
         found, match = lookup.naive(own, [], self.num_drafts)
         mixed = found + head[len(found) :]
         self.is_taken[row] = bool(match) and self.margins[match] > 0
         assert made == (mixed if self.is_taken[row] else head), (own, match)
-        self.drafts[row] = made
+        self.drafts[row] = -1
+        self.drafts[row, :most] = made[:most]
         self.before.pop(row, None)
         if match:
-            self.before[row] = match, mixed, head
+            self.before[row] = match, mixed[:most], head[:most]
 
 
 def num_right(draft: list[int], came: list[int]) -> int:
@@ -151,6 +166,7 @@ def main(num_steps: int) -> None:
         module.BLOCK = BLOCK
     lookup_speculator.REGION_TOKENS, lookup_speculator.BUFFER_TOKENS = 64, 256
     lookup_beside.FORGET_STEPS = 1 << 30  # halved by hand, else
+    lookup_beside.StagedWriteTensor = Table
     random = default_rng(0)
     for num_drafts in (1, 3, 6):
         bench = Bench(random, num_drafts)

@@ -59,6 +59,7 @@ TYPES = {
     "head_stride": "i32",
     "out_ptr": "*i64",
     "taken_ptr": "*i32",
+    "num_drafts": "i32",
     "index": "i32",
     "start": "i32",
     "ids_ptr": "*i32",

@@ -41,7 +41,7 @@ def report_problem(text: str) -> None:
     Raises:
         UnsupportedError: the plugin is strict.
     """
-    _problems.append(text)
+    add_problem(text)
     if load_config().strict:
         raise UnsupportedError(text)
     logger.warning("stateful: off, serving as stock vLLM: %s", text)
@@ -85,7 +85,7 @@ def is_fit(feature: str, process: Process) -> bool:
     if drift is None:
         return True
     line = off_line([feature], drift)
-    _problems.append(line)
+    add_problem(line)
     if load_config().strict:
         raise UnsupportedError(line)
     if drift not in _said:

@@ -49,9 +49,11 @@ class OnStep:
     Attributes:
         lookup: what the device looks drafts up in, where something of it is new.
         shared: which requests share leading keys.
+        is_beside_head: whether the engine core keeps sessions that draft beside a head.
     """
 
     lookup: LookupUpdate | None = None
+    is_beside_head: bool = False
     shared: tuple[SharedKeys, ...] = ()
 
 

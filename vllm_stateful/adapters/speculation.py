@@ -81,8 +81,8 @@ def why_not_beside_head(vllm_config: Any, config: StatefulConfig) -> str | None:
         return "--stateful-drafts off"
     if head.draft_sample_method != "greedy":
         return f"draft_sample_method {head.draft_sample_method}"
-    if head.rejection_sample_method == "synthetic":
-        return "rejection_sample_method synthetic"
+    if head.rejection_sample_method not in ("standard", "block"):  # others accept what is not right
+        return f"rejection_sample_method {head.rejection_sample_method}"
     if getattr(vllm_config, "watermark_config", None) is not None:
         return "drafts are watermarked"
     if vllm_config.use_v2_model_runner:

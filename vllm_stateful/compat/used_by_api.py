@@ -96,7 +96,8 @@ _API = (
     Use("vllm.renderers.registry", "renderer", "api", "RENDERER_REGISTRY"),
     Use("vllm.renderers.registry:RendererRegistry", "renderer", "api", "renderers register"),
     Use("vllm.inputs", "renderer", "api", "TextPrompt TokensPrompt"),
-    Use(f"{_ENGINE}.async_llm:AsyncLLM", "endpoint", "api", "engine_core errored"),
+    Use(f"{_ENGINE}.async_llm:AsyncLLM", "endpoint", "api", "engine_core errored renderer"),
+    Use("vllm.config.model:ModelConfig", "endpoint", "api", "is_multimodal_model"),
     Use(
         "vllm.entrypoints.openai.responses.protocol:ResponsesRequest",
         "sessions",

@@ -135,8 +135,11 @@ class SchedulerDrafts:
     def _fill_beside(
         self, proposed: DraftTokenIds, requests: dict[str, Request], beside: BesideHead
     ) -> DraftTokenIds:
-        """The head's drafts, and those of sessions where they are better. While looks do not pay,
-        only every few steps has one."""
+        """The head's drafts, and those of sessions where they are better.
+
+        While looks do not pay, only every few steps has one. What it found is compared with what
+        came when the next one is made: it may pay again.
+        """
         if self._rests > 0:
             self._rests -= 1
             return DraftTokenIds(proposed.req_ids, self._as_wished(proposed, requests))
@@ -144,7 +147,8 @@ class SchedulerDrafts:
         made = self._as_wished(proposed, requests)
         for place, name in enumerate(proposed.req_ids):
             request = requests.get(name)
-            if made[place] and request is not None and self._is_decoding(request):
+            if made[place] and self._may_choose(request):
+                assert request is not None
                 self._catch_up(request)
                 head = token_array(made[place])
                 made[place] = self.drafts.draft_beside(name, head).tolist()
@@ -154,8 +158,20 @@ class SchedulerDrafts:
             self._look_seconds += LOOK_WEIGHT * (seconds - self._look_seconds)
             most_tokens = num_looks * (1 + self._max_tokens)  # of a step
             if not beside.pays(self._look_seconds, self._step_seconds / most_tokens):
-                self._rest(requests)
+                self._rests = REST_LOOKS
         return DraftTokenIds(proposed.req_ids, made)
+
+    def _may_choose(self, request: Request | None) -> bool:
+        """Whether which draft is verified changes nothing but the number of steps.
+
+        With a seed, what is drawn depends on what was drafted: it stays the head's draft, which
+        depends on the text alone.
+        """
+        if request is None or not self._is_decoding(request):
+            return False
+        params = request.sampling_params
+        assert params is not None
+        return params.seed is None or params.sampling_type == SamplingType.GREEDY
 
     def _as_wished(self, proposed: DraftTokenIds, requests: dict[str, Request]) -> list[list[int]]:
         """The head's drafts; none for a request that asked for none."""
@@ -164,12 +180,6 @@ class SchedulerDrafts:
             [] if request is not None and wish_of(request) is False else list(tokens)
             for request, tokens in zip(asked, proposed.draft_token_ids, strict=True)
         ]
-
-    def _rest(self, requests: dict[str, Request]) -> None:
-        """The next steps are without a look: what is drafted then is not learned from."""
-        self._rests = REST_LOOKS
-        for name in requests:
-            self.drafts.withdraw(name)
 
     def _drafts(self, running: list[Request]) -> dict[str, list[int]]:
         """For all that decode; each row is weighed against a step as they have been of late."""
@@ -186,7 +196,8 @@ class SchedulerDrafts:
 
     def ended(self, request: Request) -> None:
         """A request is over: its session keeps its index, its agent its answer."""
-        if request.request_id in self.drafts:
+        is_known = request.request_id in self.drafts
+        if is_known or (self.is_beside_head and request.request_id in self._manager.turns):
             self._catch_up(request)
             now_s = time.monotonic()
             self.drafts.ends(request.request_id, now_s)

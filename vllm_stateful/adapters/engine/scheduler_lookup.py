@@ -69,6 +69,8 @@ class SchedulerLookup:
         spans = {name: span for name, span in self._changed.items() if span != NOTHING}
         if spans or self._writes:
             on_step(output).lookup = LookupUpdate(self._writes, spans)
+        if self._is_beside_head and output.scheduled_new_reqs:
+            on_step(output).is_beside_head = True
         self._writes, self._changed = [], {}
 
     def ended(self, request: Request) -> None:

@@ -21,7 +21,12 @@ from vllm.logger import init_logger
 
 from vllm_stateful.adapters import fit
 from vllm_stateful.adapters.frontend import session_affinity
-from vllm_stateful.adapters.frontend.identity import TenantMiddleware, salt_of, stand_aside
+from vllm_stateful.adapters.frontend.identity import (
+    TenantMiddleware,
+    salt_of,
+    stand_aside,
+    tenant_isolation,
+)
 from vllm_stateful.adapters.frontend.metrics_exporter import MetricsExporter
 from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
@@ -100,12 +105,25 @@ class StatefulEndpoint:
         """Start the metrics' poll. Only the first of several API servers asks the engine."""
         if not _is_on() or engine_client is None:
             return
+        _warn_of_shared_media(engine_client)
         asks = getattr(engine_client.engine_core, "client_index", 0) == 0
         is_known = await _learn_whether_engines_are_off(engine_client)
         ask_for_deltas(engine_client.engine_core)
         session_affinity.watch(engine_client.engine_core, patch_of("prompt-send").is_applied)
         poll = _poll(engine_client, MetricsExporter(), asks, is_known=is_known)
         state.stateful_poll = asyncio.create_task(poll)
+
+
+def _warn_of_shared_media(engine_client: Any) -> None:
+    """Names that clients give to images are separated by tenant in our renderer only."""
+    renderer = engine_client.renderer
+    is_ours = type(renderer).__name__ == "StatefulHfRenderer"
+    if renderer.model_config.is_multimodal_model and not is_ours and tenant_isolation():
+        logger.warning(
+            "stateful: %s renders the prompts: tenants share what they call by one uuid, as in "
+            "stock vLLM",
+            type(renderer).__name__,
+        )
 
 
 async def _learn_whether_engines_are_off(engine_client: Any) -> bool:

@@ -13,6 +13,7 @@ is outside both.
 
 from __future__ import annotations
 
+import hashlib
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
@@ -35,6 +36,7 @@ from vllm_stateful.request import (
 )
 from vllm_stateful.request.session_identity import id_fault
 from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION, TOOL_ACTION
+from vllm_stateful.types import SALT_PREFIX
 
 HINTS_PROTOCOL = "vllm-stateful/1"
 
@@ -117,7 +119,11 @@ def owned_name(name: str, cache_salt: str | None) -> str:
         cache_salt: of the request.
     """
     owner = None if _engine_off is not None else scoped_salt(_tenant.get(), cache_salt)
-    return name if owner is None else f"{owner}:{name}"
+    if owner is None:
+        return name
+    parts = (f"{len(owner)}:{owner}", name)
+    digest = hashlib.sha256("".join(parts).encode("utf-8", "surrogatepass")).digest()
+    return SALT_PREFIX + digest.hex()
 
 
 _engine_off: str | None = None

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
 from vllm_stateful.adapters.worker import lookup_kernels
 from vllm_stateful.adapters.worker.lookup_speculator import ACCEPTED, SURE, LookupSpeculator
@@ -37,6 +38,11 @@ class LookupBesideHead(LookupSpeculator):
 
     def __init__(self, vllm_config: Any, device: torch.device, req_states: Any, head: Any) -> None:
         super().__init__(vllm_config, device, req_states)
+        # Beside a head vLLM keeps the texts in the host's memory. They are read in each step.
+        size = (req_states.max_num_reqs, req_states.max_model_len)
+        req_states.all_token_ids = StagedWriteTensor(size, torch.int32, device)
+        self.is_on = False
+        """Whether the engine core keeps sessions; it says so with the first requests."""
         num_reqs, num_drafts = req_states.max_num_reqs, self.num_speculative_steps
         self.both = torch.zeros(num_reqs, 2, num_drafts, dtype=torch.int32, device=device)
         self.chosen = torch.zeros(num_reqs, num_drafts, dtype=torch.int64, device=device)
@@ -71,12 +77,17 @@ class LookupBesideHead(LookupSpeculator):
         given = (input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states)
         verdicts = (num_sampled, num_rejected, last_sampled)
         drafts: torch.Tensor = self._propose(*given, *verdicts, *more, **named)
-        if named.get("dummy_run"):
+        if named.get("dummy_run") or not self.is_on:
             return drafts
         num_reqs, states = input_batch.num_reqs, input_batch.idx_mapping
+        num_drafts = named.get("num_speculative_tokens")
+        num_drafts = self.num_speculative_steps if num_drafts is None else num_drafts
         self._weigh(num_reqs, states, num_sampled)
+        if num_drafts == 0:  # for a large batch nothing is drafted
+            self.table[states.long(), 2:] = 0
+            return drafts
         self.propose(*given, *verdicts)
-        return self._choose(num_reqs, states, drafts)
+        return self._choose(num_reqs, states, drafts, num_drafts)
 
     def observe_verification(
         self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_rejected: torch.Tensor
@@ -90,7 +101,7 @@ class LookupBesideHead(LookupSpeculator):
 
     def _weigh(self, num_reqs: int, states: torch.Tensor, num_sampled: torch.Tensor) -> None:
         if self._num_steps % FORGET_STEPS == FORGET_STEPS - 1:
-            self.margins //= 2
+            self.margins.copy_(torch.div(self.margins, 2, rounding_mode="trunc"))
         tokens = self.req_states.all_token_ids.gpu
         lookup_kernels.weigh_kernel[(num_reqs,)](
             tokens,
@@ -104,7 +115,9 @@ class LookupBesideHead(LookupSpeculator):
             **self._sizes,
         )
 
-    def _choose(self, num_reqs: int, states: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+    def _choose(
+        self, num_reqs: int, states: torch.Tensor, drafts: torch.Tensor, num_drafts: int
+    ) -> torch.Tensor:
         lookup_kernels.choose_kernel[(num_reqs,)](
             states,
             self.table,
@@ -117,6 +130,7 @@ class LookupBesideHead(LookupSpeculator):
             self.chosen,
             self._head.draft_token_confidence_probs,
             self.taken,
+            num_drafts,
             **self._sizes,
         )
         return self.chosen[:num_reqs]

@@ -207,6 +207,7 @@ def choose_kernel(
     out_ptr,  # int64 [num_reqs, K]
     chances_ptr,  # float32 [num_reqs, K]: of the head's tokens
     taken_ptr,  # int32 [max_num_reqs]
+    num_drafts,  # of this step; the others of K are not verified
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,
 ):
@@ -223,8 +224,8 @@ def choose_kernel(
     head = tl.load(head_ptr + row * head_stride + index, mask=inside, other=0)
     mixed = tl.where(index < num_found, found, head)
     both = both_ptr + state * 2 * K + index
-    tl.store(both, mixed.to(tl.int32), mask=inside)
-    tl.store(both + K, head.to(tl.int32), mask=inside)
+    tl.store(both, tl.where(index < num_drafts, mixed, -2).to(tl.int32), mask=inside)
+    tl.store(both + K, tl.where(index < num_drafts, head, -2).to(tl.int32), mask=inside)
     tl.store(out_ptr + row * K + index, tl.where(is_taken > 0, mixed, head), mask=inside)
     num_taken = num_found * is_taken
     chances = tl.load(found_chances_ptr + row * K + index, mask=inside, other=0.0)

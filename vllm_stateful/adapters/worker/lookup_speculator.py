@@ -225,7 +225,12 @@ def note_requests(runner: Any, scheduler_output: Any) -> None:
     """Hook of ``worker-requests``: a step begins, its new requests have their rows."""
     found = runner.speculator
     lookup = found if isinstance(found, LookupSpeculator) else getattr(found, MEMBER, None)
-    update = of_step(scheduler_output).lookup
+    step = of_step(scheduler_output)
+    update = step.lookup
     names = [new.req_id for new in scheduler_output.scheduled_new_reqs]
-    if lookup is not None and (names or update is not None):
+    if lookup is None:
+        return
+    if step.is_beside_head and lookup is not found:
+        lookup.is_on = True
+    if names or update is not None:
         lookup.begin(names, update)
