@@ -118,7 +118,7 @@ EVERYONE = {"config", "errors", "types"}
 PROCESSES = {"frontend", "engine", "worker"}
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", sorted(PROCESSES))
 def test_a_process_imports_no_adapter_of_another(process: str) -> None:
     """What they say to each other stands in ``transport``."""
     others = {f"vllm_stateful.adapters.{other}" for other in PROCESSES - {process}}
