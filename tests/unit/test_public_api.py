@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import vllm_stateful
-from vllm_stateful import api, errors
+from vllm_stateful import errors, request
 from vllm_stateful.compat import probe
 
 ROOT = Path(__file__).parents[2]
@@ -24,9 +24,9 @@ def test_the_package_exports_its_version_only() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", vllm_stateful.__version__)
 
 
-def test_exported_names_of_api_exist_and_are_sorted() -> None:
-    assert sorted(api.__all__) == api.__all__
-    assert all(hasattr(api, name) for name in api.__all__)
+def test_exported_names_of_request_exist_and_are_sorted() -> None:
+    assert sorted(request.__all__) == request.__all__
+    assert all(hasattr(request, name) for name in request.__all__)
 
 
 def test_every_error_is_a_stateful_error() -> None:
