@@ -37,6 +37,9 @@ DECAY = 0.995
 MOST_TIMES = 2.0
 """A step that takes so many times as long as expected was held up by something else."""
 
+LEAST_SECONDS = 1e-5
+"""No step takes less. Times that contradict each other may leave no factor but that of contexts."""
+
 STEPS_A_FIT = 64
 
 LEAST_CHANCE = 0.15
@@ -74,7 +77,9 @@ class StepCosts:
             self._begin(seconds / self.seconds(num_rows, num_attended) * self.seconds(1, 0))
         self._num_steps += 1
         expected = self.seconds(num_rows, num_attended)
-        self._add(num_rows, num_attended, min(seconds, MOST_TIMES * expected), 1.0)
+        if expected > LEAST_SECONDS:  # else what was learned so far cannot be right
+            seconds = min(seconds, MOST_TIMES * expected)
+        self._add(num_rows, num_attended, seconds, 1.0)
         if self._num_steps % STEPS_A_FIT == 0 or self._num_steps in (4, 8, 16):
             self._fit()
 
@@ -82,7 +87,8 @@ class StepCosts:
         """How long a step takes."""
         fixed, row, more, attend = self._factors
         bent = max(0.0, num_rows - self._bend)
-        return float(fixed + row * num_rows + more * bent + attend * num_attended * _KILO)
+        found = float(fixed + row * num_rows + more * bent + attend * num_attended * _KILO)
+        return max(LEAST_SECONDS, found)
 
     def seconds_a_row(self, num_rows: float, context: float) -> float:
         """How much longer it takes with one row more, behind so many tokens."""

@@ -100,12 +100,13 @@ class SchedulerDrafts:
         if not is_timed:
             self._started = None
             return
-        computed = output.scheduled_cached_reqs
-        attended = sum(
-            num * output.num_scheduled_tokens[name]
-            for name, num in zip(computed.req_ids, computed.num_computed_tokens, strict=True)
-        )
-        rows = output.total_num_scheduled_tokens
+        rows, attended = output.total_num_scheduled_tokens, 0
+        if not self.is_beside_head:  # there a step has the head's rows, whichever draft they are
+            computed = output.scheduled_cached_reqs
+            attended = sum(
+                num * output.num_scheduled_tokens[name]
+                for name, num in zip(computed.req_ids, computed.num_computed_tokens, strict=True)
+            )
         self._started = (time.perf_counter(), rows, attended)
 
     def step_ends(self) -> None:
@@ -113,7 +114,8 @@ class SchedulerDrafts:
         if self._started is not None:
             began, rows, attended = self._started
             seconds = time.perf_counter() - began
-            self.costs.saw(rows, attended, seconds)
+            if not self.is_beside_head:
+                self.costs.saw(rows, attended, seconds)
             self._step_seconds += LOOK_WEIGHT * (seconds - self._step_seconds)
             self._started = None
 
