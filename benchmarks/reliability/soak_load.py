@@ -113,6 +113,7 @@ class Soak:
         self._stock_turn = asyncio.Lock()
         self._adapter = ADAPTERS[0]
         self._num_aborts = 0
+        """Begins and ends of pauses that abort: odd while one is under way."""
         self.sessions: dict[tuple[str, str, str | None], None] = {}
         """Names, API keys and salts of all that may hold something."""
 
@@ -205,7 +206,8 @@ class Soak:
             self.tally.seconds.append(time.monotonic() - begin)
             self._count(request, answer)
         is_right_to_end = answer.is_whole or answer.is_cut
-        if aborts != self._num_aborts and request.api in ("messages", "responses"):
+        is_aborting = aborts % 2 == 1 or aborts != self._num_aborts
+        if is_aborting and request.api in ("messages", "responses"):
             is_right_to_end = False  # these do not tell an abort from an end
         if is_compared and answer.status == 200 and not answer.problem and is_right_to_end:
             model = adapter if session.model == SWAP else session.model

@@ -5,7 +5,8 @@ The worker keeps, for each slot of each block, a digest of the token prefix that
 there. Whenever a request is scheduled, every slot that its attention would read is compared with
 the digest of the request's own prefix: reading one wrong, stale or foreign slot fails at once.
 The "model" samples a function of the whole prefix, so answers can be compared with the truth.
-With ``async_scheduling`` two steps are in flight, as with vLLM's batch queue on CUDA.
+With ``async_scheduling`` two steps are in flight, as with vLLM's batch queue on CUDA. Drafts are
+then the worker's own, as model runner V2's: only it knows how many of a step in flight are right.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import lcm
@@ -32,8 +34,10 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_stateful.adapters.engine.answer_ends import AnswerEnds
 from vllm_stateful.adapters.engine.scheduler import StatefulAsyncScheduler, StatefulScheduler
 from vllm_stateful.adapters.engine.scheduler_drafts import SchedulerDrafts
+from vllm_stateful.adapters.slots import of_step
 
 VOCAB = 100
 MODEL_CONFIG = {
@@ -77,6 +81,13 @@ def expected_answer(prompt: list[int], max_tokens: int) -> list[int]:
     return answer
 
 
+def half_right(tokens: Sequence[int], num: int) -> list[int]:
+    """Drafts of what follows, of which about half are right."""
+    drafts = expected_answer(list(tokens), num)
+    num_right = len(tokens) % (num + 1)
+    return drafts[:num_right] + [(token + 1) % VOCAB for token in drafts[num_right:]]
+
+
 @dataclass
 class WorkerRequest:
     """What a model runner keeps of a request."""
@@ -85,8 +96,12 @@ class WorkerRequest:
     tables: list[list[int]]
     """Block ids of each group."""
     num_computed: int
+    num_prompt: int
     state_block: int | None = None
     """Where in its block tables the running state is; None before the first step."""
+    num_accepted: int = 1
+    """The state that counts is so many blocks further, less one."""
+    drafts: list[int] = field(default_factory=list)
     prefixes: list[int] = field(default_factory=lambda: [0])
 
     def prefix_after(self, num_tokens: int) -> int:
@@ -112,6 +127,13 @@ class SimulatedWorker:
         """Whether the KV of draft heads must be right, too; it decides what is drafted only."""
         self.tier: Any = None
         """The worker's side of a KV connector."""
+        self.num_own_drafts = 0
+        """Those that it makes of each request itself."""
+        self.are_states_spread = False
+        """Whether each token of a step that may verify drafts leaves a state of its own."""
+        self.ends: tuple[int, ...] = ()
+        """Tokens of which no draft is accepted."""
+        self.num_ended_early = 0
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         if self.tier is None:
@@ -126,6 +148,7 @@ class SimulatedWorker:
             self.requests.pop(request_id, None)
         for copy in step.kv_cache_block_copies or ():
             self.slots[copy.dst_block_id] = list(self.slots[copy.src_block_id])
+        self.ends = of_step(step).ends or self.ends
         self._update(step)
         sampled = {
             request_id: self._run(
@@ -144,16 +167,21 @@ class SimulatedWorker:
         for new in step.scheduled_new_reqs:
             tokens = list(new.prefill_token_ids or new.prompt_token_ids or ())
             tables = [list(blocks) for blocks in new.block_ids]
-            self.requests[new.req_id] = WorkerRequest(tokens, tables, new.num_computed_tokens)
+            self.requests[new.req_id] = WorkerRequest(
+                tokens, tables, new.num_computed_tokens, len(tokens)
+            )
         cached = step.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             request = self.requests[request_id]
-            request.num_computed = cached.num_computed_tokens[index]
+            is_resumed = request_id in cached.resumed_req_ids
+            if is_resumed or not self.num_own_drafts:  # else what the scheduler knows is behind
+                request.num_computed = cached.num_computed_tokens[index]
             new_blocks = cached.new_block_ids[index]
-            if request_id in cached.resumed_req_ids:
+            if is_resumed:
                 assert new_blocks is not None
                 request.tables = [list(blocks) for blocks in new_blocks]
-                request.state_block = None
+                request.state_block, request.num_accepted = None, 1
+                request.num_prompt = len(request.tokens)
             elif new_blocks is not None:
                 for table, blocks in zip(request.tables, new_blocks, strict=True):
                     table.extend(blocks)
@@ -161,6 +189,8 @@ class SimulatedWorker:
     def _run(self, request_id: str, num_tokens: int, drafts: list[int]) -> list[int]:
         """Compute ``num_tokens``; returns the sampled token, after the drafts it accepts."""
         request = self.requests[request_id]
+        if drafts and self.num_own_drafts:
+            drafts = request.drafts[: len(drafts)]
         start, end = request.num_computed, request.num_computed + num_tokens
         known = len(request.tokens)
         assert end <= known + len(drafts), f"{request_id}: scheduled beyond its tokens"
@@ -172,12 +202,16 @@ class SimulatedWorker:
         prefix = request.prefix_after(min(start, known))
         first_prefix = prefix
         computed = [*request.tokens, *drafts][start:end]
-        sampled = []
+        sampled: list[int] = []
         accepting = True
+        is_decode = bool(drafts) or start >= request.num_prompt
         for position, token in enumerate(computed, start):
-            accepting = accepting and (position < known or token == sampled[-1])
+            is_right = position < known or (sampled and token == sampled[-1])
+            if accepting and is_right and position >= known and token in self.ends:
+                is_right, self.num_ended_early = False, self.num_ended_early + 1
+            accepting = bool(accepting and is_right)
             prefix = next_prefix(prefix, token)
-            self._write(request, position, prefix)
+            self._write(request, position, prefix, position - start if is_decode else 0)
             if position >= known - 1 and accepting:
                 sampled.append(sample(prefix))
         self.num_tokens_computed += num_tokens
@@ -185,9 +219,34 @@ class SimulatedWorker:
         if is_lost:  # the scheduler drops what comes of it
             return sampled
         request.tokens.extend(sampled)
+        request.num_computed -= len(drafts) + 1 - len(sampled) if sampled else 0
+        if self.num_own_drafts and request.num_computed == len(request.tokens) - 1:
+            request.drafts = half_right(request.tokens, self.num_own_drafts)
+        if self.are_states_spread:
+            self._settle_states(request, max(1, len(sampled)))
         if "head" in self.kinds:
             self._run_head(request, start, end, first_prefix, computed)
         return sampled
+
+    def _settle_states(self, request: WorkerRequest, num_accepted: int) -> None:
+        """Which state counts, and whether one is at the end of a block (``postprocess_mamba``)."""
+        assert request.state_block is not None
+        num_computed, request.num_accepted = request.num_computed, num_accepted
+        size = self.sizes[self.kinds.index("state")]
+        aligned = num_computed // size * size
+        bias = aligned - (num_computed - request.num_accepted + 1)
+        if bias < 0:
+            return
+        source, target = request.state_block + bias, aligned // size - 1
+        self._copy_states(request, source, target)
+        if request.state_block == target:
+            request.num_accepted = 1
+
+    def _copy_states(self, request: WorkerRequest, source: int, target: int) -> None:
+        for group, kind in enumerate(self.kinds):
+            if kind == "state":
+                table = request.tables[group]
+                self.slots[table[target]] = list(self.slots[table[source]])
 
     def _run_head(
         self, request: WorkerRequest, start: int, end: int, prefix: int, computed: list[int]
@@ -227,19 +286,17 @@ class SimulatedWorker:
         now = request.state_block = -(-end // size) - 1
         if before in (-1, now):
             return
-        for group, kind in enumerate(self.kinds):
-            if kind == "state":
-                table = request.tables[group]
-                self.slots[table[now]] = list(self.slots[table[before]])
+        self._copy_states(request, before + request.num_accepted - 1, now)
+        request.num_accepted = 1
 
-    def _write(self, request: WorkerRequest, position: int, prefix: int) -> None:
+    def _write(self, request: WorkerRequest, position: int, prefix: int, place: int) -> None:
         for group, kind in enumerate(self.kinds):
             table, size = request.tables[group], self.sizes[group]
             if kind == "head":
                 continue
             if kind == "state":
                 assert request.state_block is not None
-                block, slot = table[request.state_block], 0
+                block, slot = table[request.state_block + place * self.are_states_spread], 0
             else:
                 block, slot = table[position // size], position % size
             assert block, "a write to the null block"
@@ -251,7 +308,8 @@ class SimulatedWorker:
 
     def _state(self, request: WorkerRequest, group: int) -> int:
         assert request.state_block is not None
-        return self.slots[request.tables[group][request.state_block]][0]
+        place = request.state_block + request.num_accepted - 1
+        return self.slots[request.tables[group][place]][0]
 
 
 @lru_cache(maxsize=1)
@@ -313,7 +371,8 @@ class SimulatedEngine:
         config.cache_config.num_gpu_blocks = num_blocks
         config.scheduler_config.async_scheduling = async_scheduling
         default = StatefulAsyncScheduler if async_scheduling else StatefulScheduler
-        kv_config = cache_config(kinds, num_blocks, block_size, retention)
+        on_device = num_drafts if async_scheduling and not session_drafts else 0
+        kv_config = cache_config(kinds, num_blocks, block_size, retention, num_drafts)
         structured = StructuredOutputManager(config)
         structured.tokenizer = Vocabulary(VOCAB) if has_markers else None
         self.scheduler: Any = (scheduler_cls or default)(
@@ -325,13 +384,21 @@ class SimulatedEngine:
             log_stats=not num_drafts,
         )
         self.num_drafts = self.scheduler.num_spec_tokens = num_drafts
-        self.manager_may_have_drafts(num_drafts, names)
         self.manager = self.scheduler.kv_cache_manager
+        if num_drafts and hasattr(self.manager, "expect_drafts"):
+            self.manager.expect_drafts(num_drafts, is_step_known=on_device > 0)
+        if on_device:
+            self.scheduler._spec_token_placeholders = [-1] * num_drafts
+            self.scheduler.use_v2_model_runner = True
+            if "state" in names:
+                self.scheduler.ends = AnswerEnds(())
         if session_drafts:
             self.scheduler.speculation = SchedulerDrafts(
                 self.manager, None, num_drafts, is_beside_head=beside_head
             )
         self.worker = SimulatedWorker(num_blocks, block_size, kinds)
+        self.worker.num_own_drafts = on_device
+        self.worker.are_states_spread = num_drafts > 0 and "state" in names
         if kv_transfer is not None:
             self.worker.tier = worker_of(self.scheduler.connector, self.worker.slots, self.manager)
         self.block_size = block_size
@@ -343,13 +410,6 @@ class SimulatedEngine:
         self.hasher = get_request_block_hasher(
             block_size, get_hash_fn_by_name("sha256"), *([num_ahead] if num_ahead else [])
         )
-
-    def manager_may_have_drafts(self, num_drafts: int, kinds: tuple[str, ...]) -> None:
-        """As the scheduler says at its start, where it is told of drafts at once."""
-        manager = self.scheduler.kv_cache_manager
-        if hasattr(manager, "may_have_drafts"):
-            manager.may_have_drafts = num_drafts > 0
-            manager.are_answers_read &= not (num_drafts and "state" in kinds)
 
     def add(
         self,
@@ -395,19 +455,19 @@ class SimulatedEngine:
         """Drafts as `ngram` makes them (synchronous scheduling): some right, some wrong."""
         speculation = self.scheduler.speculation
         running = self.scheduler.running if self.num_drafts else ()
+        if self.worker.num_own_drafts:
+            return
         if speculation is None:
             for request in running:
                 if request.num_computed_tokens >= request.num_tokens - 1:
-                    request.spec_token_ids = self._half_right(request)
+                    request.spec_token_ids = half_right(request.all_token_ids, self.num_drafts)
             return
         is_head = speculation.is_beside_head
-        made = {each.request_id: self._half_right(each) if is_head else [] for each in running}
+        made = {
+            each.request_id: half_right(each.all_token_ids, self.num_drafts) if is_head else []
+            for each in running
+        }
         self.scheduler.update_draft_token_ids(DraftTokenIds(list(made), list(made.values())))
-
-    def _half_right(self, request: Request) -> list[int]:
-        drafts = expected_answer(list(request.all_token_ids), self.num_drafts)
-        num_right = request.num_tokens % (self.num_drafts + 1)
-        return drafts[:num_right] + [(token + 1) % VOCAB for token in drafts[num_right:]]
 
     def run(self, max_steps: int = 10_000) -> None:
         """Step until nothing is left to do. Fails when requests wait for ever."""

@@ -4,8 +4,9 @@
 ``full``: each position reads all before it. ``window``: the last ``WINDOW`` ones. ``chunk``: those
 of its chunk. ``state``: the state that the block of the last token holds, as vLLM's mode ``align``
 has it (``v1/worker/mamba_utils.preprocess_mamba``): the worker copies the running state to the
-block of the chunk's last token, and overwrites it there. ``head``: the KV of a draft head, which
-each position makes of its prefix and the token behind it.
+block of the chunk's last token, and overwrites it there. Beside drafts each token of a step leaves
+a state, in blocks side by side, and the next step begins with the one that was accepted.
+``head``: the KV of a draft head, which each position makes of its prefix and the token behind it.
 
 ``window*2`` is a group whose blocks are twice as long.
 """
@@ -29,7 +30,7 @@ WINDOW = 6
 CHUNK = 12
 
 
-def spec_of(kind: str, block_size: int) -> Any:
+def spec_of(kind: str, block_size: int, num_drafts: int = 0) -> Any:
     """vLLM's spec of a group."""
     sizes: dict[str, Any] = {"block_size": block_size, "num_kv_heads": 1, "head_size": 1}
     sizes["dtype"] = torch.float32
@@ -44,6 +45,7 @@ def spec_of(kind: str, block_size: int) -> Any:
             dtypes=(torch.float32,),
             page_size_padded=FullAttentionSpec(**sizes).page_size_bytes,
             mamba_cache_mode="align",
+            num_speculative_blocks=num_drafts,
         )
     return FullAttentionSpec(**sizes)
 
@@ -55,12 +57,16 @@ def parted(kind: str) -> tuple[str, int]:
 
 
 def cache_config(
-    kinds: tuple[str, ...], num_blocks: int, block_size: int, retention: int | None
+    kinds: tuple[str, ...],
+    num_blocks: int,
+    block_size: int,
+    retention: int | None,
+    num_drafts: int = 0,
 ) -> KVCacheConfig:
     """One group of each kind, in that order."""
     groups = []
     for number, (kind, times) in enumerate(map(parted, kinds)):
-        spec = spec_of(kind, times * block_size)
+        spec = spec_of(kind, times * block_size, num_drafts)
         groups.append(KVCacheGroupSpec([f"layer.{number}"], spec, kind == "head"))
     config = KVCacheConfig(num_blocks, [], groups)
     config.prefix_cache_retention_interval = retention

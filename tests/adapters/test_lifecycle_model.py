@@ -63,6 +63,8 @@ class AgentSessions(RuleBasedStateMachine):
     beside_head = False
     kinds: tuple[str, ...] = ("full",)
     has_markers = False
+    stops: tuple[int, ...] = ()
+    block_size = 4
     conversations = Bundle("conversations")
 
     @initialize()
@@ -70,6 +72,7 @@ class AgentSessions(RuleBasedStateMachine):
         self.now = 0.0
         self.engine = SimulatedEngine(
             num_blocks=self.num_blocks,
+            block_size=self.block_size,
             max_num_seqs=4,
             max_batched=32,
             async_scheduling=self.async_scheduling,
@@ -98,9 +101,16 @@ class AgentSessions(RuleBasedStateMachine):
             session_id=said.session_id,
             max_tokens=max_tokens,
             cache_salt=said.salt,
+            stop_token_ids=list(self.stops),
         )
         self.running[request_id] = (prompt, max_tokens)
-        return said._replace(tokens=prompt + expected_answer(prompt, max_tokens))
+        return said._replace(tokens=prompt + self.expected(prompt, max_tokens))
+
+    def expected(self, prompt: list[int], max_tokens: int) -> list[int]:
+        """What a stateless engine answers, up to a stop."""
+        answer = expected_answer(prompt, max_tokens)
+        ends = [place for place, token in enumerate(answer, 1) if token in self.stops]
+        return answer[: min(ends, default=len(answer))]
 
     @rule(
         target=conversations,
@@ -202,7 +212,7 @@ class AgentSessions(RuleBasedStateMachine):
         """Every answer is the one that a stateless engine would give."""
         for request_id, (prompt, max_tokens) in list(self.running.items()):
             if self.engine.finished[request_id].is_finished():
-                assert self.engine.answer(request_id) == expected_answer(prompt, max_tokens)
+                assert self.engine.answer(request_id) == self.expected(prompt, max_tokens)
                 del self.running[request_id]
 
     @invariant()
@@ -364,6 +374,30 @@ class AgentSessionsHead(AgentSessions):
     num_blocks = 60
 
 
+class AgentSessionsStatesDrafts(AgentSessionsStates):
+    """States beside drafts, with one step at a time: few ends of turns can be continued."""
+
+    num_drafts = 3
+    block_size = 8
+
+
+class AgentSessionsStatesDraftsAsync(AgentSessionsStates):
+    """States beside drafts of the worker's own (MTP on CUDA); a fifth of all tokens is a stop."""
+
+    async_scheduling = True
+    num_drafts = 3
+    stops = tuple(range(0, 100, 5))
+    block_size = 8
+
+
+class AgentSessionsAllKindsDrafts(AgentSessionsStatesDraftsAsync):
+    """Every kind at once, beside drafts and a head."""
+
+    kinds = ("state", "window", "head", "chunk", "full")
+    num_drafts = 2
+    num_blocks = 70
+
+
 RUN = settings(
     max_examples=int(os.environ.get("STATEFUL_EXAMPLES", "100")),
     stateful_step_count=40,
@@ -397,6 +431,9 @@ RUN = settings(
         AgentSessionsUnequal,
         AgentSessionsUnits,
         AgentSessionsHead,
+        AgentSessionsStatesDrafts,
+        AgentSessionsStatesDraftsAsync,
+        AgentSessionsAllKindsDrafts,
     ],
 )
 def test_any_order_of_events(machine: type[RuleBasedStateMachine]) -> None:

@@ -33,6 +33,8 @@ class OnRequest:
         base: the prompt to which this one refers, and how much both share; None without one.
         is_array_sent: whether the workers may be given ``prompt`` in place of the list.
         ticket: its place in the waiting queue, with ``--stateful-order least-served``.
+        num_sampled: tokens that the last step brought which is done; 0 before the first.
+        is_cut: whether a stop took some of them back.
     """
 
     prompt: TokenArray | None = None
@@ -40,6 +42,8 @@ class OnRequest:
     base: PromptBase | None = None
     is_array_sent: bool = False
     ticket: Ticket | None = None
+    num_sampled: int = 0
+    is_cut: bool = False
 
 
 @dataclass(slots=True)
@@ -50,11 +54,13 @@ class OnStep:
         lookup: what the device looks drafts up in, where something of it is new.
         shared: which requests share leading keys.
         is_beside_head: whether the engine core keeps sessions that draft beside a head.
+        ends: ids that no draft of is accepted, since states must end behind them; in one step.
     """
 
     lookup: LookupUpdate | None = None
     is_beside_head: bool = False
     shared: tuple[SharedKeys, ...] = ()
+    ends: tuple[int, ...] = ()
 
 
 NO_REQUEST = OnRequest()

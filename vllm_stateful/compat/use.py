@@ -19,7 +19,8 @@ class Use:
         names: members that are called or read; of a module its functions and constants.
         overrides: methods that a class of ours has in their place.
         asked_by: who in vLLM calls the overridden ones: classes or modules, with spaces between. A
-            method that nobody there asks for any longer has drifted.
+            method that nobody there asks for any longer has drifted. Special methods are called
+            without their name: of these only the signature is checked.
     """
 
     owner: str

@@ -27,12 +27,17 @@ _SETTINGS = (
         "all",
         "architectures get_vocab_size logits_processors max_model_len",
     ),
-    Use(f"{_CONFIG}.cache:CacheConfig", "sessions", "all", "block_size prefix_caching_hash_algo"),
+    Use(
+        f"{_CONFIG}.cache:CacheConfig",
+        "sessions",
+        "all",
+        "block_size prefix_caching_hash_algo use_replayssm use_kda_recoverssm",
+    ),
     Use(
         f"{_CONFIG}.parallel:ParallelConfig",
         "sessions",
         "all",
-        "distributed_executor_backend nnodes",
+        "distributed_executor_backend nnodes pipeline_parallel_size",
     ),
     Use(
         f"{_CONFIG}.speculative:SpeculativeConfig",
@@ -85,7 +90,7 @@ _REQUESTS = (
         "sessions",
         "all",
         "prompt_logprobs logprobs extra_args sampling_type thinking_token_budget max_tokens "
-        "skip_special_tokens output_kind",
+        "skip_special_tokens output_kind all_stop_token_ids",
     ),
     Use("vllm.sampling_params:SamplingType", "sessions", "all", "GREEDY RANDOM"),
     Use(
@@ -109,7 +114,7 @@ _SCHEDULER = (
         "pcp_world_size num_sampled_tokens_per_step _inflight_prefills",
         overrides="schedule update_from_output update_draft_token_ids add_request _free_request "
         "_free_request_blocks _drain_deferred_frees _handle_blocked_waiting_request "
-        "_mamba_block_aligned_split make_spec_decoding_stats",
+        "_mamba_block_aligned_split make_spec_decoding_stats _update_request_with_output",
         asked_by=f"{_SCHED}.scheduler:Scheduler vllm.v1.engine.core:EngineCore",
     ),
     Use(

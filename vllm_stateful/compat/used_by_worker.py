@@ -25,12 +25,23 @@ _WORKER = (
         "worker",
         "observe_verification acceptance_estimator draft_token_confidence_probs",
     ),
-    Use("vllm.v1.worker.gpu.model_runner:GPUModelRunner", "device-drafts", "worker", "speculator"),
+    Use(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+        "device-drafts",
+        "worker",
+        "speculator rejection_sampler device",
+    ),
+    Use(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler",
+        "device-drafts",
+        "worker",
+        overrides="__call__",
+    ),
     Use(
         "vllm.v1.worker.gpu.input_batch:InputBatch",
         "device-drafts",
         "worker",
-        "req_ids idx_mapping idx_mapping_np num_reqs",
+        "req_ids idx_mapping idx_mapping_np num_reqs input_ids logits_indices expanded_local_pos",
     ),
     Use(
         "vllm.v1.worker.gpu.states:RequestState",

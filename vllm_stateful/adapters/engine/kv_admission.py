@@ -56,14 +56,24 @@ class KVAdmission(KVLookup):
             turn.is_loading = num_loaded > 0
             if request.num_computed_tokens == 0:
                 return self._admit(ask, turn)
-            if turn.wanted:
-                self.resume_points.capture(turn, request.request_id, request.num_computed_tokens)
-            if self.are_answers_read and turn.num_read < request.num_tokens:
-                self.resume_points.read_answer(turn, request)
+            self._take_points(turn, request)
         allocated = self._stock_allocate(ask)
         while allocated is None and self._may_make_room(ask):
             allocated = self._stock_allocate(ask)
         return allocated
+
+    def _take_points(self, turn: Turn, request: Request) -> None:
+        """The resume points that a request has reached, before it computes more."""
+        is_read = self.are_answers_read and turn.num_read < request.num_tokens
+        if not turn.wanted and not is_read:
+            return
+        num_computed = self.running_states.position(request)
+        if num_computed is None:
+            return
+        if turn.wanted:
+            self.resume_points.capture(turn, request.request_id, num_computed)
+        if is_read:
+            self.resume_points.read_answer(turn, request, num_computed)
 
     def _stock_allocate(self, ask: Ask) -> KVCacheBlocks | None:
         return super().allocate_slots(

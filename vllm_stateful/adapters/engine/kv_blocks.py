@@ -91,7 +91,8 @@ class StatefulKVCacheManager(KVAdmission):
         """
         frontier, has_state = self._end_of(request)
         if frontier > 0:
-            self.cache_blocks(request, frontier)  # blocks that accepted drafts filled
+            num_hashed = min(frontier, request.num_tokens - self.num_hashed_ahead)
+            self.cache_blocks(request, num_hashed)  # blocks that accepted drafts filled
         self.resume_points.capture_at_end(turn, request.request_id, frontier)
         known = None if turn.borrowed is None else turn.borrowed.tables
         tables, held = self.request_tables.take(
@@ -127,18 +128,17 @@ class StatefulKVCacheManager(KVAdmission):
     def _end_of(self, request: Request) -> tuple[int, bool]:
         """How many tokens were computed for sure, and whether states are those behind them.
 
-        A state is behind all that was ever scheduled. Where the answer ended with a step in flight
-        that step read the last token, which is known; the token that it sampled is not.
+        Where the answer ended with a step in flight that step read the last token, which is known;
+        what it sampled is not.
         """
-        frontier = min(
-            request.num_computed_tokens - request.num_output_placeholders, request.num_tokens
-        )
         most = request.num_tokens - self.lookahead
+        settled = min(request.num_computed_tokens - request.num_output_placeholders, most)
         if not self.store.has_points:
-            return min(frontier, most), True
-        if request.num_computed_tokens <= most:
-            return request.num_computed_tokens, not self.may_have_drafts
-        return min(frontier, most), False
+            return settled, True
+        position = self.running_states.position(request)
+        if position is not None and position <= most:
+            return position, True
+        return settled, False
 
     def _points_of(self, turn: Turn, last: ResumePoint | None, frontier: int) -> list[ResumePoint]:
         """The resume points that a turn leaves, by position, each once.

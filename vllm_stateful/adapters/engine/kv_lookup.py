@@ -21,6 +21,7 @@ from vllm.v1.request import Request
 from vllm_stateful.adapters.engine.kv_groups import RequestTables, in_place
 from vllm_stateful.adapters.engine.loads import Computed, Loads
 from vllm_stateful.adapters.engine.resume_points import ResumePoints
+from vllm_stateful.adapters.engine.running_states import RunningStates
 from vllm_stateful.adapters.engine.turn import (
     Offer,
     Turn,
@@ -47,11 +48,12 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
     bypassed: set[str]
     lookahead: int
     """Tokens that must be the same behind a position, for what is kept depends on them."""
+    num_hashed_ahead: int
+    """Tokens behind a block that its hash covers."""
     turn_counts: TurnCounts
     idle_seconds: float
     epoch: int
-    may_have_drafts: bool
-    """Whether a step may compute tokens that are taken back: a state behind them is not right."""
+    running_states: RunningStates
     are_answers_read: bool
     """Whether resume points are left inside answers."""
     resume_points: ResumePoints
@@ -72,13 +74,16 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         groups: Sequence[Group],
         max_points: int = MAX_POINTS,
         lookahead: int = 0,
-        may_have_drafts: bool = False,
+        num_hashed_ahead: int = 0,
+        num_drafts: int = 0,
+        is_step_known: bool = False,
         loads: Loads | None = None,
     ) -> None:
         """Add the residencies' state to a manager that the stock constructor made."""
         num_blocks = self.block_pool.num_gpu_blocks
         self.groups = tuple(groups)
         self.lookahead = lookahead
+        self.num_hashed_ahead = num_hashed_ahead
         full = [place for place, group in enumerate(groups) if group.is_full]
         self._first_full = full[0] if full else None
         self.store = ResidencyStore(
@@ -102,9 +107,14 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         self.idle_seconds = idle_seconds
         self.called_tool = called_tool
         self.epoch = 0
-        self.may_have_drafts = may_have_drafts
-        is_sure = not (may_have_drafts and any(group.is_state for group in groups))
-        self.are_answers_read = self.store.has_points and rules is not None and is_sure
+        self.expect_drafts(num_drafts, is_step_known)
+
+    def expect_drafts(self, num: int, is_step_known: bool) -> None:
+        """Say how many drafts a step may verify of one request (see `RunningStates`)."""
+        states = RunningStates(self.groups, num, is_step_known=is_step_known)
+        self.running_states = states
+        is_read = self.store.has_points and self.resume_points.knows_markers
+        self.are_answers_read = is_read and states.are_known_in_answers
 
     @property
     def _managers(self) -> Any:

@@ -50,6 +50,7 @@ class ResumePoints:
         self._lookahead = lookahead
         self._num_states = sum(group.is_state for group in groups)
         self._markers = frozenset[int]() if rules is None else rules.marker_ids
+        self.knows_markers = rules is not None
         self.num_taken = 0
         self.num_missed = 0
         """Those for which no block was free, or whose blocks were gone."""
@@ -102,7 +103,13 @@ class ResumePoints:
             turn.points.append(replace(point))
 
     def capture(self, turn: Turn, request_id: str, num_computed: int) -> None:
-        """Take the points that a running request has reached. Call before it computes more."""
+        """Take the points that a running request has reached. Call before it computes more.
+
+        Args:
+            turn: the request's.
+            request_id: the request.
+            num_computed: tokens that its states are behind; without states, those computed.
+        """
         while turn.wanted and turn.wanted[0].position <= num_computed:
             self._take(turn, request_id, turn.wanted.pop(0), num_computed)
 
@@ -116,16 +123,19 @@ class ResumePoints:
         turn.points.append(point)
         self.num_taken += 1
 
-    def read_answer(self, turn: Turn, request: Request) -> None:
+    def read_answer(self, turn: Turn, request: Request, num_computed: int) -> None:
         """Take a point where a segment of the answer begins. Call before each step of a request.
 
         Only tokens that no earlier call saw are read. A state is behind all that was computed: that
-        is the marker too, where a step in flight reads it. Not for states beside drafts, for a step
-        may compute tokens that are taken back.
+        is the marker too, where a step in flight reads it.
+
+        Args:
+            turn: the request's.
+            request: the request.
+            num_computed: as for `capture`.
         """
         first = max(turn.num_read, request.num_prompt_tokens)
         turn.num_read = request.num_tokens
-        num_computed = request.num_computed_tokens
         tokens = request.all_token_ids
         for place in range(first, turn.num_read):
             if tokens[place] not in self._markers or place > num_computed:

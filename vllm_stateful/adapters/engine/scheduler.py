@@ -22,6 +22,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.attention_choice import STEPS, is_cuda_backend_chosen
+from vllm_stateful.adapters.engine.answer_ends import AnswerEnds
 from vllm_stateful.adapters.engine.called_tools import CalledTools
 from vllm_stateful.adapters.engine.connectors import loads_of, tier_of, unsupported_connector
 from vllm_stateful.adapters.engine.hash_check import HashCheck
@@ -35,6 +36,7 @@ from vllm_stateful.adapters.engine.scheduler_lookup import SchedulerLookup
 from vllm_stateful.adapters.engine.scheduler_prefixes import SchedulerPrefixes
 from vllm_stateful.adapters.engine.turn import session_of
 from vllm_stateful.adapters.engine.waiting_queue import ServiceQueue
+from vllm_stateful.adapters.slots import on_request
 from vllm_stateful.adapters.speculation import (
     has_head,
     is_asked_for,
@@ -110,6 +112,8 @@ class _StatefulMixin:
     cache_config: Any
     tier: OffloadTier | None = None
     """vLLM's offload tier, where it is on and lets us order it."""
+    ends: AnswerEnds | None = None
+    """The tokens that states should be kept behind, where drafts may run past them."""
     hash_check: HashCheck | None = None
     """Where invariants are checked and vLLM hashes blocks."""
     ending: deque[tuple[int, Request]]
@@ -143,16 +147,27 @@ class _StatefulMixin:
         manager.__class__ = StatefulKVCacheManager
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
         rules = boundary_rules(tokenizer)
+        groups = [group_of(each) for each in manager.coordinator.single_type_managers]
+        # A head's KV of a token is made of the next one, too. A state cannot be had one token
+        # earlier, so with states one slot of the head may be of another history: the next draft
+        # may be worse for it, and no answer is another.
+        num_ahead = int(self.use_eagle or self.num_prefill_lookahead > 0)
+        has_states = any(group.is_state for group in groups)
+        is_step_known = self._is_step_known()
+        if has_states and is_step_known and self.num_spec_tokens:
+            self.ends = AnswerEnds(() if rules is None else rules.marker_ids)
         manager.become_stateful(
             pin_fraction=self.config.pin_fraction,
             idle_seconds=self.config.idle_seconds,
             clock=time.monotonic,
             called_tool=CalledTools(tokenizer),
             rules=rules,
-            groups=[group_of(each) for each in manager.coordinator.single_type_managers],
+            groups=groups,
             max_points=self.config.resume_points,
-            lookahead=int(self.use_eagle or self.num_prefill_lookahead > 0),
-            may_have_drafts=self.num_spec_tokens > 0,
+            lookahead=0 if has_states else num_ahead,
+            num_hashed_ahead=num_ahead,
+            num_drafts=self.num_spec_tokens,
+            is_step_known=is_step_known,
             loads=loads_of(self.connector, self.cache_config.block_size),
         )
         logger.info(
@@ -174,6 +189,15 @@ class _StatefulMixin:
             self.prefixes = SchedulerPrefixes(manager)
         if self.config.order == "least-served":
             self._order_by_service()
+
+    def _is_step_known(self) -> bool:
+        """Whether a step in flight is the only one, and model runner V2's (`RunningStates`)."""
+        config, cache = self.vllm_config, self.cache_config
+        return (
+            config.use_v2_model_runner
+            and config.parallel_config.pipeline_parallel_size == 1
+            and not (cache.use_replayssm or cache.use_kda_recoverssm)
+        )
 
     def _draft_from_sessions(self, rules: BoundaryRules | None) -> None:
         """Where vLLM was told to, and beside a drafting head."""
@@ -264,6 +288,8 @@ class _StatefulMixin:
         """vLLM's begin of every request; decides whether it is offloaded."""
         if self.tier is not None and request.request_id not in self.requests:
             self.tier.admit(request, session_of(request))
+        if self.ends is not None:
+            self.ends.expect(request)
         super().add_request(request)  # type: ignore[misc]
 
     def _session_of(self, request: Request) -> SessionKey:
@@ -302,6 +328,8 @@ class _StatefulMixin:
             self.lookup.step_begins(output)
         if self.prefixes is not None:
             self.prefixes.step_begins(output, self.requests)
+        if self.ends is not None:
+            self.ends.step_begins(output)
         self._check()
         return output
 
@@ -342,6 +370,19 @@ class _StatefulMixin:
         )
         self._check()
         return outputs
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+    ) -> Any:
+        """vLLM's reading of what a step sampled; notes how much that was."""
+        num_sampled = len(new_token_ids)
+        result = super()._update_request_with_output(  # type: ignore[misc]
+            request, new_token_ids, *args, **kwargs
+        )
+        if self.num_spec_tokens:
+            seen = on_request(request)
+            seen.num_sampled, seen.is_cut = num_sampled, len(result[0]) < num_sampled
+        return result
 
     def _check(self) -> None:
         if self.config.check_invariants and self.stateful_off is None:

@@ -222,7 +222,7 @@ def make_speculator(
 
 
 def note_requests(runner: Any, scheduler_output: Any) -> None:
-    """Hook of ``worker-requests``: a step begins, its new requests have their rows."""
+    """A step begins, its new requests have their rows."""
     found = runner.speculator
     lookup = found if isinstance(found, LookupSpeculator) else getattr(found, MEMBER, None)
     step = of_step(scheduler_output)

@@ -108,11 +108,12 @@ PATCHES = (
         name="worker-requests",
         target="vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests",
         wrap=_worker_requests,
-        calls=(Hook("vllm_stateful.adapters.worker.lookup_speculator:note_requests"),),
+        calls=(Hook("vllm_stateful.adapters.worker.step_notes:note_step"),),
         symptom="A drafter on the device knows a request's own tokens, and nothing that its agent "
-        "said in other requests.",
+        "said in other requests. Where drafts are accepted past a stop, a recurrent state is "
+        "behind tokens that were taken back: the next turn computes the answer again.",
         reason="propose() gets the batch, not the SchedulerOutput, and no other member of a "
-        "speculator is called in a step.",
+        "speculator is called in a step. Nor is the rejection sampler told what ends an answer.",
         feature="device-drafts",
         process="worker",
         signature="(self, scheduler_output)",
