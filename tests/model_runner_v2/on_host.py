@@ -66,3 +66,26 @@ def allow_async_scheduling() -> None:
         config.scheduler_config.async_scheduling = wanted
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def take_cuda_state_kernels() -> None:
+    """Mamba 2 decodes with vLLM's Triton kernels. Call before a model is imported.
+
+    vLLM's kernel for a CPU knows nothing of drafts: it writes the state behind all of them where
+    that of the first belongs.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    is_cpu = platform.is_cpu
+    platform.is_cpu = lambda self: False
+    try:
+        from vllm.model_executor.layers.mamba.ops import causal_conv1d, mamba_ssm, ssu_dispatch
+    finally:
+        platform.is_cpu = is_cpu
+    from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import causal_conv1d_fn_cpu
+
+    causal_conv1d.causal_conv1d_fn = causal_conv1d_fn_cpu  # the interpreter stops in Triton's
+    backends = ssu_dispatch._BACKEND_REGISTRY
+    backends[ssu_dispatch.MambaBackendEnum.CPU] = backends[ssu_dispatch.MambaBackendEnum.TRITON]
+    mamba_ssm._ssm_config_override = (64, 4)  # fewer programs to interpret

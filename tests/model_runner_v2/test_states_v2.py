@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recurrent states beside drafts, as on CUDA: a turn goes on where the last one ended.
+
+Each engine is a process of its own (`states.py`, forked); see `test_engine_v2.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import Forks
+
+ROOT = Path(__file__).parents[2]
+SIDES = ("stock", "plugin")
+BLOCK, NUM_DRAFTS = 128, 3  # as in `states.py`
+Played = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
+    folder = tmp_path_factory.mktemp("states")
+    forks = Forks("on_host", "vllm.entrypoints.llm", path=(Path(__file__).parent,))
+
+    def play(side: str) -> dict[str, Any]:
+        (folder / side).mkdir()
+        forks.run(Path(__file__).with_name("states.py"), folder / side, side, PYTHONPATH=str(ROOT))
+        return dict(json.loads((folder / side / "answers.json").read_text()))
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SIDES, pool.map(play, SIDES), strict=True))
+
+
+@pytest.mark.parametrize("name", ["first", "again"])
+def test_answers_are_those_of_stock_without_drafts(name: str, played: Played) -> None:
+    wanted = [turn["tokens"] for turn in played["stock"]["first"]]
+    assert [turn["tokens"] for turn in played["plugin"][name]] == wanted
+
+
+@pytest.mark.parametrize("name", ["first", "again"])
+def test_a_turn_computes_what_it_adds(name: str, played: Played) -> None:
+    """Answers that end with a stop token are not computed again, but at the end of a block."""
+    turns, num_exact = played["plugin"][name], 0
+    for before, turn in zip(turns, turns[1:], strict=False):
+        assert before["reason"] == "stop"
+        known = before["prompt"] + len(before["tokens"])
+        if known // BLOCK == (known + NUM_DRAFTS) // BLOCK:
+            assert turn["cached"] == known
+            num_exact += 1
+    assert num_exact
+
+
+def test_drafts_were_right_and_wrong(played: Played) -> None:
+    stats = played["plugin"]["stats"]
+    assert 20 < stats["num_drafts_accepted"] < stats["num_tokens_drafted"]
