@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model with recurrent states on model runner V2, with vLLM's kernels for CUDA, on the host.
 
-    python states.py FOLDER stock|plugin
+    python states.py FOLDER stock|plugin|mtp
 
 Nemotron-H in small, in float32. ``stock`` has neither the plugin nor drafts. ``plugin`` drafts from
 sessions, so that many drafts are right; answers end with a stop token, with a step in flight.
+``mtp`` is Qwen3-Next in small, in bfloat16, whose own head drafts; it has random weights, so few of
+its drafts are right.
 """
 
 # ruff: noqa: E402
@@ -27,7 +29,8 @@ if SIDE != "stock":
         "VLLM_STATEFUL_CHECK_INVARIANTS": "1",
     }
 
-on_host.take_cuda_state_kernels()
+if SIDE != "mtp":
+    on_host.take_cuda_state_kernels()
 
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -37,8 +40,8 @@ from vllm_stateful.adapters.engine import scheduler_lookup
 from vllm_stateful.adapters.worker import lookup_speculator
 
 NUM_DRAFTS, TURNS, SYSTEM, ADDED, MOST = 3, 3, 40, 9, 41
-VOCAB = 256
-STOPS = list(range(3, VOCAB, 25))
+VOCAB = 2048 if SIDE == "mtp" else 256
+STOPS = list(range(5, VOCAB, 12) if SIDE == "mtp" else range(3, VOCAB, 25))
 SMALL = {
     "vocab_size": VOCAB,
     "num_hidden_layers": 3,
@@ -58,10 +61,13 @@ def engine(folder: Path) -> LLM:
     shapes.liven()
     for module in (scheduler_lookup, lookup_speculator):  # fewer programs to interpret
         module.BUFFER_TOKENS, module.REGION_TOKENS = 2048, 512
-    family = shapes.FAMILIES["nemotronh"]
-    (folder / "config.json").write_text(json.dumps(family.config | SMALL))
+    family = shapes.FAMILIES["qwen3next" if SIDE == "mtp" else "nemotronh"]
+    small = {} if SIDE == "mtp" else SMALL
+    (folder / "config.json").write_text(json.dumps(family.config | small))
     options: dict[str, Any] = {}
-    if SIDE != "stock":
+    if SIDE == "mtp":
+        options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": NUM_DRAFTS}
+    elif SIDE == "plugin":
         options["speculative_config"] = {
             "method": "ngram_gpu",
             "num_speculative_tokens": NUM_DRAFTS,
@@ -69,7 +75,7 @@ def engine(folder: Path) -> LLM:
     made = LLM(
         str(folder),
         load_format="dummy",
-        dtype="float32",
+        dtype=family.dtype,
         enforce_eager=True,
         max_model_len=1024,
         max_num_seqs=4,
@@ -119,15 +125,12 @@ def play(folder: Path) -> dict[str, Any]:
     """The conversation, and again from its answers under another name."""
     llm = engine(folder)
     found: dict[str, Any] = {"first": turns(llm, "session-first")}
-    if SIDE == "stock":
+    if SIDE != "plugin":
         return found
     scheduler: Any = llm.llm_engine.engine_core.engine_core.scheduler
     scheduler.stateful("close", {"session_ids": ["session-first"], "cache_salt": None})
     found["again"] = turns(llm, "session-again")
-    found["stats"] = scheduler.stateful("stats", {})
-    manager = scheduler.kv_cache_manager
-    found["blocks"] = [(group.is_state, group.block_size) for group in manager.groups]
-    return found
+    return found | {"stats": scheduler.stateful("stats", {})}
 
 
 if __name__ == "__main__":

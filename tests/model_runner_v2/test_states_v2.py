@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 from forked import Forks
 
 ROOT = Path(__file__).parents[2]
-SIDES = ("stock", "plugin")
-BLOCK, NUM_DRAFTS = 128, 3  # as in `states.py`
+SIDES = ("stock", "plugin", "mtp")
+BLOCK = {"plugin": 128, "mtp": 2048}  # tokens, at least
+NUM_DRAFTS = 3  # as in `states.py`
 Played = dict[str, dict[str, Any]]
 
 
@@ -40,14 +42,16 @@ def test_answers_are_those_of_stock_without_drafts(name: str, played: Played) ->
     assert [turn["tokens"] for turn in played["plugin"][name]] == wanted
 
 
-@pytest.mark.parametrize("name", ["first", "again"])
-def test_a_turn_computes_what_it_adds(name: str, played: Played) -> None:
+@pytest.mark.parametrize(
+    ("side", "name"), [("plugin", "first"), ("plugin", "again"), ("mtp", "first")]
+)
+def test_a_turn_computes_what_it_adds(side: str, name: str, played: Played) -> None:
     """Answers that end with a stop token are not computed again, but at the end of a block."""
-    turns, num_exact = played["plugin"][name], 0
-    for before, turn in zip(turns, turns[1:], strict=False):
+    turns, num_exact, block = played[side][name], 0, BLOCK[side]
+    for before, turn in pairwise(turns):
         assert before["reason"] == "stop"
         known = before["prompt"] + len(before["tokens"])
-        if known // BLOCK == (known + NUM_DRAFTS) // BLOCK:
+        if known // block == (known + NUM_DRAFTS) // block:
             assert turn["cached"] == known
             num_exact += 1
     assert num_exact

@@ -15,7 +15,7 @@ from vllm.v1.request import Request
 
 from vllm_stateful.adapters.slots import on_step
 
-MOST_ENDS = 64
+MOST_ENDS = 256
 """Ids; those of further requests are left out, and their turns may be resumed further back."""
 
 
