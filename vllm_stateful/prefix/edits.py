@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Telling a history that was rewritten from another one that only begins alike.
+"""Tells a history that was rewritten from another history that only begins with the same tokens.
 
 Under one session id come rewritten histories (a volatile line in the system prompt, old tool
 results dropped) and those of parallel sub-agents. What a rewritten history still has is its last
@@ -17,17 +17,17 @@ from vllm_stateful.prefix.boundaries import Kind
 from vllm_stateful.prefix.radix_tree import Ids, Node
 
 NUM_TOKENS = 32
-"""By which a question is known again: its end, and the marker behind it."""
+"""Tokens by which a question is recognized: its end, and the marker behind it."""
 
 QUESTIONS = (Kind.USER, Kind.TOOL_RESULT)
 
 
 def end_of_question(path_up: Iterable[Node[Any]], num_shared: int) -> Ids | None:
-    """The end of the last question of a history, where it lies behind what is shared.
+    """The end of a history's last question, if that lies behind the shared tokens.
 
     Args:
         path_up: the history's nodes, from its end to its beginning.
-        num_shared: tokens that the new prompt begins with too.
+        num_shared: tokens at the beginning that the new prompt has as well.
 
     Returns:
         ``NUM_TOKENS`` ids; None when there is no question or it is shorter.
@@ -41,7 +41,7 @@ def end_of_question(path_up: Iterable[Node[Any]], num_shared: int) -> Ids | None
 
 
 def is_found_in(wanted: Ids, tokens: Ids) -> bool:
-    """Whether a run of ids stands anywhere in others."""
+    """Whether ``wanted`` occurs in ``tokens`` as one run."""
     size = len(wanted)
     if len(tokens) < size:
         return False

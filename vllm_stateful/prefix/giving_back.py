@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Giving blocks back: under pressure, for the budget, with age, or when a session is over."""
+"""Giving blocks back to the pool: under pressure, over budget, after a timeout, or at a close."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIN_GIVEN_TOKENS = 256
 
 
 class GivingBack(ResidencyBook):
-    """Who gives, how much, and in which order."""
+    """Chooses which residency gives blocks, and how many."""
 
     def demote(self, residency: Residency, why: Demotion) -> int:
         """Return an idle residency's blocks to the pool, tail first.
@@ -36,17 +36,17 @@ class GivingBack(ResidencyBook):
     ) -> int | None:
         """Take blocks from the least valuable idle residency, from its end inwards.
 
-        What it gives up begins where a message does, where that is known; of what several sessions
-        have in common nothing is taken, but a residency that has no more than that is dropped.
+        The cut is at the beginning of a message, where message boundaries are known. It lies in the
+        part that no other residency shares. A residency without such a part is dropped as a whole.
 
         Args:
-            why: for the count.
-            num_wanted: blocks; it gives fewer when it has no more, and more up to a message.
-            keep: is spared.
+            why: the reason to count it under.
+            num_wanted: blocks. It gives fewer if it has no more, and more to reach a message.
+            keep: the residency that must not be taken from.
 
         Returns:
-            The number of blocks that no idle residency holds any longer; None when there is none
-            but ``keep``.
+            The number of blocks that no idle residency holds any longer; None when no residency
+            but ``keep`` is idle.
         """
         victim = self._idle.next_victim(self._clock(), keep)
         if victim is None:
@@ -55,7 +55,7 @@ class GivingBack(ResidencyBook):
         return self._cut_back(victim, frontier, why) if frontier else self.demote(victim, why)
 
     def _end_of_rest(self, victim: Residency, num_wanted: int) -> int:
-        """Where a victim ends that gives so many blocks; 0 when it has to give all."""
+        """The frontier of a victim once it gave so many blocks; 0 when it has to give all."""
         if self.has_points:
             return self._earlier_point(victim, num_wanted)
         num_wanted = max(-(-num_wanted // len(self.groups)), MIN_GIVEN_TOKENS // self.block_size)
@@ -70,7 +70,7 @@ class GivingBack(ResidencyBook):
         return 0
 
     def _earlier_point(self, victim: Residency, num_wanted: int) -> int:
-        """The last of its resume points behind which it holds so many blocks."""
+        """The position of its last resume point with so many blocks behind it; 0 without one."""
         num_given = 0
         for earlier, point in zip(victim.points[-2::-1], victim.points[::-1], strict=False):
             num_given += len(point.blocks)

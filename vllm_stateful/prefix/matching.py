@@ -19,12 +19,12 @@ MAX_CANDIDATES = 32
 
 
 class Matching(ResidencyBook):
-    """Finds the residency that a turn continues. Read-only."""
+    """Finds the residency that a turn continues. Changes nothing."""
 
     def match(
         self, session: SessionKey, tokens: TokenArray, limit: int, base: PromptBase | None = None
     ) -> Match:
-        """Find what a turn can reuse. Read-only.
+        """Find what a turn can reuse.
 
         Args:
             session: its identity must equal that of the residency; its id is a hint that
@@ -56,7 +56,7 @@ class Matching(ResidencyBook):
         related: Residency,
         num_shared: int,
     ) -> Match:
-        """The deepest resume point on the way that is shared; the session's own of equals."""
+        """The last resume point in the shared tokens; the session's own if several are equal."""
         best: tuple[Residency, ResumePoint] | None = None
         for residency, most in self._candidates(session, tree, longest):
             point = residency.point_at(most)
@@ -71,7 +71,10 @@ class Matching(ResidencyBook):
     def _candidates(
         self, session: SessionKey, tree: RadixTree[Residency], longest: PrefixMatch[Residency]
     ) -> Iterator[tuple[Residency, int]]:
-        """Who may be continued, and up to where each is shared: own branches, then the nearest."""
+        """Residencies that may be continued, each with the number of shared tokens.
+
+        The session's own come first, then the nearest in the tree.
+        """
         node = longest.node
         assert node is not None
         seen: set[int] = set()
@@ -89,7 +92,7 @@ class Matching(ResidencyBook):
             node = node.parent
 
     def _known(self, session: SessionKey, base: PromptBase | None) -> Known[Residency] | None:
-        """The residency of the earlier prompt, if it is still here and nobody else's."""
+        """The residency of the earlier prompt, if it still exists and has the same identity."""
         found = None if base is None else self._of_version.get(base.version)
         if base is None or found is None or found.session.identity != session.identity:
             return None
@@ -98,7 +101,7 @@ class Matching(ResidencyBook):
     def _own_branch(
         self, session: SessionKey, tree: RadixTree[Residency], longest: PrefixMatch[Residency]
     ) -> Residency | None:
-        """The session's own branch, unless somebody else's saves a whole block more.
+        """The session's own branch, unless another session's saves a whole block more.
 
         A fork computes its parent's last sampled token first, so it often matches one token
         further; that is no reason to leave one's own session.
@@ -107,7 +110,7 @@ class Matching(ResidencyBook):
         least = longest.num_tokens - self.block_size + 1
 
         def order(branch: Residency) -> tuple[int, int]:
-            """What shares most, and ends there."""
+            """Branches with most shared tokens first; of equals the shortest."""
             return -min(branch.frontier, longest.num_tokens), branch.frontier
 
         for branch in sorted(self.branches(session), key=order):

@@ -22,22 +22,22 @@ from vllm_stateful.types import TokenArray
 ANSWER_KINDS = (Kind.ASSISTANT, Kind.REASONING, Kind.TOOL_CALL)
 
 MIN_TOKENS = 16
-"""Shorter reasoning (Qwen's empty one) is not looked at."""
+"""Shorter reasoning is ignored: Qwen's templates write an empty one."""
 
 NUM_HEAD = 8
-"""Tokens by which reasoning is known again."""
+"""Tokens by which reasoning is recognized in the next prompt."""
 
 MIN_SEEN = 3
-"""Next turns that have to be seen before anything is expected."""
+"""Turns that must be seen before anything is predicted."""
 
 SHARE = 0.9
-"""Of them so many must have dropped the reasoning."""
+"""The share of those turns that must have dropped the reasoning."""
 
 DECAY = 0.95
-"""How much less each earlier turn counts than the one after it."""
+"""The weight of a turn, relative to the turn after it."""
 
 MAX_KINDS = 1024
-"""Tenants times kinds of waits; the one that was used longest ago is forgotten."""
+"""Pairs of tenant and kind of wait; the least recently used pair is forgotten."""
 
 
 class Reasoning(NamedTuple):

@@ -47,28 +47,29 @@ class Residency:
 
     session: SessionKey
     frontier: int
-    """The number of tokens whose KV is computed, and of those behind it that it depends on."""
+    """Tokens whose KV is computed, plus the lookahead (``groups.table.Group.lookahead``)."""
     tables: Tables
-    """Of the groups that are full: all their blocks up to the frontier. A table's block list grows
-    in place while a turn borrows it."""
+    """The block tables of the full-attention groups, up to the frontier. A table's block list grows
+    in place while a turn borrows the residency."""
     forecast: Forecast
     """When its session is expected back."""
     tree: RadixTree[Residency] = field(repr=False)
-    """Where its tokens are."""
+    """The tree that holds its tokens."""
     num_turns: int = 1
     version: Hashable = field(default=None, repr=False)
-    """The name of the prompt that its turn had; None when it has none."""
+    """The name of its turn's prompt; None when the prompt has no name."""
     wished_until_s: float = 0.0
-    """Until then its client asked to keep it; 0 without a wish."""
+    """The time until which its client asked to keep it; 0 without such a wish."""
     reasoning: Reasoning | None = None
-    """That of its answer, whether its KV is kept or not."""
+    """The reasoning in its answer, whether the KV of it is kept or not."""
     wait: WaitKind = WaitKind.USER
     """What its session waits for."""
     points: list[ResumePoint] = field(default_factory=list)
-    """Where it can be continued, by position, if not everywhere. While it is idle, the last one is
-    its frontier; a turn that borrows it takes that one with it, and owns the others."""
+    """Its resume points by position, for models that cannot be continued everywhere. The last one
+    of an idle residency is its frontier. A turn that borrows the residency takes that point away,
+    and owns the others."""
     lent: ResumePoint | None = None
-    """The one that was taken."""
+    """The point that a borrower took away."""
     borrower: str | None = None
     """The request that continues this residency in place, or None while it is idle."""
     superseded: bool = False
@@ -81,17 +82,17 @@ class Residency:
 
     @property
     def blocks(self) -> Blocks:
-        """Of the groups that are full."""
+        """All blocks of the full-attention groups."""
         return joined_blocks(self.tables)
 
     @property
     def block_ids(self) -> BlockIds:
-        """Of the same blocks."""
+        """The ids of ``blocks``."""
         return joined_ids(self.tables)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that it holds; one that several of its points hold counts once for each."""
+        """Blocks that it holds. A block that several of its points hold counts once for each."""
         held = sum(len(table.blocks) for table in self.tables)
         return held + sum(len(table.blocks) for point in self.points for table in point.tables)
 
@@ -117,7 +118,7 @@ class PromptBase(NamedTuple):
 
     version: Hashable
     num_tokens: int
-    """How many tokens both share at least."""
+    """Tokens that both prompts share, at least."""
 
 
 class Match(NamedTuple):
@@ -127,13 +128,13 @@ class Match(NamedTuple):
     outcome: Outcome
     residency: Residency | None
     num_tokens: int
-    """Where it can continue."""
+    """The position at which the turn can continue."""
     point: ResumePoint | None = None
-    """What is held for that position, where not every position can be continued."""
+    """The resume point at that position; None where every position can be continued."""
     related: Residency | None = None
-    """One that shares most tokens with the turn, whether it can be continued there or not."""
+    """The residency that shares most tokens with the turn, even if it cannot be continued there."""
     num_shared: int = 0
-    """How many those are."""
+    """Tokens that ``related`` shares with the turn."""
 
 
 @dataclass(slots=True)
@@ -144,33 +145,34 @@ class FinishedTurn:
     prompt: TokenArray
     output: TokenArray
     frontier: int
-    """How many tokens of prompt and output have their KV in the blocks, with those behind them
-    that it depends on (``groups.table.Group.lookahead``)."""
+    """Tokens of prompt and output whose KV is in the blocks, plus the lookahead
+    (``groups.table.Group.lookahead``)."""
     tables: Tables
-    """Of the groups that are full. Of the others nothing: what is held is in the points."""
+    """The block tables of the full-attention groups. Those of other groups are in the points."""
     points: list[ResumePoint] = field(default_factory=list)
-    """Where it can be continued, if not everywhere, by position. None is behind the frontier."""
+    """Its resume points by position, for models that cannot be continued everywhere. No point lies
+    behind the frontier."""
     borrowed: Residency | None = None
     base: Residency | None = None
-    """The residency that shares most tokens with it, borrowed, shared or only compared."""
+    """The residency that shares most tokens with it: borrowed, shared or only compared."""
     num_base_tokens: int = 0
-    """How many it shares."""
+    """Tokens that ``base`` shares with it."""
     version: Hashable = None
     """The prompt's own name, by which a later one refers to it (``PromptBase``)."""
     tool: str | None = None
-    """The tool that its answer calls; empty when its name is not known, None without a call."""
+    """The tool that its answer calls; empty when the name is not known, None without a call."""
     wish_s: float = 0.0
-    """For how long its client asked to keep it."""
+    """Seconds for which its client asked to keep it."""
 
     def wait(self, num_turns: int) -> Wait:
-        """What its session waits for now, after so many turns."""
+        """What its session waits for after this turn, its ``num_turns``-th."""
         kind = WaitKind.USER if self.tool is None else WaitKind.TOOL
         if num_turns == 1 and is_anonymous(self.session):
             kind = WaitKind.ONE_SHOT
         return Wait(kind, self.tool or "", num_turns)
 
     def tokens_from(self, start: int) -> TokenArray:
-        """Those from a position up to the frontier."""
+        """The tokens from a position up to the frontier."""
         num_prompt = len(self.prompt)
         if self.frontier <= num_prompt:
             return self.prompt[start : self.frontier]
@@ -181,12 +183,12 @@ class FinishedTurn:
 
 
 class OffloadTier(Protocol):
-    """Who else must know which sessions wait (``adapters.engine.offload_tier``)."""
+    """The offload tier, which is told which sessions wait (``adapters.engine.offload_tier``)."""
 
     def waits(
         self, session: SessionKey, forecast: Forecast, num_tokens: int, wished_until_s: float
     ) -> None:
-        """A turn of the session ended with so many tokens."""
+        """A turn of the session ended, and left ``num_tokens`` tokens."""
 
     def closed(self, session: SessionKey) -> None:
         """The session is over."""

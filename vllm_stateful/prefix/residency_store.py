@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may continue which residency, and what becomes of it.
+"""The life of a residency: which turn may continue it, and what replaces it.
 
 The store owns one reference on each block of an *idle* residency. A turn that continues at the
-frontier *borrows* it: reference and block list move to the turn, nothing is touched or copied,
-and the turn gives both back, grown, when it ends. All other readers (forks, edits, parallel
-turns) share: they take references of their own and copy the last block on write.
+frontier *borrows* it: the references and the block list move to the turn without a copy. When the
+turn ends it gives both back, with what it added. All other readers (forks, edits, parallel turns)
+share: they take references of their own, and copy the last block before they write to it.
 
 Source: arXiv:2605.26289 (persistent per-session KV, metadata-only aliasing).
 """
@@ -25,10 +25,10 @@ from vllm_stateful.schedule.gaps import Forecast, Wait
 from vllm_stateful.types import Demotion, SessionKey
 
 LOOK_BACK = 64
-"""Tokens before a position that say what begins behind it (``BoundaryRules.cuts``)."""
+"""Tokens before a position that are read to tell what begins there (``BoundaryRules.cuts``)."""
 
 MAX_BRANCHES = 4
-"""Residencies kept under one session id: parallel sub-agents often share their root's id."""
+"""Residencies of one session id. Several are needed: sub-agents often share their root's id."""
 
 
 class ResidencyStore(Matching, GivingBack):
@@ -38,14 +38,14 @@ class ResidencyStore(Matching, GivingBack):
     """
 
     def arrived(self, session: SessionKey, seconds_ago: float = 0.0) -> None:
-        """A turn of the session came in: what its gap teaches. Once per turn."""
+        """A turn of the session came in: learn from the gap before it. Call once per turn."""
         self.waits.came_back(session, self._clock() - seconds_ago)
 
     def borrow(self, residency: Residency, request_id: str) -> Tables:
-        """Hand all that continues a residency at its frontier to a turn, references included.
+        """Hand a residency's blocks and references to a turn, which continues at its frontier.
 
-        Those on its other resume points as well: others may still start there, but they belong to
-        the turn.
+        The turn gets the references on its other resume points as well. Other turns may still start
+        at those.
 
         Returns:
             One table for each group. Those of full groups are the residency's own.
@@ -136,18 +136,18 @@ class ResidencyStore(Matching, GivingBack):
             assert len(table.blocks) == (group.end(turn.frontier) if group.is_full else 0)
 
     def _let_go(self, turn: FinishedTurn) -> None:
-        """It can be continued nowhere: nothing is kept of it."""
+        """Keep nothing of a turn that can be continued nowhere."""
         if turn.borrowed is not None and turn.borrowed.alive:
             self._forget(turn.borrowed)
         self._give(turn.tables)
 
     def _chosen(self, points: list[ResumePoint]) -> list[ResumePoint]:
-        """As many as a residency may have; the others are given back.
+        """Choose as many points as a residency may have; give the others back.
 
-        First the last one, then the end of the last prompt, for a history that comes back changed,
-        the last question before that, then those where others start, the first of them first, and
-        of the rest the later ones. The places inside the last answer are kept beside them: they go
-        when the next turn has come.
+        In this order: the frontier; the end of the last prompt, for a history that comes back
+        changed; the question before that; points at which other sessions start, the earliest first;
+        of the rest the latest. Points inside the last answer do not count: they are dropped once
+        the next turn has come.
         """
         inside = [point for point in points[:-1] if point.is_answer]
         lasting = [point for point in points if point not in inside]
@@ -165,7 +165,7 @@ class ResidencyStore(Matching, GivingBack):
         return kept
 
     def _plant(self, made: Residency, turn: FinishedTurn) -> None:
-        """Put its tokens into the tree: those behind the residency that the turn began with."""
+        """Insert its tokens into the tree, behind those that its base has there already."""
         known = None
         base = turn.base
         if base is not None and base.alive and base.session.identity == turn.session.identity:
@@ -186,7 +186,7 @@ class ResidencyStore(Matching, GivingBack):
         return Cuts(found.starts + np.int32(low), found.kinds)
 
     def _learn_habits(self, turn: FinishedTurn) -> None:
-        """Whether the turn's prompt still had the reasoning of the answer before it."""
+        """Learn whether the turn's prompt still had the reasoning of the answer before it."""
         base = turn.base
         reasoning = None if base is None else base.reasoning
         if base is None or reasoning is None or base.session != turn.session:
@@ -197,7 +197,7 @@ class ResidencyStore(Matching, GivingBack):
             self._habits.saw(turn.session.identity.cache_salt, base.wait, kept=kept)
 
     def _drop_reasoning(self, made: Residency) -> None:
-        """Keep nothing from the reasoning on where the next turn is expected to be without it."""
+        """Give up the reasoning and all behind it, if the next prompt is expected without it."""
         if made.reasoning is None:
             return
         if not self._habits.drops(made.session.identity.cache_salt, made.wait):
@@ -215,10 +215,10 @@ class ResidencyStore(Matching, GivingBack):
         return forecast
 
     def _mark_superseded(self, turn: FinishedTurn) -> None:
-        """An edit kills the branch that it rewrote; a sibling (a sub-agent's turn) does not.
+        """Mark the branch that a turn rewrote as worthless; not that of a sibling (a sub-agent).
 
-        It is an edit when most of the branch was shared, or when the last question of the branch
-        stands in the new prompt as well, behind the change.
+        The turn rewrote it if it shares most of the branch, or if the branch's last question occurs
+        in the new prompt behind the first difference.
         """
         base, num_shared = turn.base, turn.num_base_tokens
         if base is None or base is turn.borrowed or not base.alive:
@@ -248,7 +248,7 @@ class ResidencyStore(Matching, GivingBack):
         return False
 
     def _make_room(self, made: Residency) -> None:
-        """Drop the branches that the turn covers, and the least worthy beyond the limit."""
+        """Drop the branches that the turn covers, and those of least worth beyond the limit."""
         idle = [branch for branch in self.branches(made.session) if branch.is_idle]
         end = made.tree.node_of(made)
         for branch in [*idle]:

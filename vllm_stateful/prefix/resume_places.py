@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a turn should leave resume points, where not every position can be continued.
+"""Where a turn should leave resume points, for models that cannot be continued everywhere.
 
-The frontier is one at no cost: whoever appends to the history starts there. The other places are
-for histories that come back changed, for forks, and for sessions that begin alike:
+The frontier is a resume point at no cost: a client that appends to the history starts there. The
+other places serve histories that come back changed, forks, and sessions with the same beginning:
 
 - The end of the prompt, before any reasoning that the generation prompt opened. Templates strip
-  reasoning and write calls anew, so the next prompt often parts from this one where the answer
-  begins, and a state taken behind that place is worth nothing.
+  reasoning and write calls anew, so the next prompt often differs from this one from the beginning
+  of the answer on. A state taken behind that place cannot be used then.
 - The end of system prompt and tools, where new sessions and sub-agents part.
-- A place where this prompt parted from another that could not be continued there.
+- A place where this prompt differed from a known one that could not be continued there.
 - The places where the first segments of the answer begin: a call behind reasoning, for example.
   Templates may write the segment anew and keep what is before it.
 
@@ -25,7 +25,7 @@ import numpy as np
 from vllm_stateful.prefix.boundaries import Cuts, Kind
 
 MIN_SAVED = 128
-"""A place that saves fewer tokens than that is not worth a state."""
+"""Tokens that a resume point must save, at least."""
 
 MOST_IN_ANSWER = 2
 """Resume points inside one answer."""

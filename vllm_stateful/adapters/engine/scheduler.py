@@ -334,9 +334,10 @@ class _StatefulMixin:
         return output
 
     def _schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """vLLM's own. Beside drafts from sessions without the placeholders of drafts (16 rows that
-        cannot be right) that it adds to a turn of which one token is left to compute: they are for
-        full CUDA graphs, which this way of drafting does not have.
+        """vLLM's own step, without placeholder drafts where the engine core drafts from sessions.
+
+        vLLM adds up to 16 placeholders to a turn with one token left to compute, and rejects them
+        all, to fill a full CUDA graph. Drafts from the engine core run without such graphs.
         """
         if self.lookup is not None:
             self.lookup.withdraw(self.requests)
