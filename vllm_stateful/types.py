@@ -33,7 +33,7 @@ _SCOPED_SALT = re.compile(
 
 
 def tenant_of_salt(cache_salt: str | None) -> str:
-    """Whose salt it is, read back from what ``request.scoped_salt`` made.
+    """The tenant of a salt, read back from what ``request.scoped_salt`` made.
 
     The name that ``request.tenant_of`` gave; "" for all that was sent without one.
     It says who shares with whom, never what may be reused: that takes the whole salt.
@@ -58,7 +58,7 @@ class Identity(NamedTuple):
 
     @property
     def tenant(self) -> str:
-        """Who shares with others; "" without an API key."""
+        """The name under which shares are counted; "" without an API key."""
         return tenant_of_salt(self.cache_salt)
 
 

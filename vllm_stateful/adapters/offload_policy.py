@@ -37,7 +37,7 @@ class StatefulCachePolicy(CachePolicy):  # type: ignore[misc]
         super().__init__(cache_capacity)
         self.order: OffloadOrder[OffloadKey] = OffloadOrder(cache_capacity, time.monotonic)
         self.owner_of: Callable[[str], Owner] = _request_itself
-        """Whose request it was, by its id."""
+        """Tells the owner of a request by the request's id."""
         self._chunks: dict[OffloadKey, ChunkStatus] = {}
         self._evictable: set[OffloadKey] = set()
         StatefulCachePolicy._newest = weakref.ref(self)

@@ -25,7 +25,7 @@ SLOT = "stateful"
 
 @dataclass(slots=True)
 class OnRequest:
-    """Of one request.
+    """What is known of one request.
 
     Attributes:
         prompt: its prompt, int32, shape ``[num_tokens]``; None where it came without a header.
@@ -48,7 +48,7 @@ class OnRequest:
 
 @dataclass(slots=True)
 class OnStep:
-    """Of one step.
+    """What one step takes to the workers.
 
     Attributes:
         lookup: what the device looks drafts up in, where something of it is new.

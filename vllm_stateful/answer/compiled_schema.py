@@ -96,11 +96,11 @@ class Node:
         """What its ``$ref`` means; nothing else in it counts then."""
         self.is_nullable = False
         self.classes: frozenset[type] | None = None
-        """Of the values that it allows."""
+        """The types of the values that it allows."""
         self.is_integer = False
         """Whether a float without a fraction is allowed beside them."""
         self.names = ""
-        """Of the types, for people."""
+        """The names of the types, for people."""
         self.const: tuple[Any] | None = None
         self.enum: list[Any] | None = None
         """The allowed values that are no strings."""
@@ -112,12 +112,12 @@ class Node:
         self.known: dict[str, Node] = {}
         """Properties."""
         self.other: Node = ANY
-        """Of properties that are not known."""
+        """The schema of properties that are not known."""
         self.required: tuple[str, ...] = ()
         self.first: tuple[Node, ...] = ()
-        """Of the first items."""
+        """The schemas of the first items."""
         self.rest: Node = ANY
-        """Of the items behind them."""
+        """The schema of the items behind them."""
 
 
 def _constant(fault: str | None = None) -> Node:

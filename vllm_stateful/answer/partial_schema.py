@@ -29,7 +29,7 @@ class Objection(NamedTuple):
     """Why a document is invalid."""
 
     path: str
-    """Of the value: ``.count``, ``.items[2].name``; empty for the document itself."""
+    """The path of the value: ``.count``, ``.items[2].name``; empty for the document itself."""
     problem: str
 
     def __str__(self) -> str:
@@ -218,7 +218,7 @@ class _Judge:
         return None
 
     def _deepest(self, found: list[_Found]) -> _Found:
-        """Of all branches the one that went furthest: mostly the one that was meant."""
+        """The branch that went furthest. Mostly it is the one that was meant."""
         return found[0] if len(found) == 1 else max(found, key=lambda one: self._length(one.path))
 
     def _length(self, path: _Path) -> int:

@@ -78,7 +78,7 @@ class Scales(NamedTuple):
 
 @cache
 def no_scales(device: torch.device) -> Scales:
-    """Of tensors that are what they say."""
+    """The scales of tensors that are not quantized."""
     nothing = torch.empty(0, device=device)
     return Scales(nothing, nothing, nothing)
 

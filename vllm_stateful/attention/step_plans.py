@@ -17,7 +17,7 @@ from vllm_stateful.attention.workspace import GraphWorkspace, Workspace
 
 @dataclass
 class StepPlans:
-    """Of the layers that a metadata builder builds for, one step after the other.
+    """The plans of the layers of one metadata builder, one step after the other.
 
     A plan counts blocks of keys, and the kernels clamp it to the lengths that stand on the device.
     So it holds until a sequence fills a block, 32 to 128 keys, or the batch changes.

@@ -94,8 +94,10 @@ def _live_shape(member: Any) -> str:
 
 
 def _annotations(found: Any) -> Mapping[str, Any]:
-    """Of a function, or those that a class has itself. From Python 3.14 on they are made when they
-    are asked for, and a name in them may be one that only type checkers import.
+    """The annotations of a function, or those that a class has itself.
+
+    From Python 3.14 on they are evaluated when they are asked for. A name in them may be one that
+    only type checkers import.
     """
     if sys.version_info < (3, 14):
         own: Mapping[str, Any] = vars(found).get("__annotations__", {})
@@ -254,7 +256,7 @@ class Source:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Those of a block, also of its branches."""
+    """The statements of a block and of its branches."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try):

@@ -13,7 +13,7 @@ class Metric(NamedTuple):
     label: str | None
     help: str
     process: Literal["engine", "api"] = "engine"
-    """Whose snapshot: that of the engine core, or that of each API server."""
+    """Where the value is read: in the engine core, or in each API server."""
 
 
 OFF = "off"

@@ -135,4 +135,4 @@ class PromptCounts:
 
 
 PROMPT_COUNTS = PromptCounts()
-"""Of this process."""
+"""The counts of this process."""

@@ -53,4 +53,4 @@ class ResponseCounts:
 
 
 RESPONSE_COUNTS = ResponseCounts()
-"""Of this process."""
+"""The counts of this process."""

@@ -37,4 +37,4 @@ class ToolCallCounts:
 
 
 TOOL_CALL_COUNTS = ToolCallCounts()
-"""Of this process."""
+"""The counts of this process."""

@@ -30,7 +30,7 @@ MAX_WHITE = 3
 """Tokens of white space behind a marker or a header that belong to it."""
 
 MAX_KNOWN_HEADERS = 1 << 14
-"""As many are remembered, with their beginnings, until all are read anew."""
+"""Headers that are remembered. When there are more, all are forgotten and read again."""
 
 UNREADABLE = "\ufffd"
 

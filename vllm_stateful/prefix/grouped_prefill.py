@@ -43,7 +43,7 @@ class _Waiting:
 
 
 class PrefillGroups:
-    """Who computes, and who waits for whom. Not thread-safe.
+    """Turns that compute a prefix, and turns that wait for one. Not thread-safe.
 
     Args:
         block_size: tokens per block; only full ones are shared while they are computed.

@@ -18,7 +18,7 @@ class PinLedger:
         self.budget_blocks = budget_blocks
         self.num_pinned = 0
         self.num_pinned_used = 0
-        """Those that running turns share: giving them back frees nothing."""
+        """Pinned blocks that running turns share. To give them back frees nothing."""
         self._holders = np.zeros(num_blocks, np.int32)
         self._users = np.zeros(num_blocks, np.int32)
 

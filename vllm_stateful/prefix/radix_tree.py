@@ -52,7 +52,7 @@ class Node(Generic[V]):
         self.start = start
         """Position of its first token."""
         self.kind = kind
-        """Of the segment that it lies in (``boundaries.Kind``)."""
+        """The kind of the segment that it lies in (``boundaries.Kind``)."""
         self.is_cut = is_cut
         """Whether a segment begins with its first token."""
         self.children: dict[int, Node[V]] = {}

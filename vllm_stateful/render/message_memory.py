@@ -20,10 +20,10 @@ MIN_MESSAGES = 16
 """A shorter conversation is parsed as ever: there is nothing to gain."""
 
 MAX_MESSAGES = 20_000
-"""Of all conversations together."""
+"""Messages of all conversations together."""
 
 MAX_BYTES = 64 << 20
-"""Of all conversations together."""
+"""Bytes of all conversations together."""
 
 MAX_NEW_MESSAGES = 32
 """How far back the last known message is looked for: a turn that adds more finds nothing."""

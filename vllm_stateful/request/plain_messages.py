@@ -80,7 +80,7 @@ class SplitMessages:
         self.others = [
             message for message, made in zip(messages, self._made, strict=True) if made is None
         ]
-        """Those that are left to validate, in order."""
+        """The messages that vLLM still has to validate, in order."""
 
     @property
     def num_plain(self) -> int:

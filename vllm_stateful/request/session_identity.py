@@ -102,7 +102,7 @@ _USER_ID_SESSION = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
 
 @dataclass(frozen=True, slots=True)
 class TurnIdentity:
-    """Whose turn this is.
+    """The session and the tenant of a turn.
 
     session_id: what the engine is told; None means "derive the session from content".
     source: where the id was found, "none" without one.

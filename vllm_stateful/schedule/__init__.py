@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who keeps its KV while it waits, and who gives it back first."""
+"""Decides which sessions keep their KV while they wait, and which give it back first."""

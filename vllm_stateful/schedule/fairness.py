@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose residencies go first: no tenant pushes out what is another's share.
+"""Which tenant's residencies go first. No tenant pushes out another tenant's share.
 
 While several tenants keep something, only those give back that hold more than an equal part of what
 is kept; among these, and where nobody does, the order is that of ``schedule.retention``. What was
@@ -91,7 +91,7 @@ class _Tenant(Generic[R]):
         self.shares = _Shares()
 
     def queues(self, salt: Hashable) -> tuple[RetentionQueue[R], RetentionQueue[R]]:
-        """Those that a residency under this salt is in."""
+        """The two queues that hold a residency of this salt."""
         of_salt = self.salts.get(salt)
         if of_salt is None:
             of_salt = self.salts[salt] = RetentionQueue()
@@ -136,7 +136,7 @@ class FairQueue(Generic[R]):
         self._held: OrderedDict[R, _Held] = OrderedDict()
         """By the time in it."""
         self._superseded: OrderedDict[R, None] = OrderedDict()
-        """Of all tenants, in the order in which they were superseded."""
+        """The superseded residencies of all tenants, in the order in which they became so."""
 
     def __len__(self) -> int:
         return len(self._held)
@@ -238,7 +238,7 @@ class FairQueue(Generic[R]):
         self._tenants[held.tenant].shares.add(held.salt, num_blocks)
 
     def expired(self, deadline_s: float, now_s: float) -> list[R]:
-        """Those last used before ``deadline_s``, oldest first; not those with a wish that lasts.
+        """Residencies last used before ``deadline_s``, oldest first, without those under a wish.
 
         Costs what is found: a wish is looked at again after as long as it was silent.
         """

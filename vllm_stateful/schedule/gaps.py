@@ -59,7 +59,7 @@ MAX_TOOLS = 256
 """Histograms of tools that one tenant has; the one that was used longest ago is forgotten."""
 
 MAX_HISTOGRAMS = 16384
-"""Of all tenants together, some 10 MB; the tenant that was seen longest ago is forgotten."""
+"""Histograms of all tenants, some 10 MB. The tenant seen longest ago is forgotten."""
 
 MIN_TENANTS = 3
 """Tenants that must have learned a gap before it is what others start with."""

@@ -38,7 +38,7 @@ WISHED_SHARE = 0.5
 
 
 class Owner(NamedTuple):
-    """Whose chunks they are."""
+    """The session and the tenant that chunks belong to."""
 
     session: Hashable
     tenant: Hashable = None

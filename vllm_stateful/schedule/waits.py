@@ -36,7 +36,7 @@ class WaitBook:
         self._max = max_sessions
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
         self._waiting: OrderedDict[Hashable, _Known] = OrderedDict()
-        """Those that wait and are not lost, the longest silent first."""
+        """Sessions that wait and are not given up. The one silent longest comes first."""
 
     def __len__(self) -> int:
         return len(self._known)

@@ -29,10 +29,10 @@ END = -1
 
 
 BUFFER_TOKENS = 1 << 20
-"""Of the whole buffer: 4 MiB on each device."""
+"""Tokens in the whole buffer: 4 MiB on each device."""
 
 REGION_TOKENS = 1 << 14
-"""Of one agent."""
+"""Tokens of one agent."""
 
 
 class Write(NamedTuple):

@@ -19,7 +19,7 @@ from vllm_stateful.speculate.lookup_index import LookupIndex
 from vllm_stateful.types import TokenArray
 
 MAX_TOKENS = 1 << 20
-"""Of one agent's answers; then the older half is forgotten."""
+"""Tokens kept of one agent's answers. When there are more, the older half is forgotten."""
 
 
 class EarlierAnswers:

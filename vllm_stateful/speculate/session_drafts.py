@@ -75,7 +75,7 @@ class SessionDrafts:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._waiting: OrderedDict[Hashable, _Waiting] = OrderedDict()
-        """Those that ended their last turn longest ago first."""
+        """The waiting sessions. The one whose last turn ended longest ago comes first."""
         self._running: dict[Hashable, _Running] = {}
         self._earlier = EarlierAnswers(max_bytes)
         self._acceptance: dict[Hashable, Acceptance] = {}

@@ -57,7 +57,7 @@ class StepCosts:
         self._squares = np.zeros((len(BENDS), 4, 4))
         self._products = np.zeros((len(BENDS), 4))
         self._sum = np.zeros(1)
-        """Of the squared seconds."""
+        """The sum of the squared seconds."""
         self._num_steps = 0
         self._bend = 0.0
         self._factors = np.zeros(4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose earlier answers a turn may be drafted, and what its request says about drafts."""
+"""Which agent's answers a turn may be drafted from, and what its request says about drafts."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ MOST_ENDS = 256
 
 
 class AnswerEnds:
-    """Of one scheduler.
+    """The ends that one scheduler knows of.
 
     Args:
         markers: ids with which segments of an answer begin.

@@ -13,7 +13,7 @@ from vllm_stateful.schedule.tool_calls import MARKERS, first_tool
 logger = init_logger("vllm.stateful")
 
 NUM_TOKENS = 256
-"""As many are decoded: around the last marker, or at either end where there is no marker."""
+"""Tokens that are decoded: around the last marker, or at each end if there is none."""
 
 NUM_BEFORE = 16
 """Tokens before a marker that may hold the name (gpt-oss: ``to=functions.NAME<|channel|>``)."""

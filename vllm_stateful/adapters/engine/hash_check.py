@@ -33,7 +33,7 @@ class HashCheck:
             hash_block_size, get_hash_fn_by_name(algorithm), *ahead
         )
         self._right: dict[str, list[Any]] = {}
-        """Of each running request the hashes that were found right."""
+        """By running request: the hashes that were found right."""
 
     def check(self, manager: Any, requests: dict[str, Request]) -> None:
         """Check the hashes that came since the last time, and the blocks that bear them.

@@ -60,7 +60,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
     request_tables: RequestTables
 
     loads: Loads | None
-    """Those of the KV connector, where there is one."""
+    """The loads of the KV connector, where there is one."""
     called_tool: Callable[[Request], str | None]
 
     def become_stateful(
@@ -250,7 +250,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         return offer._replace(blocks=self._blocks_of(offer, num_tokens), num_tokens=num_tokens)
 
     def _blocks_of(self, offer: Offer, num_tokens: int) -> KVCacheBlocks:
-        """Those of all groups that continue at a position."""
+        """The blocks of all groups that a turn continues with at a position."""
         tables: list[Blocks] = []
         for place, (group, table) in enumerate(
             zip(self.groups, offer.residency.tables, strict=True)

@@ -83,7 +83,7 @@ class _Chunked:
 
 
 class Loads:
-    """Those of one scheduler's connector.
+    """The loads of one scheduler's KV connector.
 
     Args:
         connector: vLLM's, one that is supported.

@@ -55,7 +55,7 @@ class SchedulerPrefills:
         self.groups.forget(request.request_id)
 
     def _note_running(self) -> None:
-        """Who is being computed in chunks now, those admitted in this very step included."""
+        """Note which requests are computed in chunks now, those admitted in this step included."""
         prefills: set[Request] = self._scheduler._inflight_prefills
         if prefills == self._noted:
             return

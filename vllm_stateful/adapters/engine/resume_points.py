@@ -24,7 +24,7 @@ from vllm_stateful.prefix.resume_places import Place
 
 
 class ResumePoints:
-    """Of the running turns of one scheduler.
+    """The resume points of one scheduler's running turns.
 
     Args:
         coordinator: vLLM's managers of all groups.
@@ -53,10 +53,10 @@ class ResumePoints:
         self.knows_markers = rules is not None
         self.num_taken = 0
         self.num_missed = 0
-        """Those for which no block was free, or whose blocks were gone."""
+        """Points for which no block was free, or whose blocks were gone."""
 
     def counts(self) -> dict[str, int]:
-        """Those that were wanted inside prompts and answers, by result."""
+        """Points that were wanted inside prompts and answers, counted by result."""
         return {"taken": self.num_taken, "missed": self.num_missed}
 
     def plan(self, turn: Turn, match: Match, start: int, before: Kind) -> None:

@@ -20,7 +20,7 @@ from vllm_stateful.prefix.groups import Group
 
 
 class RunningStates:
-    """Of one scheduler.
+    """The states of one scheduler's running requests.
 
     Args:
         groups: one for each of vLLM's managers.

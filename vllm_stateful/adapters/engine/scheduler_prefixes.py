@@ -35,7 +35,7 @@ class SchedulerPrefixes:
         self._least = -(-shared_prefixes.MIN_KEYS // self._block_size)
         self._counts: dict[str, int] = {}
         self._ids: dict[str, Ints] = {}
-        """Of those that share something: the ids of their computed blocks, as far as looked up."""
+        """By request that shares something: the ids of its computed blocks, as far as looked up."""
         self._shared: tuple[SharedKeys, ...] = ()
 
     def step_begins(self, output: SchedulerOutput, requests: dict[str, Request]) -> None:

@@ -54,13 +54,13 @@ class Turn:
     offer: Offer | None = None
     """What the last lookup returned; None when it returned stock's answer."""
     related: tuple[Residency, int] | None = None
-    """Who shares most tokens with it, and how many, by its last lookup."""
+    """The residency that shares most tokens with it, and how many, by its last lookup."""
     wanted: list[Place] = field(default_factory=list)
     """Where resume points are still to be left."""
     planned_for: tuple[int, int] | None = None
     """Where it continued and what it shared when those were chosen."""
     points: list[ResumePoint] = field(default_factory=list)
-    """Those that it holds, by position."""
+    """The resume points that it holds, by position."""
     num_read: int = 0
     """Tokens, prompt included, that were looked at for where segments of the answer begin."""
     inherited_ids: list[BlockIds] = field(default_factory=list)

@@ -17,7 +17,7 @@ from vllm_stateful.config import load_config
 from vllm_stateful.render.message_memory import exact_image
 
 TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call")
-"""Of a chat, responses or Anthropic request."""
+"""Fields of a chat, responses or Anthropic request that say which tools there are."""
 
 
 @dataclass

@@ -41,7 +41,7 @@ from vllm_stateful.transport.prompt_ids import PromptTokenIds
 logger = init_logger("vllm.stateful")
 
 _memories: WeakSet[TextMemory] = WeakSet()
-"""Those of this process: one, but for tests and programs that hold several models."""
+"""The text memories of this process. There is one, but in tests and with several models."""
 
 
 class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]

@@ -302,7 +302,7 @@ def _num_bytes(step: EngineCoreOutput) -> int:
 
 
 def responses_of(client: Any) -> Responses:
-    """Of one client of the engine core."""
+    """The answers kept for one client of the engine core."""
     made: Responses | None = getattr(client, "stateful_responses", None)
     if made is None:
         made = client.stateful_responses = Responses(client, load_config().response_cache_bytes)

@@ -57,10 +57,10 @@ class ToolCallPlan(NamedTuple):
     """Schemas of the parameters by name."""
     limit: int | None
     name: str | None
-    """Of the one tool that must be called."""
+    """The name of the one tool that must be called."""
     reasoning_end: str | None
     schemas: ToolSchemas
-    """Of the same tools; all answers share what may be spent on them."""
+    """The schemas of the same tools. All answers of a request share one budget for them."""
 
     def stream(self, *, strict: bool, reasoning_ended: bool) -> ToolCallStream:
         """What follows one answer."""

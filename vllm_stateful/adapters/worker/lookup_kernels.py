@@ -24,8 +24,8 @@ _PLACE_BITS = tl.constexpr(25)
 _PLACE_MASK = tl.constexpr(MAX_PLACES - 1)
 
 NUM_COLUMNS = 4
-"""Of the table of requests: where its agent's answers start, how many tokens they have, how long
-the match of the last draft was, how many tokens it had."""
+"""Columns of the table of requests: where the answers of its agent start, how many tokens these
+have, how long the match of the last draft was, how many tokens that draft had."""
 
 
 @triton.jit

@@ -49,7 +49,7 @@ PRIOR_TOKENS = 32.0
 """How many verified tokens what is known beforehand counts like."""
 
 MEMBER = "stateful_beside"
-"""Of a head's speculator: the `LookupBesideHead` that drafts beside it."""
+"""The attribute of a head's speculator that holds the `LookupBesideHead` beside it."""
 
 FORGET_STEPS = 4096
 """After so many steps what was learned counts half."""

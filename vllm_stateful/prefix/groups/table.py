@@ -96,7 +96,7 @@ class ResumePoint:
 
     @property
     def ids(self) -> BlockIds:
-        """Of all its blocks. Each is distinct, for a block is in one group at one place."""
+        """The ids of all its blocks. No id occurs twice: a block has one place in one group."""
         return joined_ids(self.tables)
 
     @property
