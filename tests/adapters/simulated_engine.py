@@ -357,6 +357,7 @@ class SimulatedEngine:
         kinds: tuple[str, ...] = ("full",),
         retention: int | None = 0,
         has_markers: bool = False,
+        ends: tuple[int, ...] = (),
     ) -> None:
         config = vllm_config(block_size, max_num_seqs, max_batched)
         names, times = zip(*map(parted, kinds), strict=True)
@@ -391,7 +392,7 @@ class SimulatedEngine:
             self.scheduler._spec_token_placeholders = [-1] * num_drafts
             self.scheduler.use_v2_model_runner = True
             if "state" in names:
-                self.scheduler.ends = AnswerEnds(())
+                self.scheduler.ends = AnswerEnds(ends)
         if session_drafts:
             self.scheduler.speculation = SchedulerDrafts(
                 self.manager, None, num_drafts, is_beside_head=beside_head
@@ -443,13 +444,22 @@ class SimulatedEngine:
     def step(self) -> None:
         """One round of vLLM's ``step_with_batch_queue`` (or ``step``, with depth 1)."""
         if self.scheduler.has_requests():
-            output = self.scheduler.schedule()
-            self.in_flight.append((output, self.worker.execute(output)))
-            if len(self.in_flight) < self.depth and output.total_num_scheduled_tokens:
+            num_tokens = self.schedule()
+            if len(self.in_flight) < self.depth and num_tokens:
                 return
         if self.in_flight:
-            self.scheduler.update_from_output(*self.in_flight.popleft())
-            self._propose()
+            self.update()
+
+    def schedule(self) -> int:
+        """Schedule a step and start it. Returns its number of tokens."""
+        output = self.scheduler.schedule()
+        self.in_flight.append((output, self.worker.execute(output)))
+        return int(output.total_num_scheduled_tokens)
+
+    def update(self) -> None:
+        """Process the oldest step in flight."""
+        self.scheduler.update_from_output(*self.in_flight.popleft())
+        self._propose()
 
     def _propose(self) -> None:
         """Drafts as `ngram` makes them (synchronous scheduling): some right, some wrong."""

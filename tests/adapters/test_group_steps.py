@@ -5,7 +5,7 @@ import random
 
 import pytest
 from recorded_engine import ALICE, BOB, Engine
-from simulated_engine import VOCAB, expected_answer
+from simulated_engine import VOCAB, SimulatedEngine, expected_answer
 from simulated_groups import MARKERS
 
 from vllm_stateful.adapters.engine.invariants import check_pool
@@ -222,3 +222,55 @@ def test_a_fork_that_has_to_wait_keeps_its_hit(num_waits: int) -> None:
         engine.abort(f"other-{number}")
     engine.run()
     assert engine.num_scheduled("fork") == 2 + 60 + 1 + 1
+
+
+def beside_drafts(ends: tuple[int, ...] = ()) -> SimulatedEngine:
+    """States beside drafts of the worker's own, as with MTP on CUDA."""
+    return SimulatedEngine(
+        num_blocks=200,
+        block_size=16,
+        async_scheduling=True,
+        num_drafts=3,
+        kinds=("full", "state"),
+        ends=ends,
+    )
+
+
+@pytest.mark.parametrize("num_unprocessed", [1, 2])
+@pytest.mark.parametrize("length", range(5, 16))
+def test_an_abort_beside_drafts_leaves_no_wrong_state(length: int, num_unprocessed: int) -> None:
+    """vLLM aborts while it waits for a step, and may have scheduled the next one by then."""
+    for num_steps in range(8):
+        engine = beside_drafts()
+        request = engine.add("first", list(range(length)), session_id="session", max_tokens=40)
+        for _ in range(num_steps):
+            engine.step()
+        if num_unprocessed == 2:
+            engine.schedule()
+        engine.abort("first")
+        engine.run()
+        history = [*request.all_token_ids, 50, 51]
+        engine.add("second", history, session_id="session", max_tokens=2)
+        engine.run()
+        assert engine.answer("second") == expected_answer(history, 2)
+
+
+@pytest.mark.parametrize("length", range(20, 36))
+def test_a_turn_beside_drafts_goes_on_behind_the_stop(length: int) -> None:
+    prompt = list(range(length))
+    answer = expected_answer(prompt, 30)
+    stop = answer[11]
+    answer = answer[: answer.index(stop) + 1]
+    engine = beside_drafts(ends=(stop,))
+    engine.add("first", prompt, session_id="session", max_tokens=40, stop_token_ids=[stop])
+    engine.run()
+    assert engine.answer("first") == answer
+    history = [*prompt, *answer, 50, 51]
+    engine.add("second", history, session_id="session", max_tokens=1)
+    output = engine.scheduler.schedule()
+    (new,) = output.scheduled_new_reqs
+    known = length + len(answer)
+    if (known - 1) // 16 == (known + 3) // 16:  # no step could have crossed the end of a block
+        assert new.num_computed_tokens == known
+    else:
+        assert new.num_computed_tokens <= known

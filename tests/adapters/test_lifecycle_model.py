@@ -81,6 +81,7 @@ class AgentSessions(RuleBasedStateMachine):
             beside_head=self.beside_head,
             kinds=self.kinds,
             has_markers=self.has_markers,
+            ends=self.stops,
             kv_transfer=connected(self.connectors),
         )
         assert self.engine.scheduler.stateful_off is None
@@ -172,6 +173,15 @@ class AgentSessions(RuleBasedStateMachine):
             request_id = data.draw(st.sampled_from(sorted(self.running)))
             self.engine.abort(request_id)
             del self.running[request_id]
+
+    @rule(data=st.data())
+    def abort_behind_a_schedule(self, data: st.DataObject) -> None:
+        """vLLM aborts while it waits for a step, with the next one scheduled already."""
+        if not self.running or not self.engine.in_flight:
+            return
+        self.engine.schedule()
+        self.abort(data)
+        self.engine.update()
 
     @rule(session_id=SESSION_IDS, salt=SALTS)
     def close(self, session_id: str | None, salt: str | None) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from vllm_stateful.adapters.engine.answer_ends import MOST_ENDS, AnswerEnds
+from vllm_stateful.adapters.engine.answer_ends import AnswerEnds, end_ids
 from vllm_stateful.adapters.engine.running_states import RunningStates
 from vllm_stateful.adapters.slots import OnRequest, OnStep, of_step
 from vllm_stateful.adapters.worker.ending_sampler import note_ends
@@ -57,6 +56,12 @@ def test_not_where_a_stop_took_tokens_back() -> None:
     assert of_drafts().position(request(13, 4, num_sampled=3, is_cut=True)) is None
 
 
+def test_not_where_two_steps_are_in_flight() -> None:
+    # an abort between the schedule of one step and the processing of the last one
+    assert of_drafts().position(request(9, 5, num_steps=2)) is None
+    assert of_drafts().position(request(9, 4, num_steps=1)) == 6
+
+
 def test_not_where_several_steps_may_be_in_flight() -> None:
     assert of_drafts(is_step_known=False).position(request(13, 4, num_sampled=1)) is None
     assert not of_drafts(is_step_known=False).are_known_in_answers
@@ -81,50 +86,49 @@ def test_a_chunk_of_the_prompt_ends_anywhere(computed: int) -> None:
     assert of_drafts().position(request(computed, 1, prompt=computed)) == computed
 
 
-def asked(*stops: int) -> Any:
-    return SimpleNamespace(sampling_params=SamplingParams(stop_token_ids=list(stops)))
-
-
 def sent(ends: AnswerEnds, num_tokens: int = 1) -> tuple[int, ...]:
     output = SimpleNamespace(total_num_scheduled_tokens=num_tokens)
     ends.step_begins(output)  # type: ignore[arg-type]
     return of_step(output).ends
 
 
-def test_workers_are_told_once_and_again_when_there_is_more() -> None:
-    ends = AnswerEnds({7})
+def test_workers_are_told_once_in_a_step_that_reaches_them() -> None:
+    ends = AnswerEnds([7, 3, 7])
     assert sent(ends, num_tokens=0) == ()
-    assert sent(ends) == (7,)
+    assert sent(ends) == (3, 7)
     assert sent(ends) == ()
-    ends.expect(asked(9, 3))
-    ends.expect(asked(9))
-    assert sent(ends) == (3, 7, 9)
-    assert sent(ends) == ()
+    assert sent(AnswerEnds([])) == ()
 
 
-def test_there_are_not_more_ends_than_a_step_can_look_for() -> None:
-    ends = AnswerEnds(range(MOST_ENDS))
-    ends.expect(asked(10_000))
-    assert len(sent(ends)) == MOST_ENDS
+@pytest.mark.parametrize("of_model", [7, [7, 9], None])
+def test_ends_are_those_of_the_model_not_of_a_client(of_model: Any) -> None:
+    config = SimpleNamespace(
+        try_get_generation_config=lambda: {"eos_token_id": [3, 7]},
+        hf_config=SimpleNamespace(eos_token_id=of_model),
+    )
+    found = end_ids(config, SimpleNamespace(eos_token_id=5))
+    assert found == {3, 5, 7, *(of_model if isinstance(of_model, list) else ())}
+    bare = SimpleNamespace(try_get_generation_config=dict, hf_config=SimpleNamespace())
+    assert end_ids(bare, None) == set()
 
 
-def test_no_draft_of_an_end_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(RejectionSampler, "__call__", lambda _, *given: seen.append(given))
+def test_a_step_samples_nothing_behind_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(*_: Any) -> Any:
+        return SimpleNamespace(
+            sampled_token_ids=torch.tensor([[1, 7, 2], [7, 1, 1], [1, 2, 9], [1, 7, 7], [7, 9, 0]]),
+            num_sampled=torch.tensor([3, 3, 3, 1, 0], dtype=torch.int32),
+            num_rejected=torch.tensor([0, 0, 0, 2, 0], dtype=torch.int32),
+            sampling_mask_tensors=None,
+        )
+
+    monkeypatch.setattr(RejectionSampler, "__call__", sample)
     sampler = object.__new__(RejectionSampler)
     runner = SimpleNamespace(rejection_sampler=sampler, device="cpu")
     note_ends(runner, SimpleNamespace(stateful=OnStep(ends=(7, 9))))
-    batch = SimpleNamespace(
-        input_ids=torch.tensor([7, 1, 7, 9, 7], dtype=torch.int32),
-        logits_indices=torch.tensor([0, 1, 2, 4]),
-        expanded_local_pos=torch.tensor([0, 1, 2, 0]),
-    )
-    sampler(None, batch, None, None)
-    sampler(None, batch, None, torch.tensor([False, True, False, False]))
-    assert [each[3].tolist() for each in seen] == [
-        [False, False, True, False],
-        [False, True, True, False],
-    ]
+    output: Any = sampler(None, None)
+    assert output.num_sampled.tolist() == [2, 1, 3, 1, 0]
+    assert output.num_rejected.tolist() == [1, 2, 0, 2, 0]
+    assert output.num_sampled.dtype == torch.int32
 
 
 def test_a_sampler_of_another_kind_stays_as_it_is() -> None:

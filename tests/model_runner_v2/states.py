@@ -63,6 +63,7 @@ def engine(folder: Path) -> LLM:
         module.BUFFER_TOKENS, module.REGION_TOKENS = 2048, 512
     family = shapes.FAMILIES["qwen3next" if SIDE == "mtp" else "nemotronh"]
     small = {} if SIDE == "mtp" else SMALL
+    small = small | {"eos_token_id": STOPS}
     (folder / "config.json").write_text(json.dumps(family.config | small))
     options: dict[str, Any] = {}
     if SIDE == "mtp":

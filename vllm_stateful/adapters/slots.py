@@ -33,8 +33,10 @@ class OnRequest:
         base: the prompt to which this one refers, and how much both share; None without one.
         is_array_sent: whether the workers may be given ``prompt`` in place of the list.
         ticket: its place in the waiting queue, with ``--stateful-order least-served``.
-        num_sampled: tokens that the last step brought which is done; 0 before the first.
+        num_sampled: tokens that the last processed step sampled; 0 before the first.
         is_cut: whether a stop took some of them back.
+        num_steps: steps that were scheduled and are not processed yet. Counted for models with
+            states beside drafts only, and until the request ends.
     """
 
     prompt: TokenArray | None = None
@@ -44,6 +46,7 @@ class OnRequest:
     ticket: Ticket | None = None
     num_sampled: int = 0
     is_cut: bool = False
+    num_steps: int = 0
 
 
 @dataclass(slots=True)
@@ -54,7 +57,7 @@ class OnStep:
         lookup: what the device looks drafts up in, where something of it is new.
         shared: which requests share leading keys.
         is_beside_head: whether the engine core keeps sessions that draft beside a head.
-        ends: ids that no draft of is accepted, since states must end behind them; in one step.
+        ends: token ids behind which a step samples nothing; in the first step only.
     """
 
     lookup: LookupUpdate | None = None

@@ -25,13 +25,14 @@ _SETTINGS = (
         f"{_CONFIG}.model:ModelConfig",
         "sessions",
         "all",
-        "architectures get_vocab_size logits_processors max_model_len",
+        "architectures get_vocab_size logits_processors max_model_len hf_config "
+        "try_get_generation_config",
     ),
     Use(
         f"{_CONFIG}.cache:CacheConfig",
         "sessions",
         "all",
-        "block_size prefix_caching_hash_algo use_replayssm use_kda_recoverssm",
+        "block_size prefix_caching_hash_algo use_replayssm",
     ),
     Use(
         f"{_CONFIG}.parallel:ParallelConfig",
@@ -90,7 +91,7 @@ _REQUESTS = (
         "sessions",
         "all",
         "prompt_logprobs logprobs extra_args sampling_type thinking_token_budget max_tokens "
-        "skip_special_tokens output_kind all_stop_token_ids",
+        "skip_special_tokens output_kind",
     ),
     Use("vllm.sampling_params:SamplingType", "sessions", "all", "GREEDY RANDOM"),
     Use(

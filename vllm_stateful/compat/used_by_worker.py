@@ -32,6 +32,12 @@ _WORKER = (
         "speculator rejection_sampler device",
     ),
     Use(
+        "vllm.v1.worker.gpu.sample.output:SamplerOutput",
+        "device-drafts",
+        "worker",
+        "sampled_token_ids num_sampled num_rejected sampling_mask_tensors",
+    ),
+    Use(
         "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler",
         "device-drafts",
         "worker",
@@ -41,7 +47,7 @@ _WORKER = (
         "vllm.v1.worker.gpu.input_batch:InputBatch",
         "device-drafts",
         "worker",
-        "req_ids idx_mapping idx_mapping_np num_reqs input_ids logits_indices expanded_local_pos",
+        "req_ids idx_mapping idx_mapping_np num_reqs",
     ),
     Use(
         "vllm.v1.worker.gpu.states:RequestState",

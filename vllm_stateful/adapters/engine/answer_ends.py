@@ -1,47 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens that a state should be kept behind, told to the workers.
 
-A draft of such a token is not accepted: the model samples the token itself, and it is the last one
-of its step. So the next step begins behind it, and `RunningStates` knows where its state is. What
-would be accepted behind a stop is thrown away in any case.
+A step that accepts such a token samples nothing behind it. So the next step begins with it, and
+`RunningStates` knows where the state behind it is. What would be sampled behind a stop is thrown
+away in any case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.request import Request
 
 from vllm_stateful.adapters.slots import on_step
 
-MOST_ENDS = 256
-"""Ids; those of further requests are left out, and their turns may be resumed further back."""
-
 
 class AnswerEnds:
-    """The ends that one scheduler knows of.
+    """The ends that one scheduler's workers should know.
 
     Args:
-        markers: ids with which segments of an answer begin.
+        ids: token ids.
     """
 
-    def __init__(self, markers: Iterable[int]) -> None:
-        self._ids = set(markers)
-        self._are_new = bool(self._ids)
-
-    def expect(self, request: Request) -> None:
-        """A request came: what stops it counts from now on."""
-        params = request.sampling_params
-        if params is None:
-            return
-        new = params.all_stop_token_ids - self._ids
-        if new and len(self._ids) + len(new) <= MOST_ENDS:
-            self._ids |= new
-            self._are_new = True
+    def __init__(self, ids: Iterable[int]) -> None:
+        self._ids = tuple(sorted(set(ids)))
+        self._is_told = not self._ids
 
     def step_begins(self, output: SchedulerOutput) -> None:
-        """A step was scheduled: its workers are told what they do not know yet."""
-        if self._are_new and output.total_num_scheduled_tokens:
-            on_step(output).ends = tuple(sorted(self._ids))
-            self._are_new = False
+        """A step was scheduled: the first one that reaches the workers takes the ids with it."""
+        if not self._is_told and output.total_num_scheduled_tokens:
+            on_step(output).ends = self._ids
+            self._is_told = True
+
+
+def end_ids(model_config: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer of this model, whoever asks.
+
+    A client's own ``stop_token_ids`` are not among them: they would cost the drafts of others.
+
+    Args:
+        model_config: vLLM's.
+        tokenizer: the model's; None where the engine core has none.
+    """
+    found: set[int] = set()
+    said = model_config.try_get_generation_config().get("eos_token_id")
+    of_model = getattr(model_config.hf_config, "eos_token_id", None)
+    for ids in (said, of_model, getattr(tokenizer, "eos_token_id", None)):
+        found.update([ids] if isinstance(ids, int) else ids or ())
+    return found

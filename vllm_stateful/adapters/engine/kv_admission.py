@@ -69,6 +69,7 @@ class KVAdmission(KVLookup):
             return
         num_computed = self.running_states.position(request)
         if num_computed is None:
+            turn.num_read = request.num_tokens  # the places before it are out of reach
             return
         if turn.wanted:
             self.resume_points.capture(turn, request.request_id, num_computed)

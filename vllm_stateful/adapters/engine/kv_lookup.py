@@ -49,7 +49,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
     lookahead: int
     """Tokens that must be the same behind a position, for what is kept depends on them."""
     num_hashed_ahead: int
-    """Tokens behind a block that its hash covers."""
+    """Tokens after a block that its hash also covers."""
     turn_counts: TurnCounts
     idle_seconds: float
     epoch: int

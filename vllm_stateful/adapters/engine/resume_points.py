@@ -108,7 +108,7 @@ class ResumePoints:
         Args:
             turn: the request's.
             request_id: the request.
-            num_computed: tokens that its states are behind; without states, those computed.
+            num_computed: tokens that its states have read; without states, those computed.
         """
         while turn.wanted and turn.wanted[0].position <= num_computed:
             self._take(turn, request_id, turn.wanted.pop(0), num_computed)

@@ -22,7 +22,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.attention_choice import STEPS, is_cuda_backend_chosen
-from vllm_stateful.adapters.engine.answer_ends import AnswerEnds
+from vllm_stateful.adapters.engine.answer_ends import AnswerEnds, end_ids
 from vllm_stateful.adapters.engine.called_tools import CalledTools
 from vllm_stateful.adapters.engine.connectors import loads_of, tier_of, unsupported_connector
 from vllm_stateful.adapters.engine.hash_check import HashCheck
@@ -32,6 +32,7 @@ from vllm_stateful.adapters.engine.kv_groups import group_of, kinds_of
 from vllm_stateful.adapters.engine.message_boundaries import boundary_rules
 from vllm_stateful.adapters.engine.prefill_groups import SchedulerPrefills
 from vllm_stateful.adapters.engine.resume_points import ResumePoints
+from vllm_stateful.adapters.engine.running_states import is_only_step_in_flight
 from vllm_stateful.adapters.engine.scheduler_lookup import SchedulerLookup
 from vllm_stateful.adapters.engine.scheduler_prefixes import SchedulerPrefixes
 from vllm_stateful.adapters.engine.turn import session_of
@@ -77,6 +78,8 @@ def _unsupported_setting(scheduler: Scheduler) -> str | None:
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     if any(isinstance(each, MambaManager) and each.block_size != size for each in managers):
         return "chunks of a prompt do not end where blocks of states do"
+    if scheduler.cache_config.use_replayssm:
+        return "states are saved now and then only (--use-replayssm)"
     if scheduler.num_prefill_lookahead > 1:
         return "the draft head's KV depends on more than the next token (several MTP modules)"
     if scheduler.prefix_replay_tokens:
@@ -153,9 +156,10 @@ class _StatefulMixin:
         # may be worse for it, and no answer is another.
         num_ahead = int(self.use_eagle or self.num_prefill_lookahead > 0)
         has_states = any(group.is_state for group in groups)
-        is_step_known = self._is_step_known()
+        is_step_known = is_only_step_in_flight(self.vllm_config)
         if has_states and is_step_known and self.num_spec_tokens:
-            self.ends = AnswerEnds(() if rules is None else rules.marker_ids)
+            ends = end_ids(self.vllm_config.model_config, tokenizer)
+            self.ends = AnswerEnds(ends if rules is None else ends | rules.marker_ids)
         manager.become_stateful(
             pin_fraction=self.config.pin_fraction,
             idle_seconds=self.config.idle_seconds,
@@ -189,15 +193,6 @@ class _StatefulMixin:
             self.prefixes = SchedulerPrefixes(manager)
         if self.config.order == "least-served":
             self._order_by_service()
-
-    def _is_step_known(self) -> bool:
-        """Whether a step in flight is the only one, and model runner V2's (`RunningStates`)."""
-        config, cache = self.vllm_config, self.cache_config
-        return (
-            config.use_v2_model_runner
-            and config.parallel_config.pipeline_parallel_size == 1
-            and not (cache.use_replayssm or cache.use_kda_recoverssm)
-        )
 
     def _draft_from_sessions(self, rules: BoundaryRules | None) -> None:
         """Where vLLM was told to, and beside a drafting head."""
@@ -288,8 +283,6 @@ class _StatefulMixin:
         """vLLM's begin of every request; decides whether it is offloaded."""
         if self.tier is not None and request.request_id not in self.requests:
             self.tier.admit(request, session_of(request))
-        if self.ends is not None:
-            self.ends.expect(request)
         super().add_request(request)  # type: ignore[misc]
 
     def _session_of(self, request: Request) -> SessionKey:
@@ -330,6 +323,7 @@ class _StatefulMixin:
             self.prefixes.step_begins(output, self.requests)
         if self.ends is not None:
             self.ends.step_begins(output)
+            self._count_steps(output, +1)
         self._check()
         return output
 
@@ -364,6 +358,8 @@ class _StatefulMixin:
         """vLLM's bookkeeping after a step; turns that ended are kept here."""
         if self.speculation is not None:
             self.speculation.step_ends()
+        if self.ends is not None:
+            self._count_steps(scheduler_output, -1)
         if self.stateful_off is None:
             self.kv_cache_manager.read_loads(model_runner_output.kv_connector_output)
         outputs = super().update_from_output(  # type: ignore[misc]
@@ -372,15 +368,21 @@ class _StatefulMixin:
         self._check()
         return outputs
 
+    def _count_steps(self, output: SchedulerOutput, change: int) -> None:
+        for name in output.num_scheduled_tokens:
+            request = self.requests.get(name)
+            if request is not None and not request.is_finished():
+                on_request(request).num_steps += change
+
     def _update_request_with_output(
-        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> Any:
         """vLLM's reading of what a step sampled; notes how much that was."""
         num_sampled = len(new_token_ids)
         result = super()._update_request_with_output(  # type: ignore[misc]
-            request, new_token_ids, *args, **kwargs
+            request, new_token_ids, is_stale
         )
-        if self.num_spec_tokens:
+        if self.num_spec_tokens and not is_stale:
             seen = on_request(request)
             seen.num_sampled, seen.is_cut = num_sampled, len(result[0]) < num_sampled
         return result
