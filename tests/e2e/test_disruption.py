@@ -114,7 +114,8 @@ def test_a_killed_engine_and_a_new_server(
     body = {
         "model": "tiny",
         "messages": messages_of(0, NUM_TURNS),
-        "max_tokens": 400,
+        "max_tokens": 1000,  # more than is answered before a busy machine gets to kill
+        "n": 4,
         "ignore_eos": True,
         "stream": True,
     }
