@@ -28,6 +28,7 @@ class HashCheck:
     """
 
     def __init__(self, hash_block_size: int, algorithm: str, num_ahead: int = 0) -> None:
+        self._num_ahead = num_ahead
         ahead = (num_ahead,) if num_ahead else ()
         self._hasher: Callable[[Any], list[Any]] = get_request_block_hasher(
             hash_block_size, get_hash_fn_by_name(algorithm), *ahead
@@ -77,7 +78,13 @@ class HashCheck:
         )
 
     def _check_blocks(self, manager: Any, request: Request) -> None:
-        """Blocks of the size that hashes are of, each by the tokens that vLLM says it ends with."""
+        """Blocks of the size that hashes are of, each by the tokens that vLLM says it ends with.
+
+        Not where a turn may continue a block whose next token was another one (states beside a
+        draft head): the block's hash covers that token, too.
+        """
+        if self._num_ahead > manager.lookahead:
+            return
         size = manager.block_pool.hash_block_size
         for number, group in enumerate(manager.coordinator.single_type_managers):
             if group.block_size != size:
