@@ -364,6 +364,7 @@ class SimulatedEngine:
         scheduled = block_size * lcm(*times)
         config.cache_config.mamba_cache_mode = "align" if "state" in names else "none"
         config.cache_config.block_size = scheduled
+        config.cache_config.prefix_match_unit = block_size if len(kinds) > 1 else None
         config.speculative_config = head_config() if "head" in names else None
         config.kv_transfer_config = kv_transfer
         config.scheduler_config.disable_hybrid_kv_cache_manager = (

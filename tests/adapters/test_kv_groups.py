@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from recorded_engine import Engine
+from simulated_connectors import several
 from simulated_groups import CHUNK, WINDOW, spec_of
+from simulated_lmcache import lmcache, stand_in
 from simulated_tier import offloading
 from vllm.v1.core.single_type_kv_cache_manager import (
     CrossAttentionManager,
@@ -19,6 +21,8 @@ from vllm_stateful.adapters.engine.connectors import unsupported_connector
 from vllm_stateful.adapters.engine.kv_groups import group_of, kinds_of
 from vllm_stateful.errors import UnsupportedError
 from vllm_stateful.prefix.groups import ChunkGroup, FullGroup, StateGroup, WindowGroup
+
+stand_in()
 
 
 def test_each_kind_is_told_from_its_manager() -> None:
@@ -61,19 +65,39 @@ def test_what_is_not_known_is_named(manager: Any, reason: str) -> None:
         group_of(manager)
 
 
-@pytest.mark.parametrize(
-    ("groups", "use_eagle", "reason"),
-    [
-        ([FullGroup(4)], False, None),
-        ([FullGroup(4), StateGroup(4)], False, "a KV connector beside windows or states"),
-        ([FullGroup(4)], True, "a KV connector beside a draft head"),
-    ],
-)
-def test_an_offload_tier_beside_other_kinds(
-    groups: list[Any], use_eagle: bool, reason: str | None
-) -> None:
-    connector = Engine(num_blocks=50, kv_transfer=offloading(9)).scheduler.connector
+KINDS = {
+    "full": ([FullGroup(4)], False),
+    "states": ([FullGroup(4), StateGroup(4)], False),
+    "head": ([FullGroup(4)], True),
+}
+
+
+def asked_of(connector: Any, kind: str) -> str | None:
+    groups, use_eagle = KINDS[kind]
     scheduler: Any = SimpleNamespace(
         connector=connector, use_eagle=use_eagle, num_prefill_lookahead=int(use_eagle)
     )
-    assert unsupported_connector(scheduler, groups) == reason
+    return unsupported_connector(scheduler, groups)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "tiers", [offloading(9), several(offloading(9), offloading(9, "lru"))], ids=["one", "two"]
+)
+def test_offload_tiers_are_on_beside_every_kind(tiers: Any, kind: str) -> None:
+    connector = Engine(num_blocks=50, kv_transfer=tiers).scheduler.connector
+    assert asked_of(connector, kind) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("full", None),
+        ("states", "MultiConnector beside windows or states"),
+        ("head", "MultiConnector beside a draft head"),
+    ],
+)
+def test_lmcache_is_on_beside_full_attention_only(kind: str, reason: str | None) -> None:
+    both = several(offloading(9), lmcache(9))
+    connector = Engine(num_blocks=50, kv_transfer=both).scheduler.connector
+    assert asked_of(connector, kind) == reason

@@ -191,13 +191,13 @@ class AgentSessions(RuleBasedStateMachine):
 
     @rule(running_too=st.booleans())
     def reset_prefix_cache(self, running_too: bool) -> None:
-        loading = any(
-            request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
-            for request in self.engine.scheduler.requests.values()
-        )
         connector = self.engine.scheduler.connector
         parts = () if connector is None else parts_of(connector)
         tiers = [getattr(part, "connector_scheduler", None) for part in parts]
+        loading = any(
+            request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            for request in self.engine.scheduler.requests.values()
+        ) or any(not job.is_store for tier in tiers if tier for job in tier._jobs.values())
         flushing = any(tier is not None and tier._current_batch_jobs_to_flush for tier in tiers)
         if running_too and not self.engine.in_flight and not loading and not flushing:
             # vLLM 0.32 fails in the next step when running requests start again and the offload
@@ -408,6 +408,48 @@ class AgentSessionsAllKindsDrafts(AgentSessionsStatesDraftsAsync):
     num_blocks = 70
 
 
+class AgentSessionsWindowsOffloaded(AgentSessionsWindows):
+    """Sliding windows beside vLLM's offload tier."""
+
+    connectors = (offloading(60),)
+
+
+class AgentSessionsStatesOffloaded(AgentSessionsStates):
+    """States beside vLLM's offload tier, which stores those at block ends."""
+
+    connectors = (offloading(60),)
+
+
+class AgentSessionsStatesOffloadedAsync(AgentSessionsStatesOffloaded):
+    """The same with two steps in flight."""
+
+    async_scheduling = True
+
+
+class AgentSessionsAllKindsOffloaded(AgentSessionsAllKinds):
+    """Every kind at once beside two tiers."""
+
+    connectors = (offloading(50), offloading(50, "lru"))
+
+
+class AgentSessionsUnitsOffloaded(AgentSessionsUnits):
+    """States whose blocks are longer than what is hashed: vLLM stores parts of blocks, too."""
+
+    connectors = (offloading(60),)
+
+
+class AgentSessionsHeadOffloaded(AgentSessionsHead):
+    """A draft head beside vLLM's offload tier."""
+
+    connectors = (offloading(60),)
+
+
+class AgentSessionsAllKindsDraftsOffloaded(AgentSessionsAllKindsDrafts):
+    """Every kind, drafts and a head beside vLLM's offload tier."""
+
+    connectors = (offloading(60),)
+
+
 RUN = settings(
     max_examples=int(os.environ.get("STATEFUL_EXAMPLES", "100")),
     stateful_step_count=40,
@@ -444,6 +486,13 @@ RUN = settings(
         AgentSessionsStatesDrafts,
         AgentSessionsStatesDraftsAsync,
         AgentSessionsAllKindsDrafts,
+        AgentSessionsWindowsOffloaded,
+        AgentSessionsStatesOffloaded,
+        AgentSessionsStatesOffloadedAsync,
+        AgentSessionsAllKindsOffloaded,
+        AgentSessionsUnitsOffloaded,
+        AgentSessionsHeadOffloaded,
+        AgentSessionsAllKindsDraftsOffloaded,
     ],
 )
 def test_any_order_of_events(machine: type[RuleBasedStateMachine]) -> None:

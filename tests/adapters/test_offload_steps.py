@@ -193,3 +193,69 @@ def test_a_policy_belongs_to_the_scheduler_that_was_built_with_it() -> None:
     policy = StatefulCachePolicy(3)
     assert StatefulCachePolicy.take_newest() is policy
     assert StatefulCachePolicy.take_newest() is None
+
+
+GROUPED = [
+    ("window", "full"),
+    ("chunk", "full"),
+    ("state", "full"),
+    ("state", "state", "window", "full"),
+    ("head", "full"),
+    ("state", "head", "full"),
+    ("window*2", "full"),
+    ("state*2", "full*2"),
+]
+"""KV cache groups of a model, as the simulated engine names them."""
+
+
+@pytest.fixture(params=GROUPED, ids="-".join)
+def grouped(request: pytest.FixtureRequest, options: dict[str, Any]) -> Iterator[Engine]:
+    asynchronous = options["async_scheduling"]
+    kinds = request.param
+    engine = Engine(
+        num_blocks=200, kinds=kinds, async_scheduling=asynchronous, kv_transfer=offloading(400)
+    )
+    yield engine
+    engine.run()
+    engine.check_nothing_is_lost()
+
+
+def test_a_resident_session_of_several_groups_is_resumed(grouped: Engine) -> None:
+    history = grouped.turn("first", list(range(50)), max_tokens=4)
+    for number in range(3):
+        history = grouped.turn(f"turn-{number}", [*history, number], max_tokens=4)
+        assert grouped.num_scheduled(f"turn-{number}") == 1 + 1 + 3
+    assert num_loaded(grouped) == 0
+
+
+def test_a_session_of_several_groups_that_the_gpu_lost_is_restored(grouped: Engine) -> None:
+    """What is missing then are the last blocks, of which vLLM stores the fewer the more kinds."""
+    history = grouped.turn("first", list(range(50)), max_tokens=4)
+    grouped.manager.store.reset()
+    forget_free_blocks(grouped)
+    history = grouped.turn("second", [*history, 1], max_tokens=4)
+    assert num_loaded(grouped) > 0
+    assert grouped.num_scheduled("second") <= 5 + 3 * max(grouped.worker.sizes)
+    assert grouped.outcomes()["restored"] == 1
+    grouped.turn("third", [*history, 2], max_tokens=4)
+    assert grouped.num_scheduled("third") == 1 + 1 + 3
+
+
+def test_what_is_left_of_several_groups_is_used_and_the_rest_is_loaded(grouped: Engine) -> None:
+    """Another session has kept the begin."""
+    history = grouped.turn("first", list(range(50)), max_tokens=4)
+    grouped.turn("sibling", [*history[:30], 99], BOB)
+    for kept in grouped.branches(ALICE):
+        grouped.store.close(kept.session)
+    forget_free_blocks(grouped)
+    history = grouped.turn("second", [*history, 1], max_tokens=4)
+    assert num_loaded(grouped) > 0
+    assert grouped.num_scheduled("second") <= 5 + 3 * max(grouped.worker.sizes)
+    grouped.turn("third", [*history, 2], max_tokens=4)
+    assert grouped.num_scheduled("third") == 1 + 1 + 3
+
+
+def test_the_tier_counts_the_tokens_that_it_holds_of_all_groups() -> None:
+    for kinds, tokens in ((("full",), 4), (("window", "full"), 4), (("full*2", "full"), 2)):
+        engine = Engine(num_blocks=100, kinds=kinds, kv_transfer=offloading(60))
+        assert engine.scheduler.tier.working_set._capacity == 60 * tokens

@@ -81,10 +81,12 @@ def unsupported_connector(scheduler: Any, groups: list[Group]) -> str | None:
         reason = _unsupported(part)
         if reason is not None:
             return reason
+    if all(_name(part) == OFFLOADING for part in parts_of(connector)):
+        return None
     if not all(group.is_full for group in groups):
-        return "a KV connector beside windows or states"
+        return f"{_name(connector)[1]} beside windows or states"
     if scheduler.use_eagle or scheduler.num_prefill_lookahead:
-        return "a KV connector beside a draft head"
+        return f"{_name(connector)[1]} beside a draft head"
     return None
 
 

@@ -106,8 +106,18 @@ def tier_of(connectors: Sequence[Any]) -> OffloadTier | None:
         )
         return None
     ours = [each for each in connectors if _policy_of(each) == StatefulCachePolicy.__name__]
-    group = (ours or connectors)[-1].scheduler.config.kv_group_configs[0]
-    return OffloadTier(policy, group.tokens_per_chunk)
+    return OffloadTier(policy, _tokens_per_chunk((ours or connectors)[-1]))
+
+
+def _tokens_per_chunk(connector: Any) -> int:
+    """How many tokens of context one chunk of the tier holds, of all groups together.
+
+    Each group that attends to everything stores a chunk of its own. Windows and states store little
+    beside that: not counted, where there is another group.
+    """
+    groups = connector.scheduler.config.kv_group_configs
+    whole = [group for group in groups if group.sliding_window_size_in_chunks is None] or groups
+    return int(1 / sum(1 / group.tokens_per_chunk for group in whole))
 
 
 def _policy_of(connector: Any) -> Any:
