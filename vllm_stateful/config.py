@@ -36,6 +36,7 @@ class StatefulConfig:
     response_cache_bytes: int = 0
     attention: str = "auto"
     drafts: str = "auto"
+    explain: str = "places"
     disable: frozenset[str] = frozenset()
     strict: bool = False
     check_invariants: bool = False
@@ -236,6 +237,14 @@ OPTIONS: tuple[Option, ...] = (
         "engine core (model runner V1 without async scheduling); on also on the device (model "
         "runner V2), whose speed was not measured yet; off leaves all drafts to the head. "
         "Default: auto.",
+    ),
+    Option(
+        "explain",
+        _one_of("places", "text", "off"),
+        "'places', 'text' or 'off'",
+        "What is remembered of each turn, to explain what it computed: places says where a history "
+        "changed (token, message, kind), and nothing of what was said; text adds a few words of "
+        "both histories; off remembers nothing. Default: places.",
     ),
     Option(
         "disable",

@@ -39,7 +39,7 @@ def test_what_an_agent_has_said_before_is_drafted_and_saves_steps() -> None:
     engine = answered()
     assert num_drafted(engine) >= NUM_TOKENS // 2
     assert len(engine.outputs) <= NUM_TOKENS // 2
-    assert engine.scheduler._draft_stats()["num_drafts_accepted"] >= NUM_TOKENS // 2
+    assert engine.scheduler.stateful("stats", {})["num_drafts_accepted"] >= NUM_TOKENS // 2
 
 
 @pytest.mark.parametrize("value", [0, "0", False, "off", "no drafts, please", [1]])
@@ -101,7 +101,7 @@ def test_beside_a_head_what_was_said_before_saves_steps() -> None:
             engine.outputs.clear()
             engine.turn(session, HISTORY, ALICE, max_tokens=40)
     assert len(both.outputs) < len(alone.outputs)
-    assert both.scheduler._draft_stats()["num_drafts_accepted"] > 0
+    assert both.scheduler.stateful("stats", {})["num_drafts_accepted"] > 0
 
 
 @pytest.mark.parametrize("is_long", [True, False])

@@ -50,6 +50,21 @@ class Kind(IntEnum):
     TOOL_RESULT = 7
 
 
+_OF_ONE_ANSWER = frozenset({Kind.ASSISTANT, Kind.REASONING, Kind.TOOL_CALL})
+
+
+def begins_message(kind: Kind, before: Kind) -> bool:
+    """Whether a segment begins a message, for people who count messages as clients do.
+
+    Args:
+        kind: of the segment.
+        before: the kind of the segment before it.
+    """
+    if kind in _OF_ONE_ANSWER:
+        return before not in _OF_ONE_ANSWER
+    return kind in (Kind.SYSTEM, Kind.USER, Kind.TOOL_RESULT)
+
+
 class Cuts(NamedTuple):
     """The segments of a prompt; each lasts until the next one begins."""
 

@@ -28,7 +28,7 @@ class GivingBack(ResidencyBook):
         self._unpin(residency.tables)
         self._give(residency.tables)
         self._drop_points(residency)
-        self.demotions[why] += 1
+        self._count(residency, why, 0)
         return before - self.pins.num_pinned
 
     def demote_next(
@@ -90,7 +90,7 @@ class GivingBack(ResidencyBook):
         self._unpin(given)
         self._idle.shrink(residency, residency.num_blocks)
         self._give(given)
-        self.demotions[why] += 1
+        self._count(residency, why, residency.frontier)
         return before - self.pins.num_pinned
 
     def enforce_budget(self) -> None:
@@ -122,4 +122,4 @@ class GivingBack(ResidencyBook):
                 self.demote(residency, Demotion.RESET)
             else:
                 self._forget(residency)
-                self.demotions[Demotion.RESET] += 1
+                self._count(residency, Demotion.RESET, 0)

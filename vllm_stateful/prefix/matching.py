@@ -48,6 +48,22 @@ class Matching(ResidencyBook):
         match = self._classify(session, found, num_tokens, limit)
         return match._replace(related=found, num_shared=num_tokens)
 
+    def nearest_own(self, session: SessionKey, tokens: TokenArray) -> tuple[Residency, int] | None:
+        """The session's own branch that shares most tokens with a prompt, and how many.
+
+        For people, where ``match`` found too little to use.
+        """
+        tree = self._trees.get(session.identity)
+        branches = self.branches(session)
+        if tree is None or not branches:
+            return None
+        longest = tree.match(tokens)
+        if longest.node is None:
+            return branches[-1], 0
+        shared = [(tree.num_shared(branch, longest.node), branch) for branch in branches]
+        num_shared, branch = max(shared, key=lambda each: each[0])
+        return branch, min(num_shared, longest.num_tokens)
+
     def _at_a_point(
         self,
         session: SessionKey,

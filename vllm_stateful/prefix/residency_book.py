@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
-from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
+from vllm_stateful.prefix.boundaries import BoundaryRules, Kind, begins_message
 from vllm_stateful.prefix.groups.full import FullGroup
 from vllm_stateful.prefix.groups.table import (
     Group,
@@ -65,6 +65,8 @@ class ResidencyBook:
         self.max_points = max_points
         self.pins = PinLedger(num_blocks, budget_blocks)
         self.demotions = dict.fromkeys(Demotion, 0)
+        self.on_given: Callable[[SessionKey, Demotion, int], None] | None = None
+        """Told whose KV was given back, why, and how many tokens of it stayed."""
         self._release = release
         self._clock = clock
         self._trees: dict[Identity, RadixTree[Residency]] = {}
@@ -80,6 +82,10 @@ class ResidencyBook:
         self._habits = ReasoningHabits()
 
     # ---- looking -------------------------------------------------------------------------
+
+    def now_s(self) -> float:
+        """The time, on the engine's clock."""
+        return self._clock()
 
     @property
     def num_sessions(self) -> int:
@@ -107,6 +113,24 @@ class ResidencyBook:
             if node.start <= position:
                 return Kind(node.kind)
         return Kind.OTHER
+
+    def message_at(self, residency: Residency, position: int) -> int | None:
+        """The index of the message that a token of a residency lies in, the first one being 0.
+
+        Reasoning, the text of an answer and its calls are one message. None where boundaries are
+        not known, or before the first message.
+        """
+        if not residency.alive:
+            return None
+        number, before = -1, Kind.OTHER
+        for node in reversed([*residency.tree.path_up(residency)]):
+            if node.start > position:
+                break
+            kind = Kind(node.kind)
+            if node.is_cut and begins_message(kind, before):
+                number += 1
+            before = kind
+        return number if number >= 0 else None
 
     def branches(self, session: SessionKey) -> tuple[Residency, ...]:
         return tuple(self._sessions.get(session, ()))
@@ -162,6 +186,12 @@ class ResidencyBook:
         if frontier:
             residency.tree.shorten(residency, frontier)
         return given
+
+    def _count(self, residency: Residency, why: Demotion, num_kept: int) -> None:
+        """A residency gave blocks back, and keeps so many tokens."""
+        self.demotions[why] += 1
+        if self.on_given is not None:
+            self.on_given(residency.session, why, num_kept)
 
     # ---- entries -------------------------------------------------------------------------
 

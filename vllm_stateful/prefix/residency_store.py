@@ -22,6 +22,7 @@ from vllm_stateful.prefix.radix_tree import NO_CUTS, Known, RadixTree
 from vllm_stateful.prefix.reasoning import reasoning_of
 from vllm_stateful.prefix.residency import FinishedTurn, Residency
 from vllm_stateful.schedule.gaps import Forecast, Wait
+from vllm_stateful.schedule.waits import Ended
 from vllm_stateful.types import Demotion, SessionKey
 
 LOOK_BACK = 64
@@ -37,9 +38,13 @@ class ResidencyStore(Matching, GivingBack):
     Not thread-safe: owned by the scheduler's thread.
     """
 
-    def arrived(self, session: SessionKey, seconds_ago: float = 0.0) -> None:
-        """A turn of the session came in: learn from the gap before it. Call once per turn."""
-        self.waits.came_back(session, self._clock() - seconds_ago)
+    def arrived(self, session: SessionKey, seconds_ago: float = 0.0) -> Ended | None:
+        """A turn of the session came in: learn from the gap before it. Call once per turn.
+
+        Returns:
+            The wait that has ended; None when the session was not known to wait.
+        """
+        return self.waits.came_back(session, self._clock() - seconds_ago)
 
     def borrow(self, residency: Residency, request_id: str) -> Tables:
         """Hand a residency's blocks and references to a turn, which continues at its frontier.
@@ -81,7 +86,7 @@ class ResidencyStore(Matching, GivingBack):
         assert residency.borrower is not None
         if residency.alive:
             self._forget(residency)
-            self.demotions[why] += 1
+            self._count(residency, why, 0)
 
     def finish(self, turn: FinishedTurn) -> Residency | None:
         """Keep what a turn computed, in place of what it makes redundant.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vllm_stateful.schedule.gaps import LOST_S, Forecast, GapModel, OwnGaps, Wait, WaitKind
 
@@ -26,6 +27,13 @@ class _Known:
     is_lost: bool = False
 
 
+class Ended(NamedTuple):
+    """A wait that has ended, and how many seconds it took."""
+
+    wait: Wait
+    gap_s: float
+
+
 class WaitBook:
     """The waits of one engine core. Not thread-safe. Times are those of one clock."""
 
@@ -41,16 +49,26 @@ class WaitBook:
     def __len__(self) -> int:
         return len(self._known)
 
-    def came_back(self, session: Hashable, now_s: float) -> None:
-        """A turn of the session arrived; nothing when the session is not known to wait."""
+    def came_back(self, session: Hashable, now_s: float) -> Ended | None:
+        """A turn of the session arrived.
+
+        Returns:
+            The wait that has ended; None when the session is not known to wait.
+        """
         known = self._known.get(session)
         if known is None or known.wait is None:
-            return
+            return None
         gap_s = max(0.0, now_s - known.since_s)
         self.gaps.learn(known.tenant, known.wait, gap_s, was_lost=known.is_lost)
         known.own.add(known.wait.kind, gap_s)
-        known.wait = None
+        ended, known.wait = Ended(known.wait, gap_s), None
         self._waiting.pop(session, None)
+        return ended
+
+    def wait_of(self, session: Hashable) -> tuple[Wait, float] | None:
+        """What a session waits for, and since when; None while a turn of it runs."""
+        known = self._known.get(session)
+        return None if known is None or known.wait is None else (known.wait, known.since_s)
 
     def began(self, session: Hashable, tenant: Hashable, wait: Wait, now_s: float) -> Forecast:
         """A turn of the session ended.

@@ -259,6 +259,8 @@ class KVAdmission(KVLookup):
         outcome = Outcome.RESTORED if num_loaded else outcome
         num_reused = ask.num_computed + num_loaded
         self.turn_counts.admitted(outcome, num_reused, ask.request.num_prompt_tokens)
+        if self.records is not None:
+            self.records.admitted(ask.request, turn, outcome, ask.num_computed, num_loaded)
         if turn.offer is not None:
             self.turn_counts.resumed_after(turn.lookup_s)
         if turn.offer is not None and outcome is Outcome.DIVERGED:

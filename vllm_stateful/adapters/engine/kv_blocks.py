@@ -49,7 +49,19 @@ class StatefulKVCacheManager(KVAdmission):
         if turn is not None:
             self._drop_points(turn)
             self._forfeit(turn, self._why_not_kept(request, turn))
+            self._note_end(request, turn, 0, is_kept=False)
         super().free(request)
+
+    def sampled(self, request_id: str, num_tokens: int) -> None:
+        """A step sampled tokens of a request. Called for every request in every step."""
+        turn = self.turns.get(request_id)
+        record = None if turn is None else turn.record
+        if record is not None and (num_tokens > 1 or record.first_token_s is None):
+            record.sampled(num_tokens, self.store.now_s())
+
+    def _note_end(self, request: Request, turn: Turn, frontier: int, *, is_kept: bool) -> None:
+        if self.records is not None:
+            self.records.ended(request, turn, frontier, is_kept=is_kept)
 
     def _is_worth_keeping(self, request: Request, turn: Turn) -> bool:
         if is_final(request):
@@ -100,6 +112,7 @@ class StatefulKVCacheManager(KVAdmission):
         )
         if frontier <= 0:
             self._drop_points(turn)
+            self._note_end(request, turn, 0, is_kept=False)
             return
         num_known = frontier + self.lookahead
         last = None if held is None else ResumePoint(num_known, held)
@@ -121,6 +134,7 @@ class StatefulKVCacheManager(KVAdmission):
                 wish_s=retention_wish(request) or 0.0,
             )
         )
+        self._note_end(request, turn, num_known, is_kept=made is not None)
         if made is not None and made.num_blocks > self.store.pins.budget_blocks:
             self.store.demote(made, Demotion.BUDGET)  # rather than all others, then this one
         self.store.enforce_budget()

@@ -30,6 +30,7 @@ from vllm_stateful.adapters.engine.turn import (
     start_turn,
     tokens_so_far,
 )
+from vllm_stateful.adapters.engine.turn_records import TurnRecords
 from vllm_stateful.observe.turn_counts import TurnCounts
 from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
 from vllm_stateful.prefix.groups import Group
@@ -62,6 +63,8 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
     loads: Loads | None
     """The loads of the KV connector, where there is one."""
     called_tool: Callable[[Request], str | None]
+    records: TurnRecords | None = None
+    """What is remembered of each turn, unless ``--stateful-explain off``."""
 
     def become_stateful(
         self,
@@ -195,6 +198,8 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         if request.request_id not in self.bypassed:
             self.bypassed.add(request.request_id)
             self.turn_counts.bypassed(reason)
+            if self.records is not None:
+                self.records.bypassed(request, reason)
 
     def _lookup(self, request: Request, turn: Turn) -> Computed:
         turn.epoch = self.epoch
@@ -206,8 +211,11 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         turn.session = match.session
         if not turn.has_arrived:
             turn.has_arrived = True
-            self.store.arrived(turn.session, max(0.0, time.time() - request.arrival_time))
+            ago_s = max(0.0, time.time() - request.arrival_time)
+            turn.waited = self.store.arrived(turn.session, ago_s)
         turn.related = (match.related, match.num_shared) if match.related else None
+        if self.records is not None:
+            turn.nearest = turn.related or self.store.nearest_own(turn.session, tokens[:limit])
         turn.offer = self._offer(match, turn)
         if turn.offer is None:
             return self._stock_lookup(request, turn, match)

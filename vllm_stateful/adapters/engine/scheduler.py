@@ -21,7 +21,7 @@ from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_stateful.adapters.attention_choice import STEPS, is_cuda_backend_chosen
+from vllm_stateful.adapters.attention_choice import is_cuda_backend_chosen
 from vllm_stateful.adapters.engine.answer_ends import AnswerEnds, end_ids
 from vllm_stateful.adapters.engine.called_tools import CalledTools
 from vllm_stateful.adapters.engine.connectors import loads_of, tier_of, unsupported_connector
@@ -33,9 +33,11 @@ from vllm_stateful.adapters.engine.message_boundaries import boundary_rules
 from vllm_stateful.adapters.engine.prefill_groups import SchedulerPrefills
 from vllm_stateful.adapters.engine.resume_points import ResumePoints
 from vllm_stateful.adapters.engine.running_states import is_only_step_in_flight
+from vllm_stateful.adapters.engine.scheduler_answers import SchedulerAnswers
 from vllm_stateful.adapters.engine.scheduler_lookup import SchedulerLookup
 from vllm_stateful.adapters.engine.scheduler_prefixes import SchedulerPrefixes
 from vllm_stateful.adapters.engine.turn import session_of
+from vllm_stateful.adapters.engine.turn_records import TurnRecords, decoder
 from vllm_stateful.adapters.engine.waiting_queue import ServiceQueue
 from vllm_stateful.adapters.slots import on_request
 from vllm_stateful.adapters.speculation import (
@@ -182,6 +184,9 @@ class _StatefulMixin:
             kinds_of(manager.groups),
         )
         manager.store.tier = self.tier
+        if self.config.explain != "off":
+            manager.records = TurnRecords(manager.store, decoder(tokenizer, self.config.explain))
+            manager.store.on_given = manager.records.given
         if self.config.check_invariants and manager.enable_caching:
             algorithm = self.vllm_config.cache_config.prefix_caching_hash_algo
             num_ahead = getattr(self, "num_hash_lookahead_tokens", 0)
@@ -379,6 +384,8 @@ class _StatefulMixin:
     ) -> Any:
         """vLLM's reading of what a step sampled; notes how much that was."""
         num_sampled = len(new_token_ids)
+        if self.stateful_off is None and num_sampled and not is_stale:
+            self.kv_cache_manager.sampled(request.request_id, num_sampled)
         result = super()._update_request_with_output(  # type: ignore[misc]
             request, new_token_ids, is_stale
         )
@@ -393,56 +400,13 @@ class _StatefulMixin:
             if self.hash_check is not None:
                 self.hash_check.check(self.kv_cache_manager, self.requests)
 
-    # ---- what the API server asks for ----------------------------------------------------
-
     def stateful(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Answer a utility call of the API server: ``stats`` or ``close``.
+        """Answer a utility call of the API server (`scheduler_answers`).
 
         Raises:
             ValueError: no such operation.
         """
-        if self.stateful_off is not None:
-            return {"off": self.stateful_off}
-        if operation == "stats":
-            return self._stats()
-        if operation == "close":
-            return {"closed": self._close(**arguments)}
-        raise ValueError(f"stateful: no operation {operation!r}")
-
-    def _stats(self) -> dict[str, Any]:
-        manager: StatefulKVCacheManager = self.kv_cache_manager
-        store = manager.store
-        return {
-            **manager.turn_counts.snapshot(store.demotions),
-            "waits": {str(kind): number for kind, number in store.waits.num_began.items()},
-            "num_answers_unread": getattr(manager.called_tool, "num_failed", 0),
-            "num_prefills_joined": 0 if self.prefills is None else self.prefills.groups.num_joined,
-            "num_reasoning_dropped": store.num_reasoning_dropped,
-            "resume_points": manager.resume_points.counts(),
-            **self._tier_stats(),
-            **self._draft_stats(),
-            "attention_steps": dict(STEPS),
-            "num_sessions": store.num_sessions,
-            "num_blocks_pinned": store.pins.num_pinned,
-            "num_blocks_budget": store.pins.budget_blocks,
-            "num_blocks_free": manager.block_pool.get_num_free_blocks(),
-            "num_blocks_total": manager.block_pool.num_gpu_blocks - 1,
-        }
-
-    def _tier_stats(self) -> dict[str, float]:
-        if self.tier is None:
-            return {"num_offloads_declined": 0, "offload_working_set": 0.0}
-        return {
-            "num_offloads_declined": self.tier.num_declined,
-            "offload_working_set": self.tier.working_set.ratio,
-        }
-
-    def _draft_stats(self) -> dict[str, int]:
-        drafts = self.lookup if self.speculation is None else self.speculation.drafts
-        return {
-            "num_tokens_drafted": 0 if drafts is None else drafts.num_drafted,
-            "num_drafts_accepted": 0 if drafts is None else drafts.num_accepted,
-        }
+        return SchedulerAnswers(self).answer(operation, arguments)
 
     def make_spec_decoding_stats(
         self,
@@ -458,19 +422,6 @@ class _StatefulMixin:
         return super().make_spec_decoding_stats(  # type: ignore[misc]
             spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
         )
-
-    def _close(self, session_ids: list[str], cache_salt: str | None) -> int:
-        """The sessions of any of these ids, under one salt and any adapter."""
-        for request in self.requests.values():
-            if request.session_id in session_ids:
-                self.kv_cache_manager.turn_of(request)  # one that was not looked up yet counts too
-        if self.speculation is not None:
-            self.speculation.closed(
-                lambda session: (
-                    session.session_id in session_ids and session.identity.cache_salt == cache_salt
-                )
-            )
-        return sum(self.kv_cache_manager.close_session(each, cache_salt) for each in session_ids)
 
 
 class StatefulScheduler(_StatefulMixin, Scheduler):  # type: ignore[misc]

@@ -15,10 +15,12 @@ from vllm_stateful.adapters.engine.mm_tokens import can_be_named, with_features
 from vllm_stateful.adapters.model_input import identity_of
 from vllm_stateful.adapters.slots import of_request
 from vllm_stateful.prefix.groups import ResumePoint
-from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency
+from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency, is_anonymous
 from vllm_stateful.prefix.resume_places import Place
 from vllm_stateful.request.retention_wish import hinted_seconds
 from vllm_stateful.request.session_identity import id_fault
+from vllm_stateful.schedule.waits import Ended
+from vllm_stateful.session import TurnRecord
 from vllm_stateful.transport.wire import (
     CLOSE_ACTION,
     RETAIN_ACTION,
@@ -82,6 +84,12 @@ class Turn:
     is_closing: bool = False
     """Its session was closed while it ran, or this is its last turn."""
     lookup_s: float = 0.0
+    nearest: tuple[Residency, int] | None = None
+    """The residency that shares most tokens with it, too few to be used included."""
+    waited: Ended | None = None
+    """The wait of its session before it."""
+    record: TurnRecord | None = None
+    """What is remembered of it; None before it is scheduled, and where nothing is."""
     text: TokenArray | None = None
     """The token ids of its prompt as the model gets them, where ``prompt`` has others."""
     named: SessionKey = field(init=False)
@@ -89,6 +97,11 @@ class Turn:
 
     def __post_init__(self) -> None:
         self.named = self.session
+
+    def continues(self, session: SessionKey) -> bool:
+        """Whether another turn is of this one's session, as far as its client named any."""
+        is_same = self.session == session
+        return is_same or (is_anonymous(self.session) and is_anonymous(session))
 
     @property
     def token_ids(self) -> TokenArray:

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fills the record of each turn as its request passes through the engine core (`session`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.request import Request
+
+from vllm_stateful.adapters.engine.turn import Turn, session_of
+from vllm_stateful.prefix.matching import Matching
+from vllm_stateful.schedule.gaps import WaitKind
+from vllm_stateful.schedule.waits import Ended
+from vllm_stateful.session import (
+    Cause,
+    Found,
+    Missed,
+    SessionBook,
+    TurnLog,
+    TurnRecord,
+    why_not_more,
+)
+from vllm_stateful.types import Bypass, Demotion, Outcome, SessionKey, TokenArray
+
+EXCERPT_TOKENS = 24
+"""Tokens of each of the two texts at a change, with ``--stateful-explain text``."""
+
+
+class TurnRecords:
+    """The records of one scheduler, and the stories of its sessions.
+
+    Args:
+        store: its residencies.
+        decode: turns token ids into text; None where no text is kept.
+    """
+
+    def __init__(self, store: Matching, decode: Callable[[list[int]], str] | None = None) -> None:
+        self.log = TurnLog()
+        self.book = SessionBook()
+        self._store = store
+        self._decode = decode
+
+    def admitted(
+        self, request: Request, turn: Turn, outcome: Outcome, num_local: int, num_loaded: int
+    ) -> None:
+        """A turn was scheduled for the first time.
+
+        Args:
+            request: vLLM's.
+            turn: its state, with what the lookup found.
+            outcome: how it found its context.
+            num_local: tokens whose KV was here.
+            num_loaded: tokens behind them that a connector loads.
+        """
+        now_s = self._store.now_s()
+        record = self._begun(request, turn.session, outcome, now_s)
+        record.num_reused, record.num_loaded = num_local, num_loaded
+        record.lookup_s = turn.lookup_s
+        record.missed = self._missed(turn, record, now_s)
+        self._note_wait(record, turn.waited)
+        base = turn.related[0].session if turn.related is not None else None
+        parent = base if base != turn.session else None
+        turn.record = record
+        self.log.add(record)
+        self.book.admitted(record, parent, now_s)
+
+    def bypassed(self, request: Request, reason: Bypass) -> None:
+        """Stock vLLM serves a request."""
+        record = self._begun(request, session_of(request), Outcome.BYPASSED, self._store.now_s())
+        record.missed = Missed(Cause.BYPASSED, why_gone=str(reason))
+        self.log.add(record)
+
+    def _begun(
+        self, request: Request, session: SessionKey, outcome: Outcome, now_s: float
+    ) -> TurnRecord:
+        record = TurnRecord(request.request_id, session, request.arrival_time, str(outcome))
+        record.num_prompt = int(request.num_prompt_tokens)
+        record.queue_s = max(0.0, time.time() - request.arrival_time)
+        record.since_s = now_s
+        return record
+
+    @staticmethod
+    def _note_wait(record: TurnRecord, waited: Ended | None) -> None:
+        if waited is not None:
+            is_tool = waited.wait.kind is WaitKind.TOOL
+            record.waited_for = (waited.wait.tool or "tool") if is_tool else "user"
+            record.waited_s = waited.gap_s
+
+    def _missed(self, turn: Turn, record: TurnRecord, now_s: float) -> Missed:
+        nearest, num_shared = turn.nearest or (None, 0)
+        is_alive = nearest is not None and nearest.alive
+        found = Found(
+            num_prompt=record.num_prompt,
+            num_reused=record.num_reused + record.num_loaded,
+            num_shared=num_shared,
+            num_history=nearest.frontier if nearest is not None and is_alive else 0,
+            is_own=nearest is not None and turn.continues(nearest.session),
+            slack=self._store.groups[0].lookahead,
+            has_points=self._store.has_points,
+        )
+        missed = why_not_more(turn.session, found, self.book, now_s)
+        if missed.token is not None and nearest is not None:
+            missed.kind = self._store.kind_at(nearest, missed.token).name.lower()
+            missed.message = self._store.message_at(nearest, missed.token)
+            if self._decode is not None:
+                missed.before = self._text(nearest.tokens, missed.token)
+                missed.now = self._text(turn.token_ids, missed.token)
+        return missed
+
+    def _text(self, tokens: TokenArray, start: int) -> str:
+        assert self._decode is not None
+        return self._decode(tokens[start : start + EXCERPT_TOKENS].tolist())
+
+    def ended(self, request: Request, turn: Turn, frontier: int, *, is_kept: bool) -> None:
+        """A turn has ended.
+
+        Args:
+            request: vLLM's.
+            turn: its state.
+            frontier: tokens whose KV was computed.
+            is_kept: whether its session keeps any of it.
+        """
+        record = turn.record
+        if record is None:
+            return
+        now_s = self._store.now_s()
+        if record.first_token_s is not None:
+            record.decode_s = now_s - record.since_s
+        record.num_output = int(request.num_output_tokens)
+        record.ended = str(request.get_finished_reason())
+        record.is_kept = is_kept
+        self.book.ended(turn.session, frontier, now_s)
+
+    def given(self, session: SessionKey, why: Demotion, num_kept: int) -> None:
+        """KV of a session was given back (``ResidencyBook.on_given``)."""
+        self.book.given(session, why, num_kept, self._store.now_s())
+
+
+def decoder(tokenizer: Any, explain: str) -> Callable[[list[int]], str] | None:
+    """What turns token ids into text, where ``--stateful-explain text`` asks for it."""
+    if explain != "text" or tokenizer is None:
+        return None
+    return lambda ids: str(tokenizer.decode(ids))

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The story of each session: its turns so far, where it came from, and how its KV was lost.
+
+Kept longer than the KV, for that is what explains a cold turn. It decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from vllm_stateful.session.turn_record import TurnRecord
+from vllm_stateful.types import Demotion, Identity, SessionKey
+
+MAX_SESSIONS = 10_000
+"""Sessions that are remembered; the one whose last turn is longest ago is forgotten."""
+
+MAX_CHILDREN = 64
+"""Children that are remembered of one session."""
+
+MAX_IDENTITIES = 8
+"""Identities that are remembered of one session id."""
+
+
+@dataclass(slots=True)
+class Gone:
+    """KV of a session that was given back."""
+
+    why: Demotion
+    at_s: float
+    num_kept: int
+    """Tokens from the beginning that stayed."""
+
+
+@dataclass(slots=True)
+class Story:
+    """What is known of one session.
+
+    Attributes:
+        session: its key.
+        since_s: when its first turn was admitted, on the engine's clock.
+        used_s: when its last turn was admitted or ended.
+        num_turns: turns that were admitted.
+        num_running: of these, turns that have not ended.
+        frontier: tokens whose KV the last turn that ended left.
+        last: the record of the last turn.
+        parent: the session on whose KV its first turn began.
+        children: sessions that began on its KV, the newest last.
+        gone: the last time that its KV was given back, since its last turn.
+    """
+
+    session: SessionKey
+    since_s: float
+    used_s: float
+    num_turns: int = 0
+    num_running: int = 0
+    frontier: int = 0
+    last: TurnRecord | None = None
+    parent: SessionKey | None = None
+    children: list[SessionKey] = field(default_factory=list)
+    gone: Gone | None = None
+
+
+class SessionBook:
+    """The stories of one engine core. Not thread-safe: owned by the scheduler's thread.
+
+    Args:
+        max_sessions: stories that are kept.
+    """
+
+    def __init__(self, max_sessions: int = MAX_SESSIONS) -> None:
+        self._max = max_sessions
+        self._stories: OrderedDict[SessionKey, Story] = OrderedDict()
+        self._identities: dict[str, list[Identity]] = {}
+
+    def __len__(self) -> int:
+        return len(self._stories)
+
+    def story(self, session: SessionKey) -> Story | None:
+        """What is known of a session."""
+        return self._stories.get(session)
+
+    def newest_first(self) -> Iterator[Story]:
+        """All stories, that of the session with the last turn first."""
+        return reversed(self._stories.values())
+
+    def identities(self, session_id: str) -> list[Identity]:
+        """Under which identities a session id is known."""
+        return self._identities.get(session_id, [])
+
+    def admitted(self, record: TurnRecord, parent: SessionKey | None, now_s: float) -> None:
+        """A turn begins.
+
+        Args:
+            record: its record, which names its session.
+            parent: the session on whose KV it begins, if that is another one.
+            now_s: the engine's clock.
+        """
+        session = record.session
+        story = self._stories.get(session)
+        if story is None:
+            story = self._stories[session] = Story(session, now_s, now_s, parent=parent)
+            self._note_identity(session)
+            if parent is not None:
+                self._note_child(parent, session)
+        story.num_turns += 1
+        story.num_running += 1
+        story.used_s, story.last, story.gone = now_s, record, None
+        self._stories.move_to_end(session)
+        while len(self._stories) > self._max:
+            forgotten, _ = self._stories.popitem(last=False)
+            self._forget_identity(forgotten)
+
+    def ended(self, session: SessionKey, frontier: int, now_s: float) -> None:
+        """A turn has ended.
+
+        Args:
+            session: its session.
+            frontier: tokens whose KV it leaves; 0 when it leaves none.
+            now_s: the engine's clock.
+        """
+        story = self._stories.get(session)
+        if story is not None:
+            story.num_running -= 1
+            story.used_s = now_s
+            story.frontier = frontier or story.frontier
+
+    def given(self, session: SessionKey, why: Demotion, num_kept: int, now_s: float) -> None:
+        """KV of a session was given back.
+
+        Args:
+            session: its session.
+            why: the reason.
+            num_kept: tokens from the beginning whose KV stayed.
+            now_s: the engine's clock.
+        """
+        story = self._stories.get(session)
+        if story is not None and why is not Demotion.SUPERSEDED:
+            story.gone = Gone(why, now_s, num_kept)
+
+    def _note_identity(self, session: SessionKey) -> None:
+        known = self._identities.setdefault(session.session_id, [])
+        if session.identity not in known and len(known) < MAX_IDENTITIES:
+            known.append(session.identity)
+
+    def _forget_identity(self, session: SessionKey) -> None:
+        known = self._identities.get(session.session_id, [])
+        if session.identity in known:
+            known.remove(session.identity)
+        if not known:
+            self._identities.pop(session.session_id, None)
+
+    def _note_child(self, parent: SessionKey, child: SessionKey) -> None:
+        story = self._stories.get(parent)
+        if story is not None:
+            story.children.append(child)
+            del story.children[:-MAX_CHILDREN]

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is remembered of one turn: what it reused, why not more, and how long each part took."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from vllm_stateful.types import SessionKey
+
+
+class Cause(StrEnum):
+    """Why a turn computed tokens that an earlier turn of its session had computed."""
+
+    NONE = "none"
+    """It computed nothing twice."""
+    NEVER_SEEN = "never_seen"
+    """The first turn of its session, as far as the engine remembers."""
+    CHANGED = "changed"
+    """The history came back different from the first differing token on."""
+    EVICTED = "evicted"
+    """The KV of the session was given back."""
+    SNAPSHOT_MISSING = "snapshot_missing"
+    """A model with windows or recurrent states can go on only where a resume point was left."""
+    OTHER_TENANT = "other_tenant"
+    """The session id is known, with another API key. Only the operator is told."""
+    OTHER_SALT = "other_salt"
+    """The session id is known, with another ``cache_salt`` of the same API key."""
+    OTHER_LORA = "other_lora"
+    """The session id is known, with another LoRA adapter."""
+    BYPASSED = "bypassed"
+    """Stock vLLM served the turn."""
+
+
+@dataclass(slots=True)
+class Missed:
+    """Why a turn did not reuse more.
+
+    Attributes:
+        cause: the main reason.
+        num_tokens: tokens that it computed although an earlier turn of its session had computed as
+            many at these positions.
+        token: the first token that differs, for `Cause.CHANGED`; 0 is the first of the prompt.
+        message: the index of the message that holds it, or None where boundaries are not known.
+        kind: what that place is in the earlier history: ``system``, ``tools``, ``user``,
+            ``assistant``, ``reasoning``, ``tool_call``, ``tool_result`` or ``other``.
+        num_behind_snapshot: tokens before the difference that were the same, but had no resume
+            point behind them.
+        why_gone: the reason for `Cause.EVICTED` (``types.Demotion``), and for `Cause.BYPASSED`
+            (``types.Bypass``).
+        gone_s: seconds since the KV was given back.
+        idle_s: seconds for which it had not been used then.
+        before: text of the earlier history at the first difference, where asked for.
+        now: text of this prompt there.
+    """
+
+    cause: Cause = Cause.NONE
+    num_tokens: int = 0
+    token: int | None = None
+    message: int | None = None
+    kind: str | None = None
+    num_behind_snapshot: int = 0
+    why_gone: str | None = None
+    gone_s: float | None = None
+    idle_s: float | None = None
+    before: str | None = None
+    now: str | None = None
+
+
+@dataclass(slots=True)
+class TurnRecord:
+    """One turn. Durations are in seconds; what has not happened yet is None.
+
+    Attributes:
+        request_id: the engine's, which begins with the client's.
+        session: the session that it was found to continue.
+        arrived_at: wall clock, seconds since 1970.
+        outcome: ``types.Outcome``.
+        num_prompt: tokens of the prompt.
+        num_reused: of these, tokens whose KV was on the device.
+        num_loaded: of these, tokens whose KV a connector loaded.
+        num_output: tokens of the answer.
+        missed: why not more.
+        waited_for: what the session waited for before this turn: ``user``, or the name of a tool.
+        waited_s: how long.
+        queue_s: from arrival until it was scheduled first.
+        lookup_s: host time of finding and taking over its KV; a part of ``queue_s``.
+        first_token_s: from being scheduled to the first token of the answer.
+        decode_s: from the first token to the end.
+        num_accepted: tokens of the answer that were proposed as drafts, and were right.
+        ended: ``stop``, ``length``, ``abort``, ... as vLLM calls the reason.
+        is_kept: whether the session keeps its KV.
+    """
+
+    request_id: str
+    session: SessionKey
+    arrived_at: float
+    outcome: str = ""
+    num_prompt: int = 0
+    num_reused: int = 0
+    num_loaded: int = 0
+    num_output: int = 0
+    missed: Missed = field(default_factory=Missed)
+    waited_for: str | None = None
+    waited_s: float | None = None
+    queue_s: float | None = None
+    lookup_s: float = 0.0
+    first_token_s: float | None = None
+    decode_s: float | None = None
+    num_accepted: int = 0
+    ended: str | None = None
+    is_kept: bool = False
+    since_s: float = field(default=0.0, repr=False)
+    """When the part that runs now began, on the engine's clock."""
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens of the prompt that it computed."""
+        return self.num_prompt - self.num_reused - self.num_loaded
+
+    def sampled(self, num_tokens: int, now_s: float) -> None:
+        """A step sampled so many tokens of the answer, of which all but one were drafts."""
+        self.num_accepted += num_tokens - 1
+        if self.first_token_s is None:
+            self.first_token_s = now_s - self.since_s
+            self.since_s = now_s
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the wire. The tenant is hashed already; nothing here is content but the excerpts."""
+        missed = {
+            name: value
+            for name in Missed.__slots__
+            if (value := getattr(self.missed, name)) is not None
+        }
+        return {
+            "request_id": self.request_id,
+            "session_id": self.session.session_id,
+            "session": name_of(self.session),
+            "tenant": self.session.identity.tenant,
+            "arrived_at": self.arrived_at,
+            "outcome": self.outcome,
+            "prompt_tokens": self.num_prompt,
+            "reused_tokens": self.num_reused,
+            "loaded_tokens": self.num_loaded,
+            "computed_tokens": self.num_computed,
+            "output_tokens": self.num_output,
+            "accepted_draft_tokens": self.num_accepted,
+            "missed": {**missed, "cause": str(self.missed.cause)},
+            "waited_for": self.waited_for,
+            "waited_s": self.waited_s,
+            "queue_s": self.queue_s,
+            "lookup_s": self.lookup_s,
+            "first_token_s": self.first_token_s,
+            "decode_s": self.decode_s,
+            "ended": self.ended,
+            "kept": self.is_kept,
+        }
+
+
+def name_of(session: SessionKey) -> str:
+    """A name of a session that does not tell its id: 16 hex characters."""
+    identity = session.identity
+    text = f"{identity.cache_salt}\0{identity.lora}\0{session.session_id}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

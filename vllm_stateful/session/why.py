@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a turn did not reuse more: from what was found, and from the story of its session."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vllm_stateful.session.session_book import SessionBook, Story
+from vllm_stateful.session.turn_record import Cause, Missed
+from vllm_stateful.types import SessionKey
+
+NOT_KEPT = "not_kept"
+"""Nothing was given back: the turn before runs still, failed, or left nothing."""
+
+
+class Found(NamedTuple):
+    """What a lookup found.
+
+    Attributes:
+        num_prompt: tokens of the prompt.
+        num_reused: tokens that it does not compute, whoever keeps them.
+        num_shared: tokens that it shares with the nearest history that is kept.
+        num_history: tokens of that history; 0 where none is kept.
+        is_own: whether that history is of the same session.
+        slack: tokens at the end of what is shared that are computed again by design: a draft head
+            needs one.
+        has_points: whether the model can go on at resume points only.
+    """
+
+    num_prompt: int
+    num_reused: int
+    num_shared: int = 0
+    num_history: int = 0
+    is_own: bool = False
+    slack: int = 0
+    has_points: bool = False
+
+    @property
+    def has_parted(self) -> bool:
+        """Whether prompt and history differ before either ends."""
+        return self.num_shared < min(self.num_history, self.num_prompt - 1)
+
+
+def why_not_more(session: SessionKey, found: Found, book: SessionBook, now_s: float) -> Missed:
+    """The reason. The place of a change is filled in by whoever knows the messages.
+
+    Args:
+        session: the session of the turn.
+        found: what was found of it.
+        book: the stories, before this turn is added.
+        now_s: the engine's clock.
+    """
+    story = book.story(session)
+    most = found.num_prompt - 1
+    if story is None and not found.is_own:
+        return Missed(_cause_of_first(session, book))
+    frontier = max(0 if story is None else story.frontier, found.num_history * found.is_own)
+    num_missed = max(0, min(frontier, most) - found.num_reused - found.slack)
+    behind = max(0, found.num_shared - found.slack - found.num_reused)
+    if found.has_parted and found.is_own:
+        return Missed(Cause.CHANGED, num_missed, found.num_shared, num_behind_snapshot=behind)
+    if not num_missed:
+        return Missed()
+    is_whole = found.num_shared >= frontier
+    if behind and is_whole:
+        return Missed(Cause.SNAPSHOT_MISSING, num_missed, num_behind_snapshot=behind)
+    if story is not None and story.gone is not None:
+        return _evicted(story, num_missed, now_s)
+    if found.has_points:
+        return Missed(Cause.SNAPSHOT_MISSING, num_missed, num_behind_snapshot=behind)
+    return Missed(Cause.EVICTED, num_missed, why_gone=NOT_KEPT)
+
+
+def _evicted(story: Story, num_missed: int, now_s: float) -> Missed:
+    gone = story.gone
+    assert gone is not None
+    return Missed(
+        Cause.EVICTED,
+        num_missed,
+        why_gone=str(gone.why),
+        gone_s=max(0.0, now_s - gone.at_s),
+        idle_s=max(0.0, gone.at_s - story.used_s),
+    )
+
+
+def _cause_of_first(session: SessionKey, book: SessionBook) -> Cause:
+    """Another identity under the same session id, if there is one."""
+    mine = session.identity
+    others = [each for each in book.identities(session.session_id) if each != mine]
+    of_tenant = [each for each in others if each.tenant == mine.tenant]
+    if any(each.cache_salt == mine.cache_salt for each in of_tenant):
+        return Cause.OTHER_LORA
+    if of_tenant:
+        return Cause.OTHER_SALT
+    return Cause.OTHER_TENANT if others else Cause.NEVER_SEEN
