@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stateful agent sessions for vLLM: a turn costs what is new in it.
+"""Stateful agent sessions for vLLM: a turn costs only what is new in it.
 
-Importing this package loads neither vLLM nor torch. The parts that do live in
+Importing this package loads neither vLLM nor torch. The parts that load vLLM are in
 ``vllm_stateful.adapters`` and ``vllm_stateful.compat``.
 """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every option: its name, its environment variable, what is allowed, and what it does.
 
-The command line writes the environment, and every process (API server, engine core, worker)
-builds the same frozen ``StatefulConfig`` from it; children inherit it without further ado.
+The command line writes the options to the environment. Child processes inherit the environment, and
+every process (API server, engine core, worker) builds the same frozen ``StatefulConfig`` from it.
 """
 
 import os
@@ -116,7 +116,7 @@ FEATURES = (
     "device-drafts",
     "shared-prefixes",
 )
-"""What ``--stateful-disable`` may name: each leaves one stage to stock vLLM."""
+"""The names that ``--stateful-disable`` accepts. Each one leaves one stage to stock vLLM."""
 
 
 def _features(text: str) -> frozenset[str]:
@@ -305,7 +305,7 @@ def load_config(environ: Mapping[str, str] = os.environ) -> StatefulConfig:
 
 @lru_cache(maxsize=1)
 def process_config() -> StatefulConfig:
-    """The options of this process, read once: for what is asked at every request.
+    """The options of this process, read once. For code that runs at every request.
 
     A test that changes the environment calls ``process_config.cache_clear()``.
     """

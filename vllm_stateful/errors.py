@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exceptions of the package: one small tree."""
+"""The exceptions of the package, with one base class."""
 
 
 class StatefulError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """The base of every error that this package raises on purpose."""
 
 
 class ConfigError(StatefulError, ValueError):
-    """An option has a value that is not allowed. Names the key, the value and what is allowed."""
+    """An option has a value that is not allowed.
+
+    The message names the key, the value and what is allowed.
+    """
 
 
 class UnsupportedError(StatefulError):

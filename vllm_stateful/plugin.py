@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point that vLLM calls in every process (``vllm.general_plugins``).
 
-Installed but not asked for, it does nothing: no import of vLLM's internals, no patch. It is
-asked for by ``vllm serve --plugin stateful`` or by ``VLLM_STATEFUL=1``.
+The plugin is turned on by ``vllm serve --plugin stateful`` or by ``VLLM_STATEFUL=1``. If it is
+installed but not turned on, it does nothing: it imports nothing of vLLM and applies no patch.
 """
 
 import sys
@@ -15,7 +15,7 @@ _CLI_WORDS = ("--plugin", "--stateful-", "--help", "--config")
 
 
 def register() -> None:
-    """Install what this process needs. Re-entrant: a second call changes nothing."""
+    """Install what this process needs. A second call changes nothing."""
     enabled = is_enabled()
     if not enabled and not _asks_for_cli(sys.argv):
         return
@@ -27,10 +27,10 @@ def register() -> None:
 
 
 def make_endpoint_plugin() -> Any:
-    """Our routes and metrics: entry point of ``vllm.endpoint_plugins``."""
+    """Make the plugin with our routes and metrics. The entry point of ``vllm.endpoint_plugins``."""
     from vllm_stateful.adapters.fit import off_reason
 
-    if not is_enabled() or off_reason() is not None:  # said already
+    if not is_enabled() or off_reason() is not None:  # the reason was logged already
         return _NoEndpoint()
     from vllm_stateful.adapters.frontend.endpoint import StatefulEndpoint
 
@@ -38,17 +38,17 @@ def make_endpoint_plugin() -> Any:
 
 
 class _NoEndpoint:
-    """No routes. vLLM takes whatever a factory returns for a plugin."""
+    """A plugin without routes. The factory needs it, as vLLM uses whatever the factory returns."""
 
     required_tasks = None
 
     def attach_router(self, app: Any) -> None:
-        """None."""
+        """Attach nothing."""
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _asks_for_cli(argv: Sequence[str]) -> bool:
-    """Whether this command line may name an option of ours, or ask for help."""
+    """Whether this command line may have an option of ours, or ask for help."""
     return any(arg == "-h" or arg.startswith(_CLI_WORDS) for arg in argv[1:])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types that several stages share."""
+"""Types that several stages use."""
 
 import re
 from array import array
@@ -25,7 +25,8 @@ BlockIds = NDArray[np.int32]
 
 SALT_PREFIX = "vllm-stateful."
 TENANT_HEX_CHARS = 16
-"""A tenant's name, and how a salt begins that holds one (``request.scoped_salt``)."""
+"""The number of hex characters in a tenant's name. A salt that contains the name begins with
+``SALT_PREFIX`` (``request.scoped_salt``)."""
 
 _SCOPED_SALT = re.compile(
     rf"{re.escape(SALT_PREFIX)}((?:[0-9a-f]{{{TENANT_HEX_CHARS}}})?)\.[0-9a-f]{{64}}"
@@ -33,10 +34,11 @@ _SCOPED_SALT = re.compile(
 
 
 def tenant_of_salt(cache_salt: str | None) -> str:
-    """The tenant of a salt, read back from what ``request.scoped_salt`` made.
+    """The tenant in a salt that ``request.scoped_salt`` made.
 
-    The name that ``request.tenant_of`` gave; "" for all that was sent without one.
-    It says who shares with whom, never what may be reused: that takes the whole salt.
+    This is the name that ``request.tenant_of`` gave; "" for requests without a tenant. It decides
+    which residencies count for the same tenant. It never decides what may be reused: for that, the
+    whole salt is compared.
     """
     found = _SCOPED_SALT.fullmatch(cache_salt) if isinstance(cache_salt, str) else None
     return found.group(1) if found is not None else ""
@@ -45,25 +47,26 @@ def tenant_of_salt(cache_salt: str | None) -> str:
 class Identity(NamedTuple):
     """What must be equal, beside the tokens, before KV may be reused.
 
-    The model, its revision and the KV dtype are constant for the life of an engine and
-    therefore not part of it.
+    The model, its revision and the KV dtype are not part of it, because they are constant for the
+    life of an engine.
     """
 
     cache_salt: str | None = None
-    """The request's cache salt; the tenant is folded into it (``request.scoped_salt``)."""
+    """The request's cache salt, which contains the tenant (``request.scoped_salt``)."""
     lora: tuple[Hashable, ...] | None = None
-    """All that names the LoRA adapter (``adapters.model_input``), or None for the base model."""
+    """Everything that identifies the LoRA adapter (``adapters.model_input``); None for the base
+    model."""
     hash_keys: tuple[Hashable, Hashable] = (None, None)
-    """What vLLM hashes beside the tokens, with the first block and with a later one."""
+    """What vLLM hashes beside the tokens: with the first block, and with a later block."""
 
     @property
     def tenant(self) -> str:
-        """The name under which shares are counted; "" without an API key."""
+        """The tenant whose share this counts for; "" without an API key."""
         return tenant_of_salt(self.cache_salt)
 
 
 class SessionKey(NamedTuple):
-    """One session of one tenant. The same id under another identity is another session."""
+    """The key of one session. The same id with another identity is another session."""
 
     identity: Identity
     session_id: str
@@ -73,28 +76,28 @@ class Outcome(StrEnum):
     """How a turn found its context; the label of ``vllm_stateful_turns_total``."""
 
     RESUMED = "resumed"
-    """Continued at the last computed token of this session."""
+    """It continued at the last computed token of its session."""
     FORKED = "forked"
-    """Started on the KV of another session (same tenant) that shares its prefix."""
+    """It started on the KV of another session (of the same tenant) that shares its prefix."""
     DIVERGED = "diverged"
-    """The history was edited: reused up to the first differing token."""
+    """Its history was edited. KV was reused up to the first differing token."""
     RESTORED = "restored"
     """Its KV, or the end of it, was loaded from vLLM's offload tier."""
     COLD = "cold"
-    """No session holds its prefix; vLLM's own prefix cache may still have hit."""
+    """No session holds its prefix. vLLM's own prefix cache may still have hit."""
     BYPASSED = "bypassed"
-    """Served by stock vLLM; see the reason label."""
+    """Stock vLLM served it; ``Bypass`` says why."""
 
 
 class Bypass(StrEnum):
     """Why a turn was left to stock vLLM."""
 
     MULTIMODAL = "multimodal"
-    """One of its images or sounds is too short to be told from others."""
+    """One of its images or sounds has too few tokens to be distinguished from others."""
     PROMPT_EMBEDS = "prompt_embeds"
     PROMPT_LOGPROBS = "prompt_logprobs"
     NO_CACHE_READ = "skip_reading_prefix_cache"
-    """It asks not to use what is cached, and not for the log-probabilities of its prompt."""
+    """It asks not to read the cache, and does not ask for the log-probabilities of its prompt."""
     POOLING = "pooling"
     STREAMING_INPUT = "streaming_input"
     PREFIX_CACHING_OFF = "prefix_caching_off"
@@ -106,11 +109,11 @@ class Demotion(StrEnum):
     PRESSURE = "pressure"
     """An allocation was refused and needed its blocks."""
     BUDGET = "budget"
-    """Pinned blocks exceeded ``--stateful-pin-fraction``."""
+    """The pinned blocks exceeded ``--stateful-pin-fraction``."""
     IDLE = "idle"
-    """Not used for ``--stateful-idle-seconds``."""
+    """It was not used for ``--stateful-idle-seconds``."""
     SUPERSEDED = "superseded"
-    """A newer turn of the session holds everything it held, or replaced it."""
+    """A newer turn of the session holds everything that it held, or replaced it."""
     PREEMPTED = "preempted"
     """Its turn was preempted by vLLM."""
     RESET = "reset"

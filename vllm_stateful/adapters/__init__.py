@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The glue to vLLM: with ``compat`` the only code that imports it."""
+"""The glue to vLLM. Only this package and ``compat`` import vLLM."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting our attention backend in the place of vLLM's, or taking it back."""
+"""Replaces vLLM's attention backend with ours, or puts vLLM's back."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from vllm_stateful.attention.libraries import CPU, CUDA, library
 logger = init_logger("vllm.stateful")
 
 STEPS: Counter[str] = Counter()
-"""Steps of the worker in this process: "taken" by our kernels, or why vLLM's served them."""
+"""Steps of the worker in this process: "taken" by our kernels, or why vLLM's kernels served
+them."""
 
 
 class Place(NamedTuple):
-    """One backend of vLLM's, and ours.
+    """One of vLLM's backends, and the backend of ours that replaces it.
 
     Attributes:
-        stock: vLLM's name for it.
-        backend: ours.
-        library: its kernels.
-        is_measured: whether they were seen to be faster, so that ``auto`` takes them.
-        feature: what of vLLM ours needs (`compat.uses`).
+        stock: vLLM's name of its backend.
+        backend: the path of our class.
+        library: the file with our kernels.
+        is_measured: whether our kernels were measured to be faster, so that ``auto`` uses them.
+        feature: the feature that lists what our backend uses of vLLM (`compat.uses`).
     """
 
     stock: AttentionBackendEnum
@@ -60,14 +61,14 @@ def choose_attention(
     place: Place | None = None,
     fits: Callable[[str], bool] = lambda feature: True,
 ) -> None:
-    """Follow ``--stateful-attention``, through vLLM's registry. No device is touched here.
+    """Apply ``--stateful-attention``, through vLLM's registry. This touches no device.
 
     Args:
-        choice: "off", "auto" (where the kernels were built and measured) or "on" (where they were
-            built; a problem where not).
-        report_problem: Told why the backend is left as it is.
-        place: That of this platform.
-        fits: Whether this vLLM has what a feature uses; it says so where not.
+        choice: "off"; "auto", which uses our kernels if they were built and measured; or "on",
+            which uses them if they were built and reports a problem if not.
+        report_problem: Called with the reason why the backend is not replaced.
+        place: The backend to replace; by default that of this platform.
+        fits: Tells whether this vLLM has what a feature uses, and logs it if not.
     """
     if place is None:
         place = ON_CPU if current_platform.is_cpu() else ON_CUDA
@@ -92,6 +93,6 @@ def choose_attention(
 
 
 def is_cuda_backend_chosen() -> bool:
-    """Whether the backend with the kernels for CUDA stands in the place of one of vLLM's."""
-    stocks = (ON_CUDA.stock, ON_CPU.stock)  # that of the CPU: where its launches are emulated
+    """Whether our backend with the CUDA kernels replaces one of vLLM's backends."""
+    stocks = (ON_CUDA.stock, ON_CPU.stock)  # on a CPU its launches are emulated
     return any(stock.get_path() == ON_CUDA.backend for stock in stocks)

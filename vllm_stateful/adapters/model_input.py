@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What beside its tokens decides what the model computes for a request.
+"""What decides, beside its tokens, what the model computes for a request.
 
-Whatever we keep under a key of our own (sessions, block hashes that a prompt inherits, drafts,
-answers) takes this part of the key from here, and this takes it from vLLM: a field that vLLM adds
-to its block hashes, or to a LoRA request, is part of every key of ours without further ado.
+Everything that we keep under keys of our own (sessions, block hashes that a prompt inherits,
+drafts, answers) takes this part of its key from here. It is read from vLLM. So a field that vLLM
+adds to its block hashes, or to a LoRA request, becomes part of all our keys automatically.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HOW_IT_IS_LOADED = frozenset({"load_inplace"})
 def identity_of(request: Any) -> Identity:
     """The identity of a request whose prompt is text.
 
-    Multimodal inputs and prompt embeddings stand in places of their own, and not in here.
+    Multimodal inputs and prompt embeddings are not part of it; they are handled elsewhere.
 
     Args:
         request: vLLM's ``EngineCoreRequest`` or ``Request``.
@@ -31,7 +31,7 @@ def identity_of(request: Any) -> Identity:
 
 
 def adapter_of(lora: Any | None) -> tuple[Hashable, ...] | None:
-    """All that a LoRA request says of its adapter; None for the base model."""
+    """Everything that a LoRA request says about its adapter; None for the base model."""
     if lora is None:
         return None
     names = (name for name in lora.__struct_fields__ if name not in HOW_IT_IS_LOADED)
@@ -39,14 +39,14 @@ def adapter_of(lora: Any | None) -> tuple[Hashable, ...] | None:
 
 
 def hash_keys(request: Any) -> tuple[Hashable, Hashable]:
-    """What vLLM hashes with a request's first block beside its tokens, and with a later one."""
+    """What vLLM hashes beside the tokens: with a request's first block, and with a later block."""
     first, _ = generate_block_hash_extra_keys(_Text(request), 0, 1, 0)
     later, _ = generate_block_hash_extra_keys(_Text(request), 1, 2, 0)
     return first, later
 
 
 class _Text:
-    """A request as if its prompt were nothing but text."""
+    """A view of a request as if its prompt were only text."""
 
     mm_features = ()
     prompt_embeds = None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache policy of vLLM's CPU offload tier that knows sessions.
+"""A cache policy for vLLM's CPU offload tier that knows sessions.
 
-vLLM finds it by its path; nothing is patched::
+vLLM loads it by its path, without a patch::
 
     --kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both",
       "kv_connector_extra_config": {"cpu_bytes_to_use": 64000000000,
@@ -25,7 +25,7 @@ from vllm_stateful.schedule.offload_order import OffloadOrder, Owner
 
 
 class StatefulCachePolicy(CachePolicy):  # type: ignore[misc]
-    """Chunks of the host, given up in the order in which their sessions are expected back.
+    """The chunks on the host. Those of the session that is least expected back go first.
 
     Args:
         cache_capacity: the number of chunks that the tier holds.
@@ -44,10 +44,10 @@ class StatefulCachePolicy(CachePolicy):  # type: ignore[misc]
 
     @classmethod
     def take_newest(cls) -> StatefulCachePolicy | None:
-        """The policy that was made last, once: it belongs to the scheduler built with it.
+        """The policy that was made last, for the scheduler built with it. Returned only once.
 
-        vLLM builds a connector, and with it its policy, inside its scheduler's constructor, and
-        hands neither out.
+        vLLM builds the connector, and with it the policy, inside its scheduler's constructor, and
+        gives access to neither.
         """
         reference, cls._newest = cls._newest, None
         return None if reference is None else reference()
@@ -59,21 +59,23 @@ class StatefulCachePolicy(CachePolicy):  # type: ignore[misc]
         return self._chunks.get(key)
 
     def insert(self, key: OffloadKey, chunk: ChunkStatus, *_: ReqContext) -> None:
-        """A running request stores a chunk. vLLM 0.33 says which one; `on_request_finished` does
-        in both."""
+        """Add a chunk that a running request stores.
+
+        Only vLLM 0.33 says which request that is; `on_request_finished` says it in 0.32, too.
+        """
         self._chunks[key] = chunk
         self.order.stored(key)
         if chunk.ref_cnt == 0:
             self._evictable.add(key)
 
     def remove(self, key: OffloadKey) -> None:
-        """A store failed."""
+        """Remove a chunk whose store failed."""
         del self._chunks[key]
         self._evictable.discard(key)
         self.order.removed(key)
 
     def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
-        """Nothing: a session's use of its chunks is known when its turn ends."""
+        """Do nothing: which chunks a session used is known when its turn ends."""
 
     def on_request_finished(
         self,
@@ -82,14 +84,18 @@ class StatefulCachePolicy(CachePolicy):  # type: ignore[misc]
         reused_keys: set[OffloadKey],
         req_context: ReqContext,
     ) -> None:
-        """The request's session has a claim to all chunks of its prompt, in their order."""
+        """Claim all chunks of the prompt, in order, for the session of the request."""
         keys = order_request_keys(key_groups, req_context)
         self.order.used(self.owner_of(req_context.req_id), keys)
 
     def evict(
         self, n: int, protected: set[OffloadKey]
     ) -> list[tuple[OffloadKey, ChunkStatus]] | None:
-        """Exactly so many chunks that nobody transfers; None, and no change, without as many."""
+        """Take out exactly ``n`` chunks that no transfer uses.
+
+        Returns:
+            The chunks; None, without any change, if there are fewer.
+        """
         num_free = len(self._evictable) - len(self._evictable & protected)
         if n > num_free:
             return None
@@ -98,20 +104,20 @@ class StatefulCachePolicy(CachePolicy):  # type: ignore[misc]
         return [(key, self._chunks.pop(key)) for key in taken]
 
     def clear(self) -> None:
-        """The tier was reset."""
+        """Forget all chunks, as the tier was reset."""
         self._chunks.clear()
         self._evictable.clear()
         self.order.clear()
 
     def mark_evictable(self, key: OffloadKey) -> None:
-        """The last transfer of a chunk ended."""
+        """Record that the last transfer of a chunk ended."""
         self._evictable.add(key)
 
     def mark_non_evictable(self, key: OffloadKey) -> None:
-        """A transfer of a chunk begins."""
+        """Record that a transfer of a chunk begins."""
         self._evictable.discard(key)
 
 
 def _request_itself(request_id: str) -> Owner:
-    """Without a stateful scheduler every request is a session of its own."""
+    """The owner of a request without a stateful scheduler: a session of its own."""
     return Owner(("request", request_id))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the plugin keeps on two of vLLM's objects: one typed slot on each, named ``stateful``.
 
-`OnRequest` rides on vLLM's scheduler-side ``Request``, inside the engine core. `OnStep` rides on
-its ``SchedulerOutput`` from the engine core to the workers: it is pickled where these are processes
-of their own.
+`OnRequest` is attached to vLLM's scheduler-side ``Request``, inside the engine core. `OnStep` is
+attached to its ``SchedulerOutput``, which goes from the engine core to the workers. It is pickled
+if the workers are processes of their own.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class OnRequest:
     """What is known of one request.
 
     Attributes:
-        prompt: its prompt, int32, shape ``[num_tokens]``; None where it came without a header.
-        version: by what name later prompts refer to this one; None where it has none.
+        prompt: its prompt, int32, shape ``[num_tokens]``; None if it came without a header.
+        version: the name by which later prompts refer to this prompt; None if it has none.
         base: the prompt to which this one refers, and how much both share; None without one.
-        is_array_sent: whether the workers may be given ``prompt`` in place of the list.
+        is_array_sent: whether the workers may get ``prompt`` in place of the list.
         ticket: its place in the waiting queue, with ``--stateful-order least-served``.
-        num_sampled: tokens that the last processed step sampled; 0 before the first.
-        is_cut: whether a stop took some of them back.
-        num_steps: steps that were scheduled and are not processed yet. Counted for models with
-            states beside drafts only, and until the request ends.
+        num_sampled: tokens that the last processed step sampled; 0 before the first step.
+        is_cut: whether a stop took some of these tokens back.
+        num_steps: steps that are scheduled and not processed yet. Counted until the request ends,
+            and only for models with recurrent states and drafts.
     """
 
     prompt: TokenArray | None = None
@@ -54,10 +54,10 @@ class OnStep:
     """What one step takes to the workers.
 
     Attributes:
-        lookup: what the device looks drafts up in, where something of it is new.
-        shared: which requests share leading keys.
+        lookup: changes to what the device looks drafts up in; None if there are none.
         is_beside_head: whether the engine core keeps sessions that draft beside a head.
-        ends: token ids behind which a step samples nothing; in the first step only.
+        shared: which requests share leading keys.
+        ends: token ids behind which a step samples nothing. Sent only with the first step.
     """
 
     lookup: LookupUpdate | None = None
@@ -71,7 +71,7 @@ NO_STEP = OnStep()
 
 
 def on_request(request: Any) -> OnRequest:
-    """What is known of a request, to be written to."""
+    """The slot of a request, to write to. Created if there is none."""
     found: OnRequest | None = getattr(request, SLOT, None)
     if found is None:
         found = OnRequest()
@@ -80,13 +80,13 @@ def on_request(request: Any) -> OnRequest:
 
 
 def of_request(request: Any) -> OnRequest:
-    """What is known of a request, to be read only."""
+    """The slot of a request, only to read."""
     found: OnRequest = getattr(request, SLOT, NO_REQUEST)
     return found
 
 
 def on_step(output: Any) -> OnStep:
-    """What a step takes to the workers, to be written to."""
+    """The slot of a step, to write to. Created if there is none."""
     found: OnStep | None = getattr(output, SLOT, None)
     if found is None:
         found = OnStep()
@@ -95,6 +95,6 @@ def on_step(output: Any) -> OnStep:
 
 
 def of_step(output: Any) -> OnStep:
-    """What a step brought to the workers, to be read only."""
+    """The slot of a step, only to read."""
     found: OnStep = getattr(output, SLOT, NO_STEP)
     return found

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How vLLM is told to take drafts from sessions, and what a request may say about them.
+"""Which of vLLM's options make it take drafts from sessions.
 
-On CUDA, model runner V2 looks drafts up on the device (`lookup_speculator`), so that async
-scheduling and CUDA graphs stay::
+On CUDA, model runner V2 looks drafts up on the device (`lookup_speculator`), so async scheduling
+and CUDA graphs stay in use::
 
     --speculative-config '{"method": "ngram_gpu", "num_speculative_tokens": 8}'
 
-Elsewhere the engine core does, which knows more and can wait for the worker.
-
-vLLM asks its worker for drafts after each step and hands them to the scheduler, which has the next
-step verify them. Asked for by vLLM's own option, nothing is patched::
+Elsewhere the engine core looks drafts up. It knows more, and can wait for the worker. It is turned
+on by vLLM's own option, without a patch::
 
     --speculative-config '{"method": "custom_class", "num_speculative_tokens": 16,
       "model": "vllm_stateful.adapters.speculation.SessionDrafter"}'
 
-the worker proposes nothing, and the scheduler puts the session's drafts in its place
-(`scheduler_drafts`, imported only then: its index is compiled). Everything behind that is vLLM's:
-grammars cut drafts, the rejection sampler keeps the distribution.
+vLLM asks its worker for drafts after each step and gives them to the scheduler, which makes the
+next step verify them. With this option the worker proposes nothing, and the scheduler uses the
+session's drafts instead (`scheduler_drafts`, which is imported only then, as its index is
+compiled). The rest is unchanged vLLM: grammars cut drafts, and the rejection sampler keeps the
+distribution.
 
-Where the model has a drafting head (EAGLE, MTP, ...), the head drafts, and what the session repeats
-takes the place of its draft where that was right more often (`beside_head`): on the device with
-model runner V2, in the engine core without async scheduling.
+If the model has a drafting head (EAGLE, MTP, ...), the head drafts. A draft from the session
+replaces the head's draft where such drafts were right more often (`beside_head`). This is done on
+the device with model runner V2, and in the engine core without async scheduling.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from vllm_stateful.config import StatefulConfig
 
 
 class SessionDrafter:
-    """vLLM's ``custom_class`` proposer in the worker: it leaves drafting to the engine core."""
+    """A ``custom_class`` proposer for vLLM's worker, which leaves drafting to the engine core."""
 
     def __init__(self, vllm_config: Any) -> None:
         pass
 
     def propose(self, sampled_token_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
-        """No drafts, one empty list for each request."""
+        """Propose no drafts: one empty list for each request."""
         return [[] for _ in sampled_token_ids]
 
     def load_model(self, *_: Any, **__: Any) -> None:
-        """There is none."""
+        """Do nothing: there is no model."""
 
 
 NAME = f"{SessionDrafter.__module__}.{SessionDrafter.__qualname__}"
@@ -60,28 +60,28 @@ def is_looked_up(vllm_config: Any) -> bool:
 
 
 NO_HEAD = frozenset({"ngram", "ngram_gpu", "suffix", "custom_class", "extract_hidden_states"})
-"""Methods of vLLM that draft without a head, or do not draft."""
+"""vLLM's speculation methods that draft without a head, or do not draft."""
 
 
 def has_head(vllm_config: Any) -> bool:
-    """Whether a drafting head, or a smaller model, drafts."""
+    """Whether a drafting head or a smaller model drafts."""
     config = vllm_config.speculative_config
     return config is not None and config.method not in NO_HEAD
 
 
 def why_not_beside_head(vllm_config: Any, config: StatefulConfig) -> str | None:
-    """Why a head's drafts are left alone; None where sessions draft beside it.
+    """Why sessions do not draft beside a head; None if they do.
 
     Args:
-        vllm_config: with a drafting head.
-        config: options of the plugin.
+        vllm_config: vLLM's configuration, with a drafting head.
+        config: the options of the plugin.
     """
     head = vllm_config.speculative_config
     if config.drafts == "off":
         return "--stateful-drafts off"
     if head.draft_sample_method != "greedy":
         return f"draft_sample_method {head.draft_sample_method}"
-    if head.rejection_sample_method not in ("standard", "block"):  # others accept what is not right
+    if head.rejection_sample_method not in ("standard", "block"):  # others accept wrong tokens, too
         return f"rejection_sample_method {head.rejection_sample_method}"
     if getattr(vllm_config, "watermark_config", None) is not None:
         return "drafts are watermarked"

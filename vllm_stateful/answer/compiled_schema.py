@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON Schemas of clients, compiled once within a bound: every ``$ref`` is resolved.
+"""Compiles JSON Schemas of clients, within a bound: every ``$ref`` is resolved.
 
-What is not read by any keyword of ``partial_schema`` (a description, an unused definition) costs
-nothing. What is broken is told where it is judged.
+Parts that ``partial_schema`` does not use (a description, an unused definition) cost nothing. A
+broken part raises an error only when a value is judged by it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 MAX_UNITS = 16_384
-"""Units that a schema may take to compile. A unit is at most about 3 us."""
+"""Units that compiling a schema may take. A unit takes at most about 3 us."""
 
 MAX_REF = 1024
-"""Characters of a ``$ref`` that is followed."""
+"""The most characters of a ``$ref``; a longer one counts as broken."""
 
 PAUSE_AFTER = 64
 """Units between two calls of ``pause``."""
 
 
 class SchemaError(ValueError):
-    """The schema is broken, refers to what is not in it, or takes too long to follow."""
+    """The schema is broken, refers to something outside it, or takes too long to follow."""
 
 
 class CompiledSchema(NamedTuple):
@@ -30,21 +30,21 @@ class CompiledSchema(NamedTuple):
 
     root: Node
     units: int
-    """What it took to compile."""
+    """The units that compiling took."""
 
 
 def compile_schema(
     schema: Any, max_units: int = MAX_UNITS, pause: Callable[[], None] | None = None
 ) -> CompiledSchema:
-    """Resolve the references of a schema. What is broken in it is told where it is judged.
+    """Resolve the references of a schema. Broken parts are kept as nodes with a ``fault``.
 
     Args:
-        schema: a JSON Schema, parsed; of any draft. It must not change afterwards.
+        schema: a parsed JSON Schema of any draft. It must not change afterwards.
         max_units: see ``MAX_UNITS``.
         pause: called every ``PAUSE_AFTER`` units, to let other threads run.
 
     Raises:
-        SchemaError: it is too large.
+        SchemaError: the schema is too large.
     """
     compiler = _Compiler(schema, max_units, pause)
     root = compiler.compile()
@@ -64,7 +64,7 @@ class Limit(NamedTuple):
 
 
 class Node:
-    """One schema. What it does not say is None, or empty."""
+    """One schema. Keywords that it does not have are None or empty."""
 
     __slots__ = (
         "all_of",
@@ -89,35 +89,35 @@ class Node:
 
     def __init__(self) -> None:
         self.fault: str | None = None
-        """Why it cannot be judged."""
+        """Why no value can be judged by it; None when values can."""
         self.is_any = False
-        """It says nothing that is known here."""
+        """Whether it allows every value."""
         self.target: Node | None = None
-        """What its ``$ref`` means; nothing else in it counts then."""
+        """The schema that its ``$ref`` names. All other keywords are ignored then."""
         self.is_nullable = False
         self.classes: frozenset[type] | None = None
-        """The types of the values that it allows."""
+        """The Python types of the values that it allows."""
         self.is_integer = False
         """Whether a float without a fraction is allowed beside them."""
         self.names = ""
-        """The names of the types, for people."""
+        """The JSON names of the types, for messages."""
         self.const: tuple[Any] | None = None
         self.enum: list[Any] | None = None
-        """The allowed values that are no strings."""
+        """The allowed values that are not strings."""
         self.texts: frozenset[str] = frozenset()
-        """The allowed values that are."""
+        """The allowed values that are strings."""
         self.limits: tuple[Limit, ...] = ()
         self.all_of: tuple[Node, ...] = ()
         self.any_of: tuple[tuple[Node, ...], ...] = ()
         self.known: dict[str, Node] = {}
-        """Properties."""
+        """The schemas of properties, by name."""
         self.other: Node = ANY
-        """The schema of properties that are not known."""
+        """The schema of all other properties."""
         self.required: tuple[str, ...] = ()
         self.first: tuple[Node, ...] = ()
-        """The schemas of the first items."""
+        """The schemas of the first items, one each."""
         self.rest: Node = ANY
-        """The schema of the items behind them."""
+        """The schema of all items behind them."""
 
 
 def _constant(fault: str | None = None) -> Node:
@@ -134,7 +134,7 @@ NEVER.is_any = False
 
 
 class _BrokenError(Exception):
-    """One node cannot be judged; the others can."""
+    """One node is broken; the others can still be used."""
 
 
 class _Compiler:
@@ -145,7 +145,7 @@ class _Compiler:
         self._pause = pause
         self._pause_at = PAUSE_AFTER
         self._nodes: dict[int, Node] = {}
-        """By identity of the schema, which lives as long as the root does."""
+        """By the ``id`` of the schema, which lives as long as the root does."""
         self._refs: dict[str, Node] = {}
         self._todo: list[tuple[Node, dict[str, Any]]] = []
 
@@ -169,7 +169,7 @@ class _Compiler:
             self._pause()
 
     def _node(self, schema: Any) -> Node:
-        """The node of a schema; it is filled later."""
+        """The node of a schema. A new node is filled later."""
         if schema is True:
             return ANY
         if schema is False:
@@ -222,7 +222,7 @@ class _Compiler:
         if "patternProperties" not in schema:
             node.other = self._node(schema.get("additionalProperties", True))
         required = schema.get("required")
-        if isinstance(required, list):  # else a flag of draft 3, and of schemas made by hand
+        if isinstance(required, list):  # in draft 3 and in handmade schemas it may be a flag
             self._spend(len(required))
             if not all(isinstance(key, str) for key in required):
                 raise _BrokenError("required is no list of names")
@@ -255,7 +255,7 @@ class _Compiler:
         if ref == "#":
             return self._node(self._root)
         if not ref.startswith("#/"):
-            return ANY  # an anchor
+            return ANY  # an anchor, which is not resolved
         found = self._refs.get(ref)
         if found is None:
             found = self._refs[ref] = self._node(self._at(ref[2:]))
@@ -310,4 +310,6 @@ _LIMITS: dict[str, tuple[Callable[[Any, Any], bool], frozenset[type], Any, bool]
     "maxProperties": (lambda a, b: a <= b, _OBJECT, len, False),
     "minProperties": (lambda a, b: a >= b, _OBJECT, len, True),
 }
-"""Keyword: what must hold, of which values, by which measure, and whether only at the end."""
+"""For each keyword: the relation of value and limit that must hold, the types that it applies to,
+what is measured of the value (None for the value itself), and whether it applies only to complete
+values."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads one JSON object or array as it arrives, and knows where it could be closed.
+"""Reads one JSON object or array as it arrives, and finds where it could be closed.
 
-A *cut* is a place up to which the text, with the open brackets closed, is a document again: behind
-an opening or closing bracket, and behind a value that is complete. What follows the last cut (a
+A *cut* is a place at which the text becomes a complete document if all open brackets are closed. It
+is behind an opening or closing bracket, or behind a complete value. What follows the last cut (a
 key, half a string, a number that may go on) is left out of the document.
 """
 
@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 MAX_DEPTH = 64
-"""Open brackets; a document with more is not judged."""
+"""The most open brackets; a document with more is not judged."""
 
 _STRING_STOP = re.compile(r'["\\]')
 _STRUCTURE = re.compile(r'["{}\[\],:]')
@@ -22,28 +22,28 @@ _CLOSER = {"{": "}", "[": "]"}
 
 
 class DuplicateKeyError(ValueError):
-    """An object has the same key twice: which one counts is not known before its end."""
+    """An object has the same key twice. Which value counts is not known before its end."""
 
 
 class JsonScanner:
     """One document in a text that grows.
 
     Args:
-        start: where in the text it begins; white space may come before it.
+        start: the place in the text where the document begins. White space may come before it.
     """
 
     def __init__(self, start: int) -> None:
         self.start = start
         self.end: int | None = None
-        """Behind the last bracket, once the document is complete."""
+        """The place behind the last bracket; None until the document is complete."""
         self.fault: str | None = None
-        """Why no text that follows can make this a document."""
+        """Why this cannot become a document, whatever text follows; None while it can."""
         self.is_too_deep = False
         self.cut = 0
         """The last cut; 0 before the first."""
         self.num_open = 0
-        """Open brackets at the cut, hence containers that may still grow: the root, the last
-        value in it, and so on."""
+        """Open brackets at the cut. This is the number of containers that may still grow: the root,
+        the last value in it, and so on."""
         self._closers = ""
         self._stack: list[str] = []
         self._pos = start
@@ -51,7 +51,7 @@ class JsonScanner:
         self._last = ""
 
     def scan(self, text: str) -> bool:
-        """Read on to the end of ``text``, or of the document.
+        """Read on to the end of ``text`` or of the document.
 
         Returns:
             Whether there is a new cut.
@@ -65,12 +65,12 @@ class JsonScanner:
         return self.cut != before
 
     def document(self, text: str) -> Any:
-        """What is complete at the last cut.
+        """The parsed document up to the last cut.
 
         Raises:
-            json.JSONDecodeError: this is no JSON, whatever follows.
-            ValueError: Python cannot read it (a number of thousands of digits).
-            DuplicateKeyError: see there.
+            json.JSONDecodeError: this is not JSON, whatever follows.
+            ValueError: Python cannot read it (a number with thousands of digits).
+            DuplicateKeyError: an object has the same key twice.
         """
         return json.loads(
             text[self.start : self.cut] + self._closers, object_pairs_hook=_without_duplicates
@@ -88,7 +88,7 @@ class JsonScanner:
         return True
 
     def _string(self, text: str) -> bool:
-        """Go to the end of a string; False where the text ends first."""
+        """Go to the end of a string; False if the text ends first."""
         found = _STRING_STOP.search(text, self._pos)
         if found is None:
             self._pos = len(text)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What speaks against a JSON document, by a JSON Schema, when its end is not there yet.
+"""Checks a JSON document whose end has not arrived yet against a JSON Schema.
 
-Everything that is said holds for every way in which the document may go on: of an array or object
-that is still open only its members are judged, and what it has too many of. Keywords that are not
-known here (``not``, ``if``, ``pattern``, ``format``, ``contains``, ``unevaluatedProperties`` and
-others) are taken as fulfilled, ``oneOf`` as ``anyOf``. So a document against which nothing is said
-may still be invalid, and one against which something is said is invalid.
+An objection holds for every way in which the document may go on. Of an array or object that is
+still open, only the members that are there and the upper limits are judged. Keywords that are not
+supported (``not``, ``if``, ``pattern``, ``format``, ``contains``, ``unevaluatedProperties`` and
+others) count as fulfilled, and ``oneOf`` is treated as ``anyOf``. So a document with an objection
+is invalid, but a document without one may still be invalid.
 
-This is no full validator on purpose. Schemas come from clients, and the process that serves all of
-them must not run their regular expressions, fetch their ``$ref``, or follow a schema whose branches
-multiply. A schema is compiled once, within a bound (``compiled_schema``). To judge takes
-``Steps``: all that is done per value, member, branch and character is counted. What is said is put
-into words once, at the end. It recurses: call it ``with_room``.
+This is not a full validator, on purpose. Schemas come from clients, and the process that serves all
+clients must not run their regular expressions, fetch their ``$ref``, or follow a schema whose
+branches multiply. A schema is compiled once, within a bound (``compiled_schema``). Judging takes
+``Steps``: everything that is done per value, member, branch and character is counted. An objection
+is put into words once, at the end. ``objection`` is recursive; call it through ``with_room``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from vllm_stateful.answer.compiled_schema import ANY, NEVER, CompiledSchema, Node, SchemaError
 
 MAX_STEPS = 6_000
-"""Steps of one judgement. A step is at most about 1 us on a slow core, mostly half of that."""
+"""Steps of one judgement. A step takes at most about 1 us on a slow core, mostly half of that."""
 
 
 class Objection(NamedTuple):
@@ -37,10 +37,10 @@ class Objection(NamedTuple):
 
 
 class Steps:
-    """What may still be done.
+    """A budget of steps.
 
     Args:
-        limit: number of steps.
+        limit: the number of steps that may be taken.
     """
 
     __slots__ = ("left", "limit")
@@ -51,14 +51,14 @@ class Steps:
 
     @property
     def used(self) -> int:
-        """Steps that were taken; at most ``limit``."""
+        """The number of steps taken, at most ``limit``."""
         return self.limit - max(0, self.left)
 
     def take(self, num: int) -> None:
-        """Count steps, before they are done.
+        """Take ``num`` steps from the budget. Call this before the work is done.
 
         Raises:
-            SchemaError: there are not so many left.
+            SchemaError: fewer steps are left.
         """
         self.left -= num
         if self.left < 0:
@@ -68,16 +68,20 @@ class Steps:
 def objection(
     schema: CompiledSchema, document: Any, num_open: int = 0, steps: Steps | None = None
 ) -> Objection | None:
-    """What speaks against a document; None when nothing is known to.
+    """Check a document against a schema.
 
     Args:
-        document: parsed JSON.
-        num_open: how many containers may still grow: the document itself, the last member in
-            it, and so on. 0 for a complete document.
-        steps: from which this is taken; ``MAX_STEPS`` of its own by default.
+        schema: the compiled schema.
+        document: the document, as parsed JSON.
+        num_open: the number of containers that may still grow: the document itself, its last
+            member, and so on. 0 for a complete document.
+        steps: the budget to use; by default a new one of ``MAX_STEPS``.
+
+    Returns:
+        Why the document is invalid; None when nothing is known to be wrong with it.
 
     Raises:
-        SchemaError: see there.
+        SchemaError: the schema is broken or recursive, or judging takes too many steps.
     """
     try:
         found = _Judge(steps or Steps(MAX_STEPS)).judge(schema.root, document, num_open, None)
@@ -87,7 +91,7 @@ def objection(
 
 
 _Path = tuple[Any, str | int] | None
-"""The path of the container, and the key or place in it; None for the document."""
+"""The path of the container, and the key or index in it; None for the document itself."""
 
 
 class _Found(NamedTuple):
@@ -95,7 +99,7 @@ class _Found(NamedTuple):
 
     path: _Path
     form: str
-    """With places for the value, and for what it is compared with."""
+    """A format string: {0} is the value, {1} is what the value is compared with."""
     value: Any = None
     other: object = None
 
@@ -143,7 +147,7 @@ class _Judge:
         return None
 
     def _scalar(self, node: Node, value: Any, num_open: int, path: _Path) -> _Found | None:
-        """What is wrong with the value itself, its members left out."""
+        """Judge the value itself, without its members."""
         kind = type(value)
         if (
             node.classes is not None
@@ -171,7 +175,10 @@ class _Judge:
         return any(self._may_equal(value, one, num_open) for one in node.enum or ())
 
     def _may_equal(self, value: Any, other: Any, num_open: int) -> bool:
-        """Equality of JSON: 1 and 1.0 are equal, 1 and true are not."""
+        """Whether two values are equal as JSON, or may become so while ``value`` is open.
+
+        1 and 1.0 are equal; 1 and true are not.
+        """
         if num_open and isinstance(value, dict | list):
             self._steps.take(1)
             return isinstance(other, type(value))
@@ -194,7 +201,7 @@ class _Judge:
         return True
 
     def _is_same(self, value: Any, other: Any) -> bool:
-        """Equality of two values that are not both lists or both objects."""
+        """Whether two values are equal that are not both lists or both objects."""
         if type(value) is bool or type(other) is bool:
             return value is other
         if type(value) is str:
@@ -218,11 +225,11 @@ class _Judge:
         return None
 
     def _deepest(self, found: list[_Found]) -> _Found:
-        """The branch that went furthest. Mostly it is the one that was meant."""
+        """The objection with the longest path. Its branch is mostly the one that was meant."""
         return found[0] if len(found) == 1 else max(found, key=lambda one: self._length(one.path))
 
     def _length(self, path: _Path) -> int:
-        """Of the path in words."""
+        """The number of characters of a path in words."""
         length = 0
         while path is not None:
             self._steps.take(1)
@@ -265,7 +272,7 @@ class _Judge:
 
 
 class _Value:
-    """A value of the schema, to be put into words where it is needed."""
+    """A value from the schema that is put into words only when needed."""
 
     def __init__(self, value: Any) -> None:
         self._value = value

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole answers by what was asked, and requests that are being answered right now.
+"""A cache of whole answers by their request, and the requests that are being answered right now.
 
-An answer is kept as the engine gave it, step by step, so that it is given again in the same steps.
-A request that equals one in flight follows it: with the next step it gets all that came before.
+An answer is kept step by step, as the engine gave it, so it is given again in the same steps. A
+request equal to one in flight follows that one: with its next step it gets all steps before it,
+too.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Generic, TypeVar
 StepT = TypeVar("StepT")
 
 KEY_BYTES = 128
-"""What an answer costs beside its steps: its key, and its place in the table."""
+"""Bytes that an answer takes beside its steps: for its key, and for its entry in the table."""
 
 
 @dataclass(frozen=True)
 class Answer(Generic[StepT]):
-    """All steps of a finished answer, what was asked, and the memory that they take."""
+    """All steps of a finished answer, the key of its request, and the memory of the steps."""
 
     key: bytes
     steps: tuple[StepT, ...]
@@ -28,7 +29,7 @@ class Answer(Generic[StepT]):
 
 
 class ResponseCache(Generic[StepT]):
-    """Answers within a number of bytes; the one that was used longest ago goes first."""
+    """Answers, bounded in bytes. The one that was used longest ago goes first."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -46,7 +47,7 @@ class ResponseCache(Generic[StepT]):
         return found
 
     def put(self, answer: Answer[StepT]) -> bool:
-        """Keep an answer, in the place of an older one; whether there is room for it."""
+        """Keep an answer, which replaces an older one with its key. False if it is too large."""
         key = answer.key
         self._drop(key)
         size = answer.num_bytes + KEY_BYTES
@@ -59,7 +60,7 @@ class ResponseCache(Generic[StepT]):
         return True
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all answers."""
         self._answers.clear()
         self.num_bytes = 0
 
@@ -71,15 +72,17 @@ class ResponseCache(Generic[StepT]):
 
 @dataclass(eq=False)
 class Flight(Generic[StepT]):
-    """A request at the engine, and those that wait for the same answer.
+    """A request at the engine, and other requests that wait for the same answer.
 
     Attributes:
+        key: the key of what the requests ask.
         leader: the request that the engine knows.
-        is_led: whether somebody still waits for the leader's own answer.
+        is_led: whether the leader's client still waits for the answer.
         is_kept: whether the answer may be kept.
-        followers: those that wait, each with the number of steps that it was given.
-        num_bytes: of the steps so far.
-        epoch: what its owner knew of the model when it began.
+        followers: the other requests, each with the number of steps that it was given.
+        steps: the steps of the answer so far.
+        num_bytes: the memory of the steps so far.
+        epoch: the owner's number of the state that the model was in when the request began.
     """
 
     key: bytes
@@ -92,9 +95,9 @@ class Flight(Generic[StepT]):
     epoch: int | None = None
 
     def give(self) -> Iterator[tuple[str, int, StepT]]:
-        """What each follower has yet to get: its id, the number of the step, and the step.
+        """Yield all steps that followers have not got: the follower, the step's number, the step.
 
-        This is the only way to them, so none gets a step before those that came earlier.
+        Followers get steps in no other way, so each gets them in order.
         """
         for follower, given in self.followers.items():
             for number in range(given, len(self.steps)):
@@ -103,7 +106,7 @@ class Flight(Generic[StepT]):
 
 
 class Flights(Generic[StepT]):
-    """Requests in flight, by what was asked and by their ids. Not thread-safe."""
+    """The requests in flight, by key and by request id. Not thread-safe."""
 
     def __init__(self) -> None:
         self._by_key: dict[bytes, Flight[StepT]] = {}
@@ -114,13 +117,13 @@ class Flights(Generic[StepT]):
         return len(self._by_leader)
 
     def led_by(self, request_id: str) -> Flight[StepT] | None:
-        """The flight of a request that the engine knows."""
+        """The flight that a request leads; None when it leads none."""
         return self._by_leader.get(request_id)
 
     def begin(self, key: bytes, leader: str, *, is_kept: bool = True) -> Flight[StepT]:
-        """A request goes to the engine; those that equal it may follow from now on.
+        """Begin a flight for a request that goes to the engine. Equal requests may follow it.
 
-        One that is asked for the same at the same time, without following, keeps to itself.
+        If another flight with this key is there already, requests go on following that one.
         """
         flight: Flight[StepT] = Flight(key, leader, is_kept)
         self._by_leader[leader] = flight
@@ -128,7 +131,7 @@ class Flights(Generic[StepT]):
         return flight
 
     def join(self, key: bytes, follower: str) -> Flight[StepT] | None:
-        """Follow the request that asks for the same; None when there is none."""
+        """Follow the flight with this key; None when there is none."""
         flight = self._by_key.get(key)
         if flight is not None:
             flight.followers[follower] = 0
@@ -136,7 +139,11 @@ class Flights(Generic[StepT]):
         return flight
 
     def came(self, request_id: str, step: StepT, num_bytes: int) -> Flight[StepT] | None:
-        """A step of an answer; the flight whose followers are to be given it, too."""
+        """Add a step to the answer of a request.
+
+        Returns:
+            The flight whose followers must get the step, too; None when the request leads none.
+        """
         flight = self._by_leader.get(request_id)
         if flight is not None:
             flight.steps.append(step)
@@ -144,7 +151,7 @@ class Flights(Generic[StepT]):
         return flight
 
     def ends(self, flight: Flight[StepT]) -> Answer[StepT]:
-        """Nothing more will come; the answer is what has come."""
+        """End a flight, and return its answer."""
         del self._by_leader[flight.leader]
         if self._by_key.get(flight.key) is flight:
             del self._by_key[flight.key]
@@ -153,11 +160,11 @@ class Flights(Generic[StepT]):
         return Answer(flight.key, tuple(flight.steps), flight.num_bytes)
 
     def leaves(self, request_id: str) -> str | None:
-        """Nobody waits for a request any more.
+        """Record that nobody waits for a request any more.
 
         Returns:
-            The request that the engine need not go on with; None when it has to go on, or knows
-            none.
+            The request that the engine can abort; None when it has to go on, or when the request is
+            in no flight.
         """
         flight = self._by_follower.pop(request_id, None)
         if flight is not None:
@@ -177,9 +184,10 @@ class Flights(Generic[StepT]):
         return self._by_follower.get(request_id) or self._by_leader.get(request_id)
 
     def forget(self) -> None:
-        """The same question may have another answer from now on: nobody follows, nothing is kept.
+        """Let no request follow a present flight, and keep none of their answers.
 
-        Those that follow already go on.
+        For when the same request may get another answer from now on. Followers that have joined
+        stay.
         """
         self._by_key.clear()
         for flight in self._by_leader.values():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room for the frames of Python functions.
+"""Runs a recursive function in a large block of stack frames, so that its calls stay cheap.
 
-CPython 3.11 to 3.13 keeps them in blocks of 16 KiB. A call that crosses the end of a block asks the
-operating system for another one, and gives it back as it returns: some 2 to 10 us, for each such
-call. Where frames reach the end of a block depends on how deep they are nested, and a recursion
-over what a client sent can be made to cross it at each step.
+CPython 3.11 to 3.13 keeps the frames of Python functions in blocks of 16 KiB. A call that crosses
+the end of a block gets another block from the operating system and gives it back when it returns.
+Each such call takes some 2 to 10 us. Which calls cross the end of a block depends on how deep they
+are nested, and a client can send data for which a recursion crosses it at each step.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ Made = TypeVar("Made")
 
 
 def with_room(work: Callable[Args, Made], *args: Args.args, **kwargs: Args.kwargs) -> Made:
-    """Call a function in a block of its own, of 1 MiB, in which the default recursion limit fits.
+    """Call a function in a block of frames of its own, of 1 MiB.
 
-    Takes some 10 us, and as much memory as is used.
+    Calls up to the default recursion limit fit in it. Takes some 10 us, and only as much memory as
+    the frames use.
     """
     return work(*args, **kwargs)
 
 
-# A frame of a little more than half a block: the block is as large as the next power of two.
+# This makes the function's frame a little larger than half a MiB. A block is as large as the next
+# power of two, so it has 1 MiB.
 with_room.__code__ = with_room.__code__.replace(co_stacksize=70_000)

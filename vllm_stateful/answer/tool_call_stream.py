@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Follows the tool calls in an answer while it is generated, and judges them.
 
-Knows the text that vLLM's tool parsers read; what it does not recognise as a call it leaves alone.
-Source: vllm/tool_parsers (hermes, llama, mistral) and vllm/parser/mistral.py of vLLM 0.32, and
-vllm/tool_parsers/streaming.py for the two forms of guided JSON.
+It knows the forms of calls that vLLM's tool parsers read. Text that it does not recognise as a call
+is left alone. Source: vllm/tool_parsers (hermes, llama, mistral) and vllm/parser/mistral.py of vLLM
+0.32, and vllm/tool_parsers/streaming.py for the two forms of guided JSON.
 
 It runs for each token, in the process that serves all clients, on text and schemas that a client
-chose. So it reads on from where it was, and what must be read again (a call, at each look) is
-counted, in the steps of ``answer.tool_schemas``: an answer earns them by its length, and a look
-waits until it can be paid for. What cannot be judged is not looked at again.
+chose. So it reads on from where it stopped. A call is parsed anew at each look; this work is
+counted in the steps of ``answer.tool_schemas``. An answer earns steps by its length, and a look
+waits until there are enough. A call that cannot be judged is not looked at again.
 """
 
 from __future__ import annotations
@@ -26,41 +26,44 @@ from vllm_stateful.answer.stack_room import with_room
 from vllm_stateful.answer.tool_schemas import LOOK_STEPS, ToolSchemas
 
 MAX_CHARS = 256 * 1024
-"""A longer call is not judged."""
+"""The most characters of a call; a longer one is not judged."""
 
 OFTEN = 4096
-"""Up to this length a call is judged at each cut; beyond, when it has grown by 1/16."""
+"""Characters up to which a call is judged at each cut. A longer call is judged when it has grown by
+1/16."""
 
 MAX_OPEN = 256
-"""Nothing is looked at any more in an answer with more open brackets."""
+"""The most open brackets; an answer with more is not looked at any more."""
 
 MAX_REASON = 200
+"""Characters of a reason."""
 
 COMPLETE = "tool_call_complete"
-"""Reason of a turn that ended as its last allowed call was complete; clients are not told."""
+"""The reason when a turn ends because its last allowed call is complete. Clients do not see it."""
 
 INVALID = "invalid_tool_call"
-"""How the reason of a turn begins that ended at an invalid call."""
+"""How the reason begins when a turn ends at an invalid call."""
 
 
 _CLOSING = "</tool_call>"
 
 STEPS_PER_LOOK = 15
-"""What a look takes whatever it is at."""
+"""Steps that every look takes, whatever its length."""
 
 _STRUCTURE = ((b"{", 400), (b"[", 100), (b",", 150), (b"\\", 10))
 _DIGITS = (b"0123456789", 60)
 _OTHER = 3
-"""Thousandths of a step to parse one of these characters; measured with Python 3.11."""
+"""Thousandths of a step that parsing one character takes: what all characters take (``_OTHER``),
+and what digits and structural characters take beside that. Measured with Python 3.11."""
 
 
 class Form(StrEnum):
-    """How calls stand in the text."""
+    """How calls are written in the text."""
 
     HERMES = "hermes"
     """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``"""
     LLAMA = "llama"
-    """``{"name": ..., "parameters": {...}}`` from the beginning, more behind a semicolon."""
+    """``{"name": ..., "parameters": {...}}`` at the beginning; more calls follow semicolons."""
     MISTRAL = "mistral"
     """``[TOOL_CALLS]NAME[ARGS]{...}``, or ``[TOOL_CALLS][{"name": ..., "arguments": ...}]``."""
     LIST = "list"
@@ -73,11 +76,11 @@ class Result(StrEnum):
     """What became of one call; label of ``vllm_stateful_tool_calls_checked_total``."""
 
     VALID = "valid"
-    """Complete, and nothing is known to speak against it."""
+    """It is complete, and nothing is known to be wrong with it."""
     INVALID = "invalid"
-    """Not complete, or not what its tool's schema allows."""
+    """Its form is wrong, or its tool's schema does not allow it."""
     UNFINISHED = "unfinished"
-    """The turn ended inside of it."""
+    """The turn ended inside it."""
 
 
 class Unchecked(StrEnum):
@@ -90,26 +93,27 @@ class Unchecked(StrEnum):
     PARAMETERS = "parameters"
     """The request asks to go on behind an end, or continues an answer."""
     TOOLS = "tools"
-    """A tool that is no function."""
+    """A tool is not a function."""
     SCHEMA = "schema"
-    """A schema that is broken, refers to what is not in it, is too large, takes too long to follow,
+    """The schema is broken, refers to something outside it, is too large, takes too long to follow,
     or was not compiled when the call ended."""
     TOO_LONG = "too_long"
-    """A call that takes too long to parse, or more than the request may take."""
+    """The call takes too long to parse, or more steps than the request has left."""
     TOO_DEEP = "too_deep"
+    """The call has too many open brackets."""
     UNREADABLE = "unreadable"
-    """A key that stands twice in an object, or a number of thousands of digits."""
+    """An object has the same key twice, or a number has thousands of digits."""
     ERROR = "error"
-    """A fault in the check itself; the log has it."""
+    """The check itself failed; the error is in the log."""
 
 
 class Verdict(NamedTuple):
-    """The turn is to end."""
+    """Says that the turn must end."""
 
     end: int
-    """Place in the text, behind the last character that belongs to the answer."""
+    """The place in the text behind the last character that belongs to the answer."""
     reason: str
-    """``COMPLETE``, or ``INVALID`` with what is wrong."""
+    """``COMPLETE``, or ``INVALID`` followed by what is wrong."""
 
 
 class _Layout(StrEnum):
@@ -132,14 +136,14 @@ class ToolCallStream:
     """The calls of one answer.
 
     Args:
-        form: how calls stand in the text.
-        tools: JSON Schema of the parameters, by the name of the tool.
-        limit: calls after which the turn ends; None for no limit.
+        form: how calls are written in the text.
+        tools: for each tool's name, the JSON Schema of its parameters.
+        limit: the number of calls after which the turn ends; None for no limit.
         strict: whether an invalid call ends the turn.
-        name: of the one tool that may be called, for ``Form.ARGUMENTS``.
-        reasoning_end: the text at which the reasoning ends, before which there are no calls; None
-            when there is none or it has ended.
-        schemas: of the same tools, shared with the other answers to the request.
+        name: the name of the one tool that may be called, for ``Form.ARGUMENTS``.
+        reasoning_end: the text that ends the reasoning. Calls are looked for behind it only. None
+            when there is no reasoning or it has ended.
+        schemas: the schemas of the same tools, shared with the other answers to the request.
     """
 
     def __init__(
@@ -166,31 +170,31 @@ class ToolCallStream:
         self._layout = _Layout.CALL
         self._scanner: JsonScanner | None = None
         self._is_call = False
-        """Whether it is known that this JSON is a call."""
+        """Whether the current JSON is known to be a call."""
         self._is_counted = False
-        """Whether the result of the current call is known."""
+        """Whether the result of the current call was counted."""
         self._is_given_up = False
         """Whether the current call cannot be judged."""
         self._num_judged = 0
-        """Complete calls of the list."""
+        """Calls of the current list that are complete and were judged."""
         self._num_calls = 0
         self._judged_at = 0
         self._weight = 0
-        """What it takes to parse the current call, in thousandths of a step."""
+        """What parsing the current call takes, in thousandths of a step."""
         self._weighed = 0
-        """Up to where it is weighed."""
+        """The place in the text up to which ``_weight`` is counted."""
         self._num_seen = 0
         self._verdict: Verdict | None = None
         self._is_over = False
 
     def look(self, text: str) -> Verdict | None:
-        """Look at what was generated since the last call.
+        """Look at what was generated since the last look.
 
         Args:
-            text: all that was generated so far; it only grows.
+            text: the whole text generated so far; it only grows.
 
         Returns:
-            That the turn is to end, and where; None while it may go on.
+            Where and why the turn must end; None while it may go on.
         """
         self._schemas.earn(len(text) - self._num_seen)
         self._num_seen = len(text)
@@ -199,7 +203,7 @@ class ToolCallStream:
         return self._verdict
 
     def finish(self) -> None:
-        """The turn has ended, by itself or by our verdict."""
+        """Record that the turn has ended, by itself or by our verdict."""
         if self._reasoning_end is not None:
             self.unchecked[Unchecked.REASONING] += 1
         elif self._is_inside() and self._is_call and not self._is_counted:
@@ -207,7 +211,7 @@ class ToolCallStream:
         self._is_over = True
 
     def give_up(self) -> None:
-        """Something went wrong here; the answer goes on unchecked."""
+        """Stop checking after an error in the check. The answer goes on unchecked."""
         self.unchecked[Unchecked.ERROR] += 1
         self._reasoning_end = self._scanner = None
         self._is_over = True
@@ -217,7 +221,7 @@ class ToolCallStream:
         return scanner is not None and scanner.cut > 0 and scanner.end is None
 
     def _step(self, text: str) -> bool:
-        """Do one thing; False when more text is needed for the next."""
+        """Take one step through the text; False when the next one needs more text."""
         if self._reasoning_end is not None:
             return self._skip_reasoning(text)
         if self._scanner is None:
@@ -236,7 +240,7 @@ class ToolCallStream:
         return True
 
     def _go_behind(self, text: str, marker: str) -> bool:
-        """Find a marker from here on, and go behind it."""
+        """Find a marker from the current place on, and go behind it; False when there is none."""
         place = text.find(marker, self._pos)
         if place < 0:
             self._pos = max(self._pos, len(text) - len(marker) + 1)
@@ -329,13 +333,13 @@ class ToolCallStream:
         return True
 
     def _closing_tag(self, text: str) -> int:
-        """vLLM's parser ends a call at the first one, also inside a string."""
+        """The place of the first closing tag: vLLM's parser ends a call there, even in a string."""
         place = text.find(_CLOSING, self._pos)
         self._pos = max(self._pos, len(text) - len(_CLOSING) + 1) if place < 0 else place
         return place
 
     def _weigh(self, text: str, is_new: bool) -> None:
-        """Add what it takes to parse the new text: without a new cut it is all in a string."""
+        """Add what parsing the new text takes. Text without a new cut counts as inside a string."""
         new = text[self._weighed :].encode(errors="replace")
         self._weighed = len(text)
         letters, weight = _DIGITS
@@ -344,7 +348,7 @@ class ToolCallStream:
             self._weight += sum(weight * new.count(letter) for letter, weight in _STRUCTURE)
 
     def _is_due(self, scanner: JsonScanner) -> bool:
-        """Whether to look at the call now; at its end in any case."""
+        """Whether to look at the call now. Its end is always looked at."""
         if scanner.end is not None:
             return True
         if not self._strict or not self._schemas.may_look(is_end=False):
@@ -353,7 +357,7 @@ class ToolCallStream:
         return length <= OFTEN or scanner.cut - self._judged_at >= length // 16
 
     def _broken(self, text: str, problem: str) -> None:
-        """What stands here is no call, and nothing behind it is looked at."""
+        """Stop at text that is not a call; nothing behind it is looked at."""
         self._is_over = True
         if self._is_call:
             self._object(text, problem)
@@ -386,7 +390,7 @@ class ToolCallStream:
             self._schemas.spend(steps)
 
     def _unchecked(self, why: Unchecked) -> None:
-        """The current call cannot be judged, now or later."""
+        """Give up the current call, which cannot be judged now or later."""
         self._is_given_up = True
         if not self._is_counted:
             self.unchecked[why] += 1

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schemas of one request's tools, and what may be spent on them.
+"""The schemas of one request's tools, and the budget of steps for checking calls by them.
 
-All answers to a request share them, as they share the process that serves everyone.
+All answers to a request share both: a request with many answers gets no larger part of the process
+that serves all clients.
 """
 
 from __future__ import annotations
@@ -14,34 +15,34 @@ from vllm_stateful.answer.compiled_schema import CompiledSchema, SchemaError, co
 from vllm_stateful.answer.partial_schema import Steps
 
 Submit = Callable[[Any], "Future[CompiledSchema] | None"]
-"""Begins to compile a schema in another thread; None when too many wait there."""
+"""Starts compiling a schema in another thread; returns None when too many wait there."""
 
 INLINE_UNITS = 256
-"""A schema that takes more units to compile is compiled in another thread."""
+"""Units up to which a schema is compiled at once; a larger one is compiled in another thread."""
 
 STEPS_PER_UNIT = 3
-"""What a unit costs where the answer waits for it."""
+"""Steps that a unit costs when a schema is compiled at once."""
 
 LOOK_STEPS = 6_000
 """Steps that one look at a call may take."""
 
 RESERVE = LOOK_STEPS
-"""Steps that are left to the ends of calls: what is not complete is looked at another time."""
+"""Steps that are kept for the ends of calls. A call that is not complete can be looked at later."""
 
 MAX_STEPS = 2 * LOOK_STEPS + 2_000
-"""Steps that a request begins with, and can save up. So many can be spent at once, whatever the
-number of its answers."""
+"""Steps that a request begins with, and the most that it can save up. This bounds what can be spent
+at once, whatever the number of its answers."""
 
 STEPS_PER_CHAR = 2
-"""Steps that a character earns that was generated in one of the answers."""
+"""Steps that each character generated in one of the answers earns."""
 
 
 class ToolSchemas:
     """What the answers to one request share.
 
     Args:
-        tools: JSON Schema of the parameters, by the name of the tool.
-        submit: compiles what is too large to wait for; None to have it rejected.
+        tools: for each tool's name, the JSON Schema of its parameters.
+        submit: compiles large schemas in another thread; None rejects them.
     """
 
     def __init__(self, tools: Mapping[str, Any], submit: Submit | None = None) -> None:
@@ -58,24 +59,28 @@ class ToolSchemas:
     # ---- what may be spent ---------------------------------------------------------------------
 
     def earn(self, num_chars: int) -> None:
-        """So many characters were generated."""
+        """Add the steps that ``num_chars`` generated characters earn."""
         self._left = min(MAX_STEPS, self._left + STEPS_PER_CHAR * num_chars)
 
     def may_look(self, *, is_end: bool) -> bool:
-        """Whether there are steps left for a look at a call; its end may use the reserve."""
+        """Whether steps are left for a look at a call. Its end may use the reserve."""
         return self._left >= LOOK_STEPS + (0 if is_end else RESERVE)
 
     def spend(self, steps: Steps) -> None:
-        """A look is over that used these."""
+        """Take the steps that a look used from the budget."""
         self._left -= steps.used
 
     # ---- schemas -------------------------------------------------------------------------------
 
     def compiled(self, name: str, steps: Steps) -> CompiledSchema | None:
-        """The schema of a tool, compiled the first time; None while another thread does that.
+        """The compiled schema of a tool; None while another thread still compiles it.
+
+        Args:
+            name: the name of the tool.
+            steps: the budget from which compiling is paid.
 
         Raises:
-            SchemaError: it cannot be judged, once and for all.
+            SchemaError: calls cannot be judged by this schema, now or later.
             KeyError: there is no such tool.
         """
         found = self._compiled.get(name)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delta append attention: the plan of a step, its kernels, and what they are tested against."""
+"""Delta append attention: the plan of a step, the kernels, and an oracle to test them against."""

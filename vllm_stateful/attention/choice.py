@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which batches the kernels take, by what is known when a step's metadata is built."""
+"""Decides which batches our kernels take, from what is known when a step's metadata is built."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ class Layers:
     """What all attention layers of a group have in common.
 
     Attributes:
-        is_half_precision: The cache is bfloat16 or float16.
+        head_size: Elements of one head.
+        group_size: Query heads of one KV head.
+        page_size: Tokens of a block of the cache.
+        is_half_precision: Whether the cache is bfloat16 or float16.
         capability: Major and minor compute capability of the device.
-        is_fp8: The cache is fp8 (e4m3) with a scale for each layer or head; all else is not.
-        unusual: What a layer asks for that the kernels do not know (sinks, ...).
+        is_fp8: Whether the cache is fp8 (e4m3) with a scale for each layer or head. False for all
+            other caches.
+        unusual: What a layer needs that the kernels do not support (sinks, ...); empty if nothing.
     """
 
     head_size: int
@@ -35,12 +39,12 @@ class Layers:
 
 @dataclass(frozen=True)
 class Batch:
-    """What is known of a step.
+    """What is known of the batch of a step.
 
     Attributes:
-        max_query_len: New tokens of the longest.
-        num_tokens: New tokens of all.
-        unusual: What the batch asks for that the kernels do not know; empty: nothing.
+        max_query_len: The most new tokens of one sequence.
+        num_tokens: New tokens of all sequences together.
+        unusual: What the batch needs that the kernels do not support; empty if nothing.
     """
 
     max_query_len: int
@@ -50,13 +54,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Graphs:
-    """Which steps may be replayed from a CUDA graph that has the attention in it.
+    """Which steps may be replayed from a CUDA graph that contains the attention.
 
     Attributes:
-        most_tokens: New tokens of a step of any kind that may be; 0: none.
-        most_query_len: New tokens of each sequence in a step where all have as many, as when drafts
-            are verified; 1: only decoding, 0: none.
-        are_ours: Our kernels are captured for these steps, if they have more than one token each.
+        most_tokens: The most new tokens of a step of any kind that may be replayed; 0: no step.
+        most_query_len: The most new tokens per sequence in steps where all sequences have the same
+            number, as when drafts are verified. 1: only decoding; 0: no such step.
+        are_ours: Whether our kernels are captured for the steps of ``most_query_len``, if their
+            sequences have more than one new token each.
     """
 
     most_tokens: int = 0
@@ -64,18 +69,18 @@ class Graphs:
     are_ours: bool = False
 
     def has_ours(self, max_query_len: int) -> bool:
-        """Whether a step with so many tokens at most may be replayed with our kernels."""
+        """Whether a graph may replay a step of such sequences with our kernels."""
         return self.are_ours and 2 <= max_query_len <= self.most_query_len
 
     def has_theirs(self, batch: Batch) -> bool:
-        """Whether a batch may be replayed with vLLM's kernel, so that a plan is of no use."""
+        """Whether a batch may be replayed with vLLM's kernel. It needs no plan then."""
         if batch.num_tokens <= self.most_tokens:
             return True
         return batch.max_query_len <= self.most_query_len and not self.are_ours
 
 
 def why_never(layers: Layers) -> str:
-    """Why no batch of these layers is taken; empty: some are."""
+    """Why our kernels take no batch of these layers; empty if they take some."""
     if layers.unusual:
         return layers.unusual
     if layers.head_size not in HEAD_SIZES:
@@ -90,7 +95,7 @@ def why_never(layers: Layers) -> str:
 
 
 def why_not(layers: Layers, graphs: Graphs, batch: Batch) -> str:
-    """Why this batch is left to vLLM's own kernel; empty: it is taken."""
+    """Why this batch is left to vLLM's own kernel; empty if our kernels take it."""
     if batch.unusual:
         return batch.unusual
     if batch.max_query_len < 2:
@@ -100,18 +105,21 @@ def why_not(layers: Layers, graphs: Graphs, batch: Batch) -> str:
     if graphs.has_theirs(batch):
         return "a CUDA graph of vLLM's"
     if layers.is_fp8 and layers.group_size * batch.max_query_len > ROWS_OF_MMA[-1]:
-        return "fp8 and many rows"  # theirs multiplies in fp8
+        return "fp8 and many rows"  # vLLM's kernel multiplies in fp8
     return ""
 
 
 def may_be_captured(layers: Layers, max_query_len: int) -> bool:
-    """Whether all steps of up to so many tokens a sequence can be ours, as graphs ask."""
+    """Whether our kernels can take all steps of up to ``max_query_len`` tokens per sequence.
+
+    A CUDA graph needs this: it is captured once for all such steps.
+    """
     few = not layers.is_fp8 or layers.group_size * max_query_len <= ROWS_OF_MMA[-1]
     return few and max_query_len <= MOST_NEW_TOKENS
 
 
 def tile_rows(layers: Layers, max_query_len: int) -> int:
-    """Rows of the tiles: the smallest that holds the longest chunk, or the largest there is."""
+    """Rows of a step's tiles: the smallest tile that holds the longest chunk, else the largest."""
     needed = layers.group_size * max_query_len
     for rows in ROWS_OF_MMA:
         if needed <= rows:
@@ -121,10 +129,12 @@ def tile_rows(layers: Layers, max_query_len: int) -> int:
 
 
 def tile_rows_of_groups(layers: Layers, max_query_len: int, group_rows: int) -> int:
-    """Rows of the tiles where sequences share one: for all rows of a group, as far as they go.
+    """Rows of a step's tiles if sequences share tiles: enough for a whole group, up to a limit.
 
     Args:
-        group_rows: Rows of the largest group; 0: there is none.
+        layers: The layers of the step.
+        max_query_len: The most new tokens of one sequence.
+        group_rows: Rows of the largest group; 0 without a group.
     """
     least = tile_rows(layers, max_query_len)
     needed = max(least, min(group_rows, max(ROWS_OF_MMA, default=0)))

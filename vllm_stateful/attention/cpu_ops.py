@@ -12,15 +12,16 @@ from vllm_stateful.attention.libraries import CPU, library
 LIBRARY = library(CPU)
 DTYPES = (torch.float32, torch.bfloat16)
 MULTIPLE = 32
-"""Head sizes and blocks are multiples of it."""
+"""Head sizes and block sizes must be multiples of this."""
 
 MOST_NEW_TOKENS = 64
-"""From about twice as many on vLLM's kernel is as fast (benchmarks/README.md)."""
+"""The most new tokens of a turn. From about twice as many on, vLLM's kernel is as fast
+(benchmarks/README.md)."""
 
 
 @cache
 def why_unavailable() -> str:
-    """Why the compiled kernel cannot be called here; empty: it can."""
+    """Why the compiled kernel cannot be called here; empty if it can."""
     if not LIBRARY.exists():
         return "vllm_stateful was built without its CPU kernel (no C++ compiler, or not x86-64)"
     try:
@@ -36,7 +37,7 @@ def why_unavailable() -> str:
 def _register_fake() -> None:
     @torch.library.register_fake("vllm_stateful_cpu::chunk_attention")  # type: ignore[untyped-decorator]
     def _(*_: object) -> None:
-        """Writes into its arguments only."""
+        """Do nothing: the op only writes into its arguments."""
 
 
 def chunk_attention(
@@ -51,7 +52,7 @@ def chunk_attention(
     soft_cap: float = 0.0,
     window: int = 0,
 ) -> None:
-    """Attend from new tokens to a paged cache that holds their own K and V already.
+    """Attend from new tokens to a paged cache that already contains their own K and V.
 
     Args:
         q: ``[tokens, heads, D]``, float32 or bfloat16, D a multiple of 32.
@@ -59,11 +60,11 @@ def chunk_attention(
             ``vec``: each head of a block holds K as ``[D, block size]``, then V as ``[block
             size, D]``. The block size is a multiple of 32.
         out: ``[tokens, heads, D]``; written.
-        query_start: ``[sequences + 1]`` int32.
-        seq_lens: ``[sequences]`` int32, cached and new.
+        query_start: ``[sequences + 1]`` int32: the first new token of each sequence, and the end.
+        seq_lens: ``[sequences]`` int32: cached and new tokens of each sequence.
         block_table: ``[sequences, blocks]`` int32.
-        scale: Of the scores.
-        soft_cap: Scores are ``cap * tanh(score / cap)``; 0: no cap.
+        scale: The factor of the scores.
+        soft_cap: Scores become ``cap * tanh(score / cap)``; 0: no cap.
         window: Keys that a token sees, its own included; 0: all.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the compiled kernels are, if they were built."""
+"""Finds the compiled kernels, if they were built."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ CPU = "_C_cpu.abi3.so"
 
 
 def library(name: str) -> Path:
-    """Its path; where it would be when it was not built.
+    """The path of a library. If it was not built, this is the path that it would have.
 
-    In an editable installation it lies beside the other installed packages, not in the sources.
+    In an editable installation it is among the installed packages, not in the source folder.
     """
     paths = [Path(folder) / name for folder in vllm_stateful.__path__]
     return next((path for path in paths if path.exists()), paths[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.ops.vllm_stateful: loading the compiled kernels, and calling them over a plan."""
+"""torch.ops.vllm_stateful: loads the compiled kernels, and calls them with a plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WGMMA_ROWS = 128
 
 @cache
 def why_unavailable() -> str:
-    """Why the compiled kernels cannot be called here; empty: they can."""
+    """Why the compiled kernels cannot be called here; empty if they can."""
     if not LIBRARY.exists():
         return "vllm_stateful was built without CUDA kernels (no nvcc was found then)"
     try:
@@ -35,11 +35,11 @@ def why_unavailable() -> str:
 def _register_fake() -> None:
     @torch.library.register_fake("vllm_stateful::delta_append_attention")  # type: ignore[untyped-decorator]
     def _(*_: object) -> None:
-        """Writes into its arguments only."""
+        """Do nothing: the op only writes into its arguments."""
 
 
 def block_keys(head_size: int, rows: int) -> int:
-    """Keys of a block in the kernel for tiles of `rows`.
+    """The number of keys of a block in the kernel for tiles of `rows` rows.
 
     Raises:
         ValueError: there is no kernel for this head size.
@@ -53,14 +53,17 @@ def block_keys(head_size: int, rows: int) -> int:
 def num_ctas(
     dtype: torch.dtype, head_size: int, rows: int, device: int, *, fp8: bool = False
 ) -> int:
-    """Thread blocks that are resident at once on a device: the grid of a plan.
+    """The number of thread blocks that are resident at once on a device: the grid of a plan.
 
     Args:
-        dtype: Of the result.
-        fp8: The cache and the queries are fp8.
+        dtype: The dtype of the result.
+        head_size: Elements of one head.
+        rows: Rows of a tile.
+        device: The index of the device.
+        fp8: Whether the cache and the queries are fp8.
 
     Raises:
-        RuntimeError: the kernels are not available, or not this one on this device.
+        RuntimeError: the kernels are not available, or this one is not available on this device.
     """
     if reason := why_unavailable():
         raise RuntimeError(reason)
@@ -69,7 +72,7 @@ def num_ctas(
 
 
 class Scales(NamedTuple):
-    """What one unit of fp8 queries, keys and values stands for: float32, one or ``[KV heads]``."""
+    """The value of one unit of fp8 queries, keys and values: float32, single or ``[KV heads]``."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -85,12 +88,14 @@ def no_scales(device: torch.device) -> Scales:
 
 @dataclass
 class DevicePlan:
-    """A plan in device memory, and the memory that its kernels add up in.
+    """A plan in device memory, and the memory for its partial results.
 
     Attributes:
+        rows: Rows of a tile.
+        cta_segments: See `plan.Plan`, as for the other arrays of the plan.
         partial_out: ``[slots, rows, D]`` float32.
-        partial_lse: ``[slots, rows]`` float32, base 2.
-        arrivals: ``[slots]`` int32: zero, and left zero by each launch.
+        partial_lse: ``[slots, rows]`` float32: logarithms to base 2 of the sums of weights.
+        arrivals: ``[slots]`` int32: counters, zero before and after each launch.
     """
 
     rows: int
@@ -104,7 +109,7 @@ class DevicePlan:
     arrivals: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """In the order of the op's arguments."""
+        """All tensors, in the order of the op's arguments."""
         return (
             self.cta_segments,
             self.segments,
@@ -118,7 +123,7 @@ class DevicePlan:
 
     @classmethod
     def of(cls, plan: Plan, rows: int, head_size: int, device: torch.device) -> DevicePlan:
-        """Copy a plan, and allocate what it needs."""
+        """Copy a plan to the device, and allocate memory for its partial results."""
         slots = max(1, plan.num_slots)
         return cls(
             rows=rows,
@@ -150,23 +155,24 @@ def delta_append_attention(
     window: int = 0,
     scales: Scales | None = None,
 ) -> None:
-    """Attend from new tokens to a paged cache and to themselves; append their K and V, in a launch.
+    """Attend from new tokens to a paged cache and themselves, and append K and V, in one launch.
 
     Args:
-        q: ``[tokens, heads, D]``, D of 64, 128 or 256; with the dtype of the cache.
-        k_new: ``[tokens, KV heads, D]``, bfloat16 or float16; `v_new` too.
-        kv_cache: ``[blocks, KV heads, page, 2 D]``, K then V, any strides; written. With the dtype
-            of `k_new`, or fp8 (e4m3): new K and V are attended to as they are rounded into it.
+        q: ``[tokens, heads, D]``, with the dtype of the cache. D is 64, 128 or 256.
+        k_new: ``[tokens, KV heads, D]``, bfloat16 or float16.
+        v_new: ``[tokens, KV heads, D]``, bfloat16 or float16.
+        kv_cache: ``[blocks, KV heads, page, 2 D]``, K then V, any strides; written. Its dtype is
+            that of `k_new`, or fp8 (e4m3). With fp8, the attention uses new K and V as rounded.
         out: ``[tokens, heads, D]``, with the dtype of `k_new`; written.
         block_table: ``[sequences, pages]`` int32.
-        query_start: ``[sequences + 1]`` int32.
-        seq_lens: ``[sequences]`` int32, cached and new.
-        slot_mapping: ``[tokens]`` int64; -1: not appended.
-        plan: Of these lengths, for this head size and device.
-        scale: Of the scores.
-        soft_cap: Scores are ``cap * tanh(score / cap)``; 0: no cap.
+        query_start: ``[sequences + 1]`` int32: the first new token of each sequence, and the end.
+        seq_lens: ``[sequences]`` int32: cached and new tokens of each sequence.
+        slot_mapping: ``[tokens]`` int64: the slot of each token; -1: not appended.
+        plan: A plan for these lengths, this head size and this device.
+        scale: The factor of the scores.
+        soft_cap: Scores become ``cap * tanh(score / cap)``; 0: no cap.
         window: Keys that a token sees, its own included; 0: all.
-        scales: Where the cache is fp8.
+        scales: The scales of an fp8 cache; None for other caches.
 
     Raises:
         RuntimeError: the kernels are not available here, or the tensors do not fit.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delta append attention in float64, slowly: what every kernel is tested against."""
+"""Delta append attention in float64: a slow oracle that every kernel is tested against."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ FP8 = torch.float8_e4m3fn
 
 
 def quantize(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Divide and round to fp8 (e4m3), as vLLM does on the way into its cache.
+    """Divide by the scale and round to fp8 (e4m3), as vLLM does when it writes to its cache.
 
     Args:
         tensor: ``[..., KV heads, D]``.
-        scale: What one unit stands for: float32, one or ``[KV heads]``.
+        scale: The value of one fp8 unit: float32, a single one or ``[KV heads]``.
     """
     most = torch.finfo(FP8).max
     return (tensor.float() / scale.reshape(-1, 1)).clamp(-most, most).to(FP8)
 
 
 def dequantize(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """What `quantize` left, in float64."""
+    """The values of a quantized tensor, in float64."""
     return tensor.float().double() * scale.double().reshape(-1, 1)
 
 
@@ -33,8 +33,9 @@ def append_oracle(
 
     Args:
         cache: ``[blocks, KV heads, page, 2 D]``: K, then V.
-        k_new: ``[tokens, KV heads, D]``; `v_new` too.
-        slot_mapping: ``[tokens]``; -1: not written.
+        k_new: ``[tokens, KV heads, D]``.
+        v_new: ``[tokens, KV heads, D]``.
+        slot_mapping: ``[tokens]``: the slot of each token; -1: not written.
     """
     page, head_size = cache.shape[2], k_new.shape[2]
     for token, slot in enumerate(slot_mapping.tolist()):
@@ -56,14 +57,19 @@ def attention_oracle(
     window: int = 0,
     soft_cap: float = 0.0,
 ) -> torch.Tensor:
-    """Causal attention of new tokens to what is cached and to themselves.
+    """Causal attention of new tokens to the cached tokens and to themselves.
 
     Args:
         q: ``[tokens, heads, D]``.
-        cache: As it was before the append; keys behind a sequence's cached ones are not read.
+        k_new: ``[tokens, KV heads, D]``.
+        v_new: ``[tokens, KV heads, D]``.
+        cache: The cache before the append. Keys behind a sequence's cached ones are not read.
         block_table: ``[sequences, pages]``.
-        query_start: ``[sequences + 1]``.
-        seq_lens: ``[sequences]``, cached and new.
+        query_start: ``[sequences + 1]``: the first new token of each sequence, and the end.
+        seq_lens: ``[sequences]``: cached and new tokens of each sequence.
+        scale: The factor of the scores.
+        window: Keys that a token sees, its own included; 0: all.
+        soft_cap: Scores become ``cap * tanh(score / cap)``; 0: no cap.
 
     Returns:
         ``[tokens, heads, D]`` in float64.
@@ -83,7 +89,7 @@ def attention_oracle(
         hidden = key > self_key
         if window:
             hidden |= key + window <= self_key
-        for head in range(k_new.shape[1]):  # one by one: scores take much memory
+        for head in range(k_new.shape[1]):  # one at a time, as scores take much memory
             old = cache[blocks, head, places % page].double()  # [cached, 2 D]
             k = torch.cat([old[:, :head_size], k_new[begin:end, head].double()])
             v = torch.cat([old[:, head_size:], v_new[begin:end, head].double()])

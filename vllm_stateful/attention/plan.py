@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who computes what in one step: key blocks cut evenly over the SMs, once for all layers.
+"""Plans which thread block computes what in one step. One plan serves all layers.
 
-The same fields in the same order as csrc/include/stateful/plan.cuh. After stream-K
-(arXiv:2301.03598) and FlashMLA's scheduler: all work of a step is laid end to end, sequence by
-sequence and KV head by KV head, and cut into as many contiguous ranges as there are thread blocks.
+All work of a step is a sequence of key blocks: sequence by sequence, and KV head by KV head. It is
+cut into as many contiguous ranges of equal cost as there are thread blocks. The arrays have the
+same fields in the same order as csrc/include/stateful/plan.cuh.
+
+Source: stream-K (arXiv:2301.03598) and FlashMLA's scheduler.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ KEY_ALIGNMENT = 16  # keys in the smallest page, and in a TMA box
 
 @dataclass(frozen=True)
 class Shape:
-    """What a kernel takes at once.
+    """The sizes for which a kernel was compiled and is launched.
 
     Attributes:
         num_ctas: Thread blocks of the grid, all resident at once.
@@ -42,7 +44,7 @@ class Shape:
         num_kv_heads: KV heads of the layer, on this device.
         group_size: Query heads of one KV head.
         overhead: Cost of beginning a tile, in key blocks.
-        least_cost: A thread block is not begun for less, in key blocks.
+        least_cost: The least work for which one more thread block is used, in key blocks.
     """
 
     num_ctas: int
@@ -56,11 +58,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Sequences whose first `num_keys` keys are the same pages.
+    """Sequences whose first `num_keys` keys are in the same pages.
 
     Attributes:
         sequences: Indices in the batch, ascending.
-        num_keys: A multiple of `KEY_ALIGNMENT`, at most what each of them has cached.
+        num_keys: A multiple of `KEY_ALIGNMENT`, at most the cached keys of each sequence.
     """
 
     sequences: tuple[int, ...]
@@ -69,15 +71,15 @@ class SharedPrefix:
 
 @dataclass(frozen=True)
 class Plan:
-    """Arrays of int32, C order.
+    """The plan of one step. The arrays are int32 in C order.
 
     Attributes:
-        cta_segments: ``[num_ctas + 1]``, where the segments of each thread block begin.
+        cta_segments: ``[num_ctas + 1]``: the first segment of each thread block, and the end.
         segments: ``[num_segments, 8]``, see `SEGMENT_FIELDS`.
         units: ``[num_units, 8]``, see `UNIT_FIELDS`.
-        groups: ``[num_groups, 4]``: first member, members, keys, 0.
-        members: ``[num_members, 2]``: unit, its first row in the group's tile.
-        num_slots: Partial results of ``tile_rows`` rows each that are held at once.
+        groups: ``[num_groups, 4]``: first member, number of members, number of keys, 0.
+        members: ``[num_members, 2]``: the unit, and its first row in the group's tile.
+        num_slots: Number of partial results, of ``tile_rows`` rows each.
     """
 
     cta_segments: Ints
@@ -90,7 +92,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Units:
-    """Columns over all (sequence, KV head, tile of rows), in this order."""
+    """One column per field, with one entry per unit: ordered by sequence, KV head, tile of rows."""
 
     sequence: Longs
     head: Longs
@@ -115,12 +117,15 @@ def make_plan(
     Args:
         query_lens: New tokens of each sequence; 0 for one that has nothing to do.
         seq_lens: Cached and new keys of each sequence, or upper bounds of them.
-        prefixes: Shared prefixes, no sequence in two of them. Not with a window.
+        shape: The sizes of the kernel.
+        prefixes: Shared prefixes. No sequence may be in two of them. Not possible with a window.
         window: Keys that a token sees, its own included; 0: all.
-        exact: The lengths are no bounds: keys outside the window are left out of the plan.
+        exact: Whether the lengths are exact. If so, keys outside the window are left out of the
+            plan.
 
     Raises:
-        ValueError: lengths that do not fit each other, or prefixes that overlap.
+        ValueError: the lengths do not fit each other, prefixes overlap or are longer than what a
+            sequence has cached, or there are prefixes and a window.
     """
     new = np.asarray(query_lens, dtype=np.int64)
     total = np.asarray(seq_lens, dtype=np.int64)
@@ -204,11 +209,15 @@ def _units_of_head(begins: list[int], ends: list[int], head: int, num_heads: int
 
 
 def _cut(blocks: Longs, shape: Shape) -> tuple[Longs, Longs, Longs, Longs]:
-    """Cut items of so many blocks, laid end to end.
+    """Cut all items, laid end to end, into segments for the thread blocks.
+
+    Args:
+        blocks: ``[num_items]``: the key blocks of each item.
+        shape: The sizes of the kernel.
 
     Returns:
-        For each segment its item and its blocks ``[block0, block1)`` there; and where each thread
-        block's segments begin, ``[num_ctas + 1]``.
+        For each segment its item and its blocks ``[block0, block1)`` in that item; and the first
+        segment of each thread block, ``[num_ctas + 1]``.
     """
     num_blocks = int(blocks.sum())
     ends = np.concatenate([[0], np.cumsum(blocks)])
@@ -244,7 +253,7 @@ def _assemble(
     part = np.arange(len(item)) - first[item]
     members_array = np.asarray(members, dtype=np.int32).reshape(-1, 2)
     groups_array = np.asarray(groups, dtype=np.int32).reshape(-1, 4)
-    before = np.zeros(num_units, dtype=np.int64)  # parts that a group adds, in front of its own
+    before = np.zeros(num_units, dtype=np.int64)  # parts from a unit's group, before its own parts
     before[members_array[:, 0]] = np.repeat(counts[:num_groups], groups_array[:, 1])
     num_parts = before + counts[num_groups:]
     num_slots = np.where(num_parts > 1, num_parts, 0)

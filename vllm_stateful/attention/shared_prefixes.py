@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sequences share leading blocks of the cache, and which of them are worth one tile.
+"""Finds sequences that share leading blocks of the cache, and puts them into one tile if it pays.
 
-Sub-agents have their parent's prompt in the same blocks. A tile that holds rows of several of them
-reads those keys once. Blocks are the same where their ids are the same, at the same position.
+Sub-agents have their parent's prompt in the same blocks. A tile with rows of several sub-agents
+reads those keys once. Two sequences share a block if they have the same block id at the same
+position.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ Longs = NDArray[np.int64]
 Lengths = Sequence[int] | Ints | Longs
 
 MIN_KEYS = 512
-"""Keys that sequences must share. Not measured on a GPU. By bytes, partial results of 32 rows (the
-most of a member) are written and read for what 128 keys cost; the rest is room for what a second
-item in the plan costs, and for keys of one byte."""
+"""Keys that sequences must share. This is not measured on a GPU. Counted in bytes, writing and
+reading partial results of 32 rows (the most of a member) costs as much as 128 keys. The rest covers
+the cost of a second item in the plan, and keys of one byte."""
 
 MOST_MEMBER_ROWS = 32
-"""Rows of a member: two of them fill the largest tile that is bound by memory."""
+"""The most rows of a member. Two such members fill the largest tile that is bound by memory."""
 
 LEAST_SAVED = 8
-"""Larger tiles cost all sequences of a step, so they must save one in this many key reads. Not
-measured on a GPU."""
+"""Larger tiles cost time for all sequences of a step. So they must save at least one in this many
+key reads. This is not measured on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,16 @@ class Shared:
 
 @dataclass
 class _Node:
-    """Rows that share `depth` blocks, no more of them that many and one.
+    """A node of the trie: a maximal set of rows that share the first `depth` blocks.
 
     Attributes:
+        depth: Blocks that its rows share.
         above: Places of the nodes above it, from the root down.
-        rows: Those that are in no node below it.
-        gains: For each node above as the nearest that is a group, and for none (first): the most
-            that can be saved below.
-        is_group: For each of the same, whether that takes a group here.
+        rows: Its rows that are in no node below it.
+        below: Places of the nodes directly below it.
+        gains: The most block reads that can be saved here and below. One entry for each possible
+            nearest group above: first for none, then for each node of `above`.
+        is_group: For the same cases, whether this node must be a group to save that many.
     """
 
     depth: int
@@ -68,14 +71,14 @@ class _Node:
 
 
 def share(blocks: Sequence[Ints], least: int = 1) -> list[Shared]:
-    """The groups that save the most block reads, no sequence in two of them.
+    """Find the groups that save the most block reads. No sequence is in two of them.
 
-    A group of n that share m blocks saves ``(n - 1) * m``. Where some share more than the others do
-    they may have a group of their own; the others keep theirs.
+    A group of n sequences that share m blocks saves ``(n - 1) * m`` reads. Sequences of a group
+    that share more blocks than the others may form a group of their own; the others stay together.
 
     Args:
-        blocks: The ids of each sequence's computed blocks, in the order of its tokens.
-        least: Blocks that a group must share.
+        blocks: For each sequence the ids of its computed blocks, in the order of its tokens.
+        least: The least number of blocks that a group must share.
     """
     alike: dict[int, list[int]] = {}
     for index, ids in enumerate(blocks):
@@ -109,7 +112,11 @@ def _num_common(a: Ints, b: Ints) -> int:
 
 
 def _trie(common: Longs) -> list[_Node]:
-    """Rows in order, `common` blocks between neighbours, as a tree: parents first."""
+    """Build the trie of sorted rows. Parents come before their children.
+
+    Args:
+        common: ``[num_rows - 1]``: the blocks that neighbouring rows have in common.
+    """
     nodes: list[_Node] = []
     todo: list[tuple[int, int, list[int]]] = [(0, len(common) + 1, [])]
     while todo:
@@ -131,7 +138,10 @@ def _trie(common: Longs) -> list[_Node]:
 
 
 def _weigh(nodes: list[_Node]) -> None:
-    """A row saves the depth of the nearest group above it, and a group pays for its own once."""
+    """Fill `gains` and `is_group` of all nodes, from the leaves up.
+
+    Each row saves the depth of its nearest group; a group pays for its depth once.
+    """
     for node in reversed(nodes):
         above = np.asarray([0, *(nodes[place].depth for place in node.above)], np.int64)
         without = len(node.rows) * above
@@ -144,9 +154,9 @@ def _weigh(nodes: list[_Node]) -> None:
 
 
 def _chosen(nodes: list[_Node]) -> dict[int, list[int]]:
-    """The rows of each group, by the place of its node; those of none at -1."""
+    """The rows of each group, by the place of its node. Rows in no group are left out."""
     groups: dict[int, list[int]] = {}
-    nearest: list[int] = []  # for each node the group that its rows are in
+    nearest: list[int] = []  # for each node the group of its rows, -1 for none
     for place, node in enumerate(nodes):
         group = nearest[node.above[-1]] if node.above else -1
         option = 1 + node.above.index(group) if group >= 0 else 0
@@ -161,14 +171,14 @@ def _chosen(nodes: list[_Node]) -> dict[int, list[int]]:
 
 @dataclass(frozen=True)
 class SharedKeys:
-    """What the scheduler tells of a step: requests with the same leading keys, by their ids."""
+    """Requests with the same leading keys, by their ids: the scheduler tells these for a step."""
 
     names: tuple[Hashable, ...]
     num_keys: int
 
 
 def in_batch(shared: Sequence[SharedKeys], names: Sequence[Hashable]) -> list[SharedPrefix]:
-    """The same by the places in a batch; without those that are not in it."""
+    """Replace request ids by places in the batch. Requests that are not in it are left out."""
     places = {name: place for place, name in enumerate(names)}
     found = []
     for each in shared:
@@ -186,14 +196,15 @@ def tiles_to_share(
     *,
     rows: int | None = None,
 ) -> tuple[int, list[SharedPrefix]]:
-    """The rows of a step's tiles, and the shared prefixes that are worth it: one for each tile.
+    """Choose the rows of a step's tiles, and the shared prefixes that pay: one for each tile.
 
     Args:
-        shared: No sequence in two of them.
+        shared: The shared prefixes. No sequence may be in two of them.
         query_lens: New tokens of each sequence.
-        seq_lens: Cached and new keys of each, or upper bounds of them.
-        max_query_len: The longest, or an upper bound of it.
-        rows: Of the tiles, where a CUDA graph has them already.
+        seq_lens: Cached and new keys of each sequence, or upper bounds of them.
+        max_query_len: The maximum of `query_lens`, or an upper bound of it.
+        layers: The layers of the step.
+        rows: Rows of the tiles, if a CUDA graph fixes them; None to choose them.
     """
     new, total = np.asarray(query_lens, np.int64), np.asarray(seq_lens, np.int64)
     least = tile_rows(layers, max_query_len)
@@ -214,7 +225,7 @@ def tiles_to_share(
 
 
 def _able(shared: SharedPrefix, new: Longs, total: Longs, layers: Layers) -> list[int]:
-    """The members that have rows, few enough, and all of the keys."""
+    """The members that have all shared keys cached, and between 1 and `MOST_MEMBER_ROWS` rows."""
     if shared.num_keys < KEY_ALIGNMENT or shared.num_keys % KEY_ALIGNMENT:
         return []
     members = np.asarray(shared.sequences, np.int64)
@@ -225,7 +236,7 @@ def _able(shared: SharedPrefix, new: Longs, total: Longs, layers: Layers) -> lis
 
 
 def _tiles(members: list[int], rows: Longs, size: int) -> list[list[int]]:
-    """Members in their order, as many in a tile as fit."""
+    """Fill tiles of `size` rows with members, in their order."""
     tiles: list[list[int]] = []
     left = 0
     for member in members:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of each step, on the device: made where the one before does not hold any more."""
+"""The plan of each step, on the device. A new one is made only when the last does not fit."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from vllm_stateful.attention.workspace import GraphWorkspace, Workspace
 
 @dataclass
 class StepPlans:
-    """The plans of the layers of one metadata builder, one step after the other.
+    """The plans for the layers of one metadata builder, step by step.
 
-    A plan counts blocks of keys, and the kernels clamp it to the lengths that stand on the device.
-    So it holds until a sequence fills a block, 32 to 128 keys, or the batch changes.
+    A plan counts in blocks of keys, and the kernels clamp it to the lengths in device memory. So a
+    plan is valid until a sequence fills a block (32 to 128 keys) or the batch changes.
 
     Attributes:
-        dtype: Of the result.
-        most_requests: Sequences of a step that a CUDA graph replays.
-        num_made: Plans so far.
+        layers: What the layers have in common.
+        graphs: The steps that CUDA graphs may replay.
+        num_kv_heads: KV heads of a layer, on this device.
+        dtype: The dtype of the result.
+        most_requests: The most sequences in a step that a CUDA graph replays.
+        device: The device of the plans.
+        num_made: Plans made so far.
     """
 
     layers: Layers
@@ -53,9 +57,9 @@ class StepPlans:
 
         Args:
             query_lens: New tokens of each sequence.
-            seq_lens: Cached and new keys of each, or upper bounds of them.
-            max_query_len: The longest of `query_lens`, or what a graph was captured for.
-            shared: What sequences have in common; used where it is worth it.
+            seq_lens: Cached and new keys of each sequence, or upper bounds of them.
+            max_query_len: The maximum of `query_lens`, or the length that a graph was captured for.
+            shared: The prefixes that sequences share. They are used only where it pays.
         """
         graphs = self._graph_workspace(max_query_len)
         rows, prefixes = tiles_to_share(
@@ -70,7 +74,7 @@ class StepPlans:
         cached = -(-(seq_lens - query_lens) // shape.block_keys) * shape.block_keys
         key = (graphs is None, rows, query_lens.tobytes(), cached.tobytes(), tuple(prefixes))
         if self._last is None or self._last[0] != key:
-            # Layers may differ in their windows: the plan covers all keys, the kernels mask.
+            # Layers may have different windows, so the plan covers all keys and the kernels mask.
             plan = make_plan(query_lens, cached + query_lens, shape, prefixes=prefixes, exact=False)
             if graphs is not None and not graphs.fits(plan):
                 plan = make_plan(query_lens, cached + query_lens, shape, exact=False)
@@ -94,9 +98,10 @@ class StepPlans:
         return self._shapes[rows]
 
     def _graph_workspace(self, max_query_len: int) -> GraphWorkspace | None:
-        """Where the plan of such a step belongs if it may be replayed from a graph.
+        """The fixed memory for the plan of a step; None if no graph may replay the step.
 
-        One for each tile: in a graph all sequences have as many tokens as when it was captured.
+        There is one for each tile size, because the sequences of a graph always have as many tokens
+        as when it was captured.
         """
         if not self.graphs.has_ours(max_query_len):
             return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Delta append attention in Triton: for devices without the compiled kernels, and a second oracle.
 
-The same plan as csrc/, a program for each of its segments; then the parts of each unit are summed,
-and the new rows appended, in launches of their own. Shared prefixes are not grouped here.
+It uses the same plan as csrc/, with one program per segment. Two further launches sum the parts of
+each unit and append the new rows. Shared prefixes are not supported here.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ BLOCK_KEYS = {64: 64, 128: 64, 256: 32}
 
 @triton.jit
 def _read_keys(cache, new, where, columns, strides, shift, PAGE):
-    """Rows of K (or V, `shift` elements behind) where `old` or `fresh` says so; else zeros.
+    """Read rows of K, or of V `shift` elements behind, from the cache and the new tokens.
 
-    strides: of the cache's blocks, tokens and heads, of the new keys' tokens and heads.
+    Rows of `old` keys come from the cache, those of `fresh` keys from the new tokens; all others
+    are zero.
+
+    strides: those of the cache's blocks, tokens and heads, and of the new keys' tokens and heads.
     """
     head, query0, pages, keys, old, fresh = where
     block, token, of_head, new_token, new_head = strides
@@ -34,7 +37,7 @@ def _read_keys(cache, new, where, columns, strides, shift, PAGE):
 
 @triton.jit
 def _score(queries, k, keys, itself, ok, settings):
-    """Scores to base 2, and which of them count."""
+    """The scores times log2(e), and which of them are not masked."""
     scale, soft_cap, window = settings
     scores = tl.dot(queries, tl.trans(k)) * scale
     if soft_cap > 0:
@@ -61,7 +64,7 @@ def _attend_blocks(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """What a segment's blocks add up to: the sum over weights, their total, the maximum."""
+    """Attend to a segment's blocks: the weighted sum of values, the sum of weights, the maximum."""
     cache, k_new, v_new, table = tensors
     head, first_key, num_cached_blocks, block0, block1 = place
     query0, num_new, num_cached = lengths
@@ -238,7 +241,7 @@ def delta_append_attention(
     soft_cap: float = 0.0,
     window: int = 0,
 ) -> None:
-    """As `ops.delta_append_attention`, in three launches. The plan is for `BLOCK_KEYS`.
+    """Like `ops.delta_append_attention`, in three launches, over a plan made for `BLOCK_KEYS`.
 
     Raises:
         ValueError: the plan has shared prefixes.

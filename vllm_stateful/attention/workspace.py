@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of successive steps in device memory, over one set of buffers.
+"""Keeps the plans of successive steps in device memory, in one set of buffers.
 
-`Workspace` grows with the steps. `GraphWorkspace` never moves: a CUDA graph that was captured over
-it replays whatever plan stands there.
+A `Workspace` grows as steps need more. A `GraphWorkspace` never moves: a CUDA graph that was
+captured with its addresses replays whatever plan it contains.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from vllm_stateful.attention.plan import Ints, Plan
 
 
 class Workspace:
-    """What all layers of a device share: partial results, counters, and the step's plan.
+    """What all layers on a device share: partial results, counters, and the step's plan.
 
-    Launches on one stream use it one after the other; it grows when a step needs more.
+    The launches on one stream use it one after the other. It grows when a step needs more.
     """
 
     def __init__(self, head_size: int, device: torch.device) -> None:
@@ -28,9 +28,9 @@ class Workspace:
         self._arrivals = torch.zeros(0, dtype=torch.int32, device=device)
 
     def upload(self, plan: Plan, rows: int) -> DevicePlan:
-        """Copy a plan to the device, in one transfer that does not wait."""
+        """Copy a plan to the device in one transfer, without waiting for it."""
         arrays = (plan.cta_segments, plan.segments, plan.units, plan.groups, plan.members)
-        # The kernels read rows of 32 bytes: each array begins at a multiple of that.
+        # The kernels read rows of 32 bytes, so each array must begin at a multiple of that.
         sizes = [-(-array.size // 8) * 8 for array in arrays]
         packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         starts = np.cumsum([0, *sizes])
@@ -65,19 +65,21 @@ class Workspace:
 
 
 class GraphWorkspace:
-    """One place for the plans of all steps that are replayed from CUDA graphs.
+    """Fixed memory for the plan of the current step, for steps that CUDA graphs replay.
 
     Args:
-        rows: Of the tiles, of every plan.
-        num_ctas: Of every plan.
-        most_units: Of a plan.
+        rows: Rows of the tiles, in every plan.
+        num_ctas: Thread blocks, in every plan.
+        most_units: The most units of a plan.
+        head_size: Elements of one head.
+        device: Where the memory is.
     """
 
     def __init__(
         self, rows: int, num_ctas: int, most_units: int, head_size: int, device: torch.device
     ) -> None:
-        # A cut adds a segment, and makes at most two parts of a unit that had one; a shared prefix
-        # is an item of its own, and each of its segments a part of every member.
+        # Each cut adds a segment, and at most splits a unit with one part into two. A shared prefix
+        # is an item of its own, and each of its segments adds a part to every member.
         capacity = {
             "cta_segments": (num_ctas + 1,),
             "segments": (2 * most_units + num_ctas, 8),
@@ -97,16 +99,18 @@ class GraphWorkspace:
         )
 
     def fits(self, plan: Plan) -> bool:
-        """Whether a plan finds room: always where it has no shared prefixes."""
+        """Whether there is room for a plan. A plan without shared prefixes always fits."""
         return plan.num_slots <= len(self.plan.partial_lse) and all(
             len(array) <= len(there) for array, there in self._pairs(plan)
         )
 
     def upload(self, plan: Plan) -> DevicePlan:
-        """Copy a plan to its place, without waiting: behind the launches that read the one before.
+        """Copy a plan to its place, without waiting for it.
+
+        On the stream the copy comes after the launches that read the plan before.
 
         Raises:
-            ValueError: it does not fit.
+            ValueError: the plan does not fit.
         """
         if not self.fits(plan) or len(plan.cta_segments) != len(self.plan.cta_segments):
             raise ValueError("a plan that does not fit the memory of the CUDA graphs")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM has no official seam for: few small patches, each checked, undoable and dated."""
+"""Patches for what vLLM has no official seam for: few and small, each checked and undoable."""

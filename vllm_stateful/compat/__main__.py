@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of vLLM is patched and used, and whether a vLLM fits it.
+"""Show what is patched and used of vLLM, and check whether a vLLM fits.
 
 python -m vllm_stateful.compat                      the patches, and the installed vLLM
 python -m vllm_stateful.compat check WHERE [--all]  a folder with the package vllm, a wheel, or a
-                                                    version, whose wheel pip downloads
+                                                    version whose wheel pip downloads
 python -m vllm_stateful.compat record FOLDER        the shapes of a folder, as JSON
 """
 
@@ -17,7 +17,7 @@ from vllm_stateful.compat.patch import CompatError
 
 
 def main() -> int:
-    """Print what is asked for. Returns 1 when something does not fit, 2 when it cannot be read."""
+    """Print what is asked for. Returns 1 if something does not fit, 2 if it cannot be read."""
     parser = argparse.ArgumentParser(
         prog="python -m vllm_stateful.compat",
         description=__doc__,

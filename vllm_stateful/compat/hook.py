@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a patch calls: a function of ours, by name, imported when it is first called."""
+"""A function of ours that a patch calls. It is imported by its name when it is first called."""
 
 import importlib
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class Hook:
-    """A function that is known by its name until it is needed.
+    """A function that is only a name until it is needed.
 
-    So the list of patches loads no adapter, and a process loads only those that run there. What the
-    function raises reaches vLLM's caller unchanged: a function that must not fail a request has to
-    catch its own errors. Safe to call from any thread.
+    So importing the list of patches loads no adapter, and a process loads only the adapters that
+    run in it. An error of the function reaches vLLM's caller unchanged. A function that must not
+    fail a request has to catch its own errors. Safe to call from any thread.
 
     Args:
         target: ``package.module:function``.
@@ -24,7 +24,7 @@ class Hook:
         self._function: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function; a coroutine function's result is to be awaited."""
+        """Call the function. The result of a coroutine function must be awaited."""
         return (self._function or self.load())(*args, **kwargs)
 
     def load(self) -> Callable[..., Any]:
@@ -32,7 +32,7 @@ class Hook:
 
         Raises:
             ImportError: there is no such module.
-            AttributeError: it has no such function.
+            AttributeError: the module has no such function.
         """
         module, _, name = self.target.partition(":")
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
@@ -40,11 +40,11 @@ class Hook:
         return function
 
     def set(self, function: Callable[..., Any]) -> None:
-        """Have another function called, in a test."""
+        """Replace the function, in a test."""
         self._function = function
 
     def clear(self) -> None:
-        """Back to the function that the name says."""
+        """Return to the function that the name refers to."""
         self._function = None
 
     def __repr__(self) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of patches, in the order in which they are applied. Importing it loads no vLLM."""
+"""The list of all patches, in the order in which they are applied. Importing it loads no vLLM."""
 
 import textwrap
 
@@ -17,10 +17,10 @@ PATCHES: tuple[Patch, ...] = (
 
 
 def patch_of(name: str) -> Patch:
-    """The patch of a name.
+    """The patch with a name.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such patch.
     """
     return {patch.name: patch for patch in PATCHES}[name]
 
@@ -40,7 +40,7 @@ vLLM 0.33.0.
 
 
 def status(patch: Patch) -> str:
-    """How the patch stands to the installed vLLM. Imports the target, so it may take seconds."""
+    """Whether the patch fits the installed vLLM. Imports the target, so it may take seconds."""
     try:
         probe.vllm_version()
     except CompatError:
@@ -59,7 +59,7 @@ def render_markdown() -> str:
 
 
 def render_text(statuses: dict[str, str]) -> str:
-    """The ledger for a terminal; ``statuses`` gives the line of each patch by its name."""
+    """The ledger for a terminal. ``statuses`` has the status line of each patch, by its name."""
     return "\n".join(_entry(patch, statuses[patch.name]) for patch in PATCHES)
 
 

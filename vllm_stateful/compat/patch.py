@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one member of vLLM is wrapped: checked first, applied once, undone exactly.
+"""Wraps one member of vLLM: it is checked first, applied once, and undone exactly.
 
-A patch never guesses. When the target is gone or has another shape than the one it was written
-for, it raises `DriftError` and leaves everything as it was. Form: vllm-metal's dated shims and
-ArcticInference's patch class, with the checks that those lack.
+A patch never guesses. If the target is gone, or has another shape than the one that the patch was
+written for, it raises `DriftError` and changes nothing. The form follows vllm-metal's dated shims
+and ArcticInference's patch class, and adds the checks that those lack.
 """
 
 import functools
@@ -21,7 +21,7 @@ from vllm_stateful.errors import StatefulError
 
 Process = Literal["api", "engine", "worker", "all"]
 
-# The replacement carries this attribute, so that a re-imported patch recognises its own work.
+# The replacement carries this attribute, by which a re-imported patch recognises it.
 _MARK = "__vllm_stateful_patch__"
 
 
@@ -41,11 +41,11 @@ class DriftError(CompatError):
 
 
 class UseDriftError(CompatError):
-    """Something that adapters use of vLLM is not what they were written for (`uses`)."""
+    """Something that the adapters use of vLLM is not as it was when they were written (`uses`)."""
 
 
 class _Mark(NamedTuple):
-    """What `undo` needs. Read by attribute only: it may come from an older import of this file."""
+    """What `undo` needs. It may come from an older import of this file, so use attributes only."""
 
     name: str
     original: Any
@@ -59,14 +59,15 @@ class _AnyDefault:
 
 
 _UNRESOLVED: dict[str, Any] = {}
-if sys.version_info >= (3, 14):  # annotations may name what only type checkers import
+if sys.version_info >= (3, 14):  # annotations may use names that only type checkers import
     _UNRESOLVED["annotation_format"] = importlib.import_module("annotationlib").Format.FORWARDREF
 
 
 def call_shape(function: Callable[..., Any]) -> str:
-    """The signature as text, the same on every Python: no annotations, defaults as ``...``.
+    """The signature as text that is the same on every Python version.
 
-    ``async`` stands in front of a coroutine function. Example: ``(self, prompt, *, n=...)``.
+    It has no annotations, and defaults are written as ``...``. It begins with ``async`` for a
+    coroutine function. Example: ``(self, prompt, *, n=...)``.
     """
     signature = inspect.signature(function, **_UNRESOLVED)
     parameters = [_bare(parameter) for parameter in signature.parameters.values()]
@@ -89,22 +90,22 @@ def _colour(function: Callable[..., Any]) -> str:
 
 @dataclass(frozen=True)
 class Patch:
-    """One wrapped (or, with ``adds``, one new) member of vLLM, and the case for it.
+    """One wrapped member of vLLM (or one new member, with ``adds``), and the reason for it.
 
     Attributes:
-        name: Unique; also identifies the patch after a re-import.
+        name: A unique name. It also identifies the patch after a re-import.
         target: ``package.module:Class.attr`` or ``package.module:function``.
         wrap: Gets the original function and ``calls``, and returns the replacement. With
             ``adds`` it gets None and ``calls``.
         symptom: What a user of stock vLLM sees.
-        reason: Why this member, and why no official seam does.
-        feature: Patches of one feature are applied all or none.
-        process: Where the target runs.
+        reason: Why this member is wrapped, and why no official seam is enough.
+        feature: The feature that needs the patch. All patches of a feature are applied, or none.
+        process: The process in which the target runs.
         signature: `call_shape` of the original (with ``adds``: of the new member).
-        upstream: Path under ``patches/`` of the change for vLLM that makes this unnecessary.
-        remove_when: The event that retires this patch.
-        calls: Functions of ours that the replacement calls.
-        adds: The member must not exist yet.
+        upstream: Path under ``patches/`` of the change to vLLM that makes this patch unnecessary.
+        remove_when: The event after which this patch is removed.
+        calls: Our functions that the replacement calls.
+        adds: Whether the member is new. It must not exist yet then.
     """
 
     name: str
@@ -122,7 +123,7 @@ class Patch:
 
     @property
     def is_applied(self) -> bool:
-        """Whether the target carries this patch, also below somebody else's wrapper."""
+        """Whether this patch is applied, perhaps below another wrapper."""
         module, *path = self._path()
         owner: Any = sys.modules.get(module)
         for name in path[:-1]:
@@ -130,20 +131,21 @@ class Patch:
         return any(mark.name == self.name for mark in _marks(_own(owner, path[-1])))
 
     def check(self) -> None:
-        """See whether the patch fits, without changing anything.
+        """Check that the patch fits, without changing anything.
 
         Raises:
-            DriftError: the target is missing, inherited, no function, or of another shape.
+            DriftError: the target is missing, is inherited, is not a function, or has another
+                shape.
         """
         if not self.is_applied:
             self._prepare()
 
     def apply(self) -> None:
-        """Put the replacement in place. A no-op where this patch is applied already.
+        """Put the replacement in place. A no-op if the patch is applied already.
 
         Raises:
             DriftError: as for `check`.
-            CompatError: ``wrap`` returned something that cannot stand in for the original.
+            CompatError: ``wrap`` returned something that cannot replace the original.
         """
         if self.is_applied:
             return
@@ -153,10 +155,10 @@ class Patch:
         setattr(owner, attribute, _like(original, replacement))
 
     def undo(self) -> None:
-        """Put the very object back that `apply` found. A no-op where it is not applied.
+        """Put back the object that `apply` found. A no-op if the patch is not applied.
 
         Raises:
-            CompatError: somebody wrapped the target again; that wrapper has to go first.
+            CompatError: the target was wrapped again. That wrapper must be removed first.
         """
         if not self.is_applied:
             return
@@ -178,7 +180,7 @@ class Patch:
         return DriftError(self.name, self.target, difference)
 
     def _site(self) -> tuple[Any, str]:
-        """The class or module that holds the member, and the member's name."""
+        """The class or module that has the member, and the member's name."""
         module, *path = self._path()
         try:
             owner: Any = importlib.import_module(module)
@@ -191,7 +193,7 @@ class Patch:
         return owner, path[-1]
 
     def _prepare(self) -> tuple[Any, str, Any, Any]:
-        """Owner, attribute, the original as stored (None if added), the replacement."""
+        """The owner, the attribute, the original as stored (None if added), and the replacement."""
         owner, attribute = self._site()
         if self.adds:
             return owner, attribute, None, self._new_member(owner, attribute)
@@ -229,7 +231,7 @@ class Patch:
 
 
 def _own(owner: Any, attribute: str) -> Any:
-    """The member as it is stored in ``owner`` itself, or None: no inheritance, no binding."""
+    """The member as stored in ``owner`` itself, neither inherited nor bound; None if not there."""
     return None if owner is None else vars(owner).get(attribute)
 
 
@@ -244,7 +246,7 @@ def _like(original: Any, replacement: Any) -> Any:
 
 
 def _marks(member: Any) -> Iterator[Any]:
-    """Our marks down a chain of wrappers; a copy made by somebody's functools.wraps is none."""
+    """Yield our marks down a chain of wrappers, without copies that functools.wraps made."""
     function = _function(member)
     while isinstance(function, FunctionType):
         mark = vars(function).get(_MARK)
@@ -260,16 +262,17 @@ def apply_all(
     log: logging.Logger,
     check: Callable[[str], None] = lambda feature: None,
 ) -> list[Patch]:
-    """Apply feature by feature, each feature all or none, and return the applied patches.
+    """Apply patches feature by feature, and return those that are applied.
 
-    A feature that does not fit is left off with one warning line. With ``strict`` everything
-    that this call applied is undone and the error is raised.
+    Of each feature all patches are applied, or none. A feature that does not fit is left off, with
+    one warning line. With ``strict``, everything that this call applied is undone and the error is
+    raised.
 
     Args:
-        patches: in the order in which they are applied.
-        strict: a feature that does not fit is an error.
+        patches: the patches, in the order in which they are applied.
+        strict: whether a feature that does not fit is an error.
         log: gets the warnings.
-        check: raises a `CompatError` when what else a feature needs does not fit.
+        check: raises a `CompatError` when something else that a feature needs does not fit.
 
     Raises:
         CompatError: only with ``strict``; mostly a `DriftError`.
@@ -297,7 +300,7 @@ def apply_all(
 
 
 def off_line(features: list[str], why: str) -> str:
-    """What the log says of features that do not fit."""
+    """The line of the log about features that do not fit."""
     names = ", ".join(map(repr, features))
     said = f"features {names} are" if len(features) > 1 else f"feature {names} is"
     return f"{said} off: {why}"

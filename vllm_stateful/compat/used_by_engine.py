@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine core uses of vLLM: requests, the scheduler, blocks, the offload tier."""
+"""Lists what the engine core uses of vLLM: requests, the scheduler, blocks, the offload tier."""
 
 from vllm_stateful.compat.use import Use
 

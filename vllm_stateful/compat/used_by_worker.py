@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What workers use of vLLM: tables on the device, drafts, attention."""
+"""Lists what the workers use of vLLM: tables on the device, drafts, attention."""
 
 from vllm_stateful.compat.use import Use
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adapters use of vLLM beside what is patched: classes that they extend, methods that they
-override, functions and attributes that they ask for.
+"""Checks what the adapters use of vLLM beside the patched members.
 
-Nothing here is checked by Python: an override whose original got a parameter ends the engine, and
-an attribute that is gone ends it later. So each stands here with the feature that needs it, and its
-shape in each series of vLLM stands in ``v*/shapes.json`` (`shapes`). What has drifted
-turns its feature off.
+These are classes that they extend, methods that they override, and functions and attributes that
+they use. Python checks none of this: if vLLM adds a parameter to a method that we override, or
+removes an attribute, the engine fails when it gets there. So each member is listed with the feature
+that needs it, and its shape in each series of vLLM is recorded in ``v*/shapes.json`` (`shapes`). A
+member that has drifted turns its feature off.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "detokenize": ("sessions",),
     "tool-call-check": ("sessions",),
 }
-"""By feature, those whose code its own code imports: it is off with them."""
+"""For each feature, the features whose code it imports. If one of those is off, it is off, too."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """One member that is not what it was."""
+    """One member that is not as recorded."""
 
     use: Use
     name: str
@@ -58,14 +58,14 @@ class Drift:
 
     @property
     def difference(self) -> str:
-        """What is other, in words."""
+        """The difference in words."""
         if self.found == GONE:
             return "does not exist"
         return f"is {self.found}, expected {self.expected}"
 
 
 def drifts(uses: Iterable[Use], series: str, reader: Reader) -> Iterator[Drift]:
-    """What is not as it is recorded for a series, for example ``0.32``."""
+    """Yield all members that are not as recorded for a series, for example ``0.32``."""
     recorded = shapes_of(series)
     for use in uses:
         for name in use.members:
@@ -74,7 +74,7 @@ def drifts(uses: Iterable[Use], series: str, reader: Reader) -> Iterator[Drift]:
             if found != expected:
                 yield Drift(use, name, expected, GONE if found is None else found)
         for name in use.overrides.split():
-            if name.startswith("__"):  # called without its name
+            if name.startswith("__"):  # a special method: its callers do not name it
                 continue
             if not any(reader.mentions(caller, name) for caller in use.asked_by.split()):
                 yield Drift(use, name, "asked for by " + use.asked_by, "asked for by nobody")
@@ -82,13 +82,14 @@ def drifts(uses: Iterable[Use], series: str, reader: Reader) -> Iterator[Drift]:
 
 @functools.cache
 def check(feature: str, processes: frozenset[Process]) -> None:
-    """See whether all that a feature uses in some processes is as the installed vLLM has it.
+    """Check that the installed vLLM has everything that a feature uses in some processes.
 
-    Imports what is used. A feature that does not fit is looked at again at the next call.
+    Imports what is used. Only a success is remembered: a feature that does not fit is checked again
+    at the next call.
 
     Raises:
-        UseDriftError: something is gone or other; the first one is named.
-        CompatError: vLLM is not installed, or of no supported series.
+        UseDriftError: a member is gone or has changed; the error names the first one.
+        CompatError: vLLM is not installed, or its series is not supported.
     """
     version = probe.vllm_version()
     series = probe.series_of(version)
@@ -103,10 +104,10 @@ def check(feature: str, processes: frozenset[Process]) -> None:
 
 
 def record(reader: Reader) -> dict[str, dict[str, str]]:
-    """The shapes of all that is used, by owner and name.
+    """The shapes of all members that are used, by owner and name.
 
     Raises:
-        LookupError: something is not there.
+        LookupError: a member does not exist.
     """
     made: dict[str, dict[str, str]] = {}
     for use in USES:
@@ -120,7 +121,7 @@ def record(reader: Reader) -> dict[str, dict[str, str]]:
 
 @functools.cache
 def shapes_of(series: str) -> dict[str, dict[str, str]]:
-    """The recorded shapes of a series: those of the first, and what is other in this one."""
+    """The recorded shapes of a series: those of the first series, with this one's changes."""
     folder = Path(__file__).parent
     made: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys((FIRST, series)):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened to each turn, counted."""
+"""Counts what happened to each turn, for the metrics."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table of metrics: names, units, labels, and where each figure comes from."""
+"""The table of all metrics: names, units, labels, and where each value comes from."""
 
 from typing import Literal, NamedTuple
 
@@ -17,7 +17,7 @@ class Metric(NamedTuple):
 
 
 OFF = "off"
-"""Key of the answer of an engine core in which the plugin is off: why."""
+"""The snapshot key under which an engine core says why the plugin is off there."""
 
 METRICS: tuple[Metric, ...] = (
     Metric(

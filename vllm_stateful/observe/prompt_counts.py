@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one API process did with its prompts, until the metrics ask for it."""
+"""Counts what one API process did with its prompts, for the metrics."""
 
 from __future__ import annotations
 
@@ -13,41 +13,45 @@ class Rendered(StrEnum):
     """How a long conversation was rendered; the label of ``vllm_stateful_chats_rendered_total``."""
 
     INCREMENTAL = "incremental"
-    """Only the messages that an earlier conversation lacked."""
+    """Only messages were rendered that an earlier conversation lacked."""
     FULL = "full"
-    """All messages: the first turn, an edit, or a template that looks at other messages."""
+    """All messages were rendered: a first turn, an edit, or a template that looks at other
+    messages."""
 
 
 class Validated(StrEnum):
     """How a long chat request was validated; label of ``vllm_stateful_chats_validated_total``."""
 
     SHAPE = "shape"
-    """Plain messages by their shape, the others by vLLM."""
+    """Plain messages were validated by their shape, the others by vLLM."""
     FULL = "full"
-    """All by vLLM: an error in the request, no plain message, or a check (``verify_tokens``)."""
+    """vLLM validated all messages: the request had an error or no plain message, or it was checked
+    (``verify_tokens``)."""
 
 
 class Tokenized(StrEnum):
     """How a prompt was tokenized; the label of ``vllm_stateful_prompts_tokenized_total``."""
 
     INCREMENTAL = "incremental"
-    """Only what an earlier prompt lacked."""
+    """Only the text that an earlier prompt lacked."""
     FULL = "full"
     """In full, and remembered."""
     SHORT = "short"
-    """By vLLM, in full: there was nothing to gain."""
+    """By vLLM, in full, as the prompt is short and there is nothing to gain."""
     TOKENIZER = "tokenizer"
-    """By vLLM: the tokenizer is not known to be safe, or the feature is off."""
+    """By vLLM, as the tokenizer is not known to be safe or the feature is off."""
     PARAMETERS = "parameters"
-    """By vLLM: to be truncated, padded or lower-cased, or with character offsets."""
+    """By vLLM, as the prompt must be truncated, padded or lower-cased, or needs character
+    offsets."""
     MULTIMODAL = "multimodal"
-    """By vLLM: more than text."""
+    """By vLLM, as the prompt is more than text."""
     UNUSUAL = "unusual"
-    """By vLLM: no Unicode, too long, or special tokens not found where their text stands."""
+    """By vLLM, as the prompt is not valid Unicode, is too long, or has special tokens that are not
+    found at their text."""
 
 
 class Verified(StrEnum):
-    """What came of tokenizing a prompt in full as well."""
+    """The result of tokenizing a prompt in full as well."""
 
     EQUAL = "equal"
     DIFFERENT = "different"
@@ -57,11 +61,11 @@ class Sent(StrEnum):
     """How a prompt reached the engine core; the label of ``vllm_stateful_prompts_sent_total``."""
 
     DELTA = "delta"
-    """A base that the engine holds, and what is new."""
+    """The version of a base that the engine core holds, and the new token ids."""
     FULL = "full"
     """All token ids."""
     RESENT = "resent"
-    """All token ids, after the engine said that it no longer holds the base."""
+    """All token ids, after the engine core said that it no longer holds the base."""
 
 
 class PromptCounts:
@@ -88,7 +92,7 @@ class PromptCounts:
         self._rendered[how] += 1
 
     def tokenized(self, how: Tokenized, num_tokens: int = 0, num_reused: int = 0) -> None:
-        """Count one prompt of ``num_tokens`` tokens, the first ``num_reused`` known before."""
+        """Count one prompt of ``num_tokens`` tokens; the first ``num_reused`` were known."""
         self._tokenized[how] += 1
         self._num_tokens["reused"] += num_reused
         self._num_tokens["new"] += num_tokens - num_reused
@@ -102,7 +106,7 @@ class PromptCounts:
         self._sent[how] += 1
 
     def question_failed(self) -> None:
-        """Count one time that an engine core did not say whether it takes deltas."""
+        """Count one engine core that did not answer whether it takes prompts as deltas."""
         self._num_questions_failed += 1
 
     def chose(self, why: str) -> None:
@@ -115,7 +119,7 @@ class PromptCounts:
         self._answers[result] += 1
 
     def watch_memory(self, num_bytes: Callable[[], int]) -> None:
-        """Where the size of the remembered texts is read."""
+        """Set the function that returns the size of the remembered texts, in bytes."""
         self._memory = num_bytes
 
     def snapshot(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one API process answered from memory, until the metrics ask for it."""
+"""Counts the requests that one API process answered from memory, for the metrics."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class ResponseCounts:
         self._responses[how] += 1
 
     def uncached(self, reason: str) -> None:
-        """Count one that may not."""
+        """Count one request that may not be remembered."""
         self._uncached[reason] += 1
 
     def watch_memory(self, num_bytes: Callable[[], int]) -> None:
-        """Where the size of the remembered answers is read."""
+        """Set the function that returns the size of the remembered answers, in bytes."""
         self._memory = num_bytes
 
     def snapshot(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one API process saw of tool calls while they were generated."""
+"""Counts the tool calls that one API process checked while they were generated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class ToolCallCounts:
-    """Running totals of one process; the labels are those of ``respond.tool_call_stream``."""
+    """Running totals of one process. The labels are those of ``answer.tool_call_stream``."""
 
     def __init__(self) -> None:
         self._checked: Counter[str] = Counter()
@@ -24,7 +24,7 @@ class ToolCallCounts:
         self._unchecked.update({str(reason): num for reason, num in reasons.items()})
 
     def ended(self, why: str) -> None:
-        """Count one turn that was ended: complete, invalid."""
+        """Count one turn that was ended at a tool call, by the reason: complete or invalid."""
         self._ended[why] += 1
 
     def snapshot(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ MAX_RECENT_LATENCIES = 4096
 
 
 class TurnCounts:
-    """Totals since start. A plain dict goes over the wire (``snapshot``)."""
+    """Totals since the start. They are sent as a plain dict (``snapshot``)."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[Outcome] = Counter()
@@ -21,7 +21,7 @@ class TurnCounts:
         self._latencies: deque[float] = deque(maxlen=MAX_RECENT_LATENCIES)
 
     def admitted(self, outcome: Outcome, num_reused: int, num_prompt: int) -> None:
-        """A turn was scheduled for the first time.
+        """Count a turn that was scheduled for the first time.
 
         Args:
             outcome: how it found its context.
@@ -33,20 +33,20 @@ class TurnCounts:
         self.num_tokens_computed += num_prompt - num_reused
 
     def edited(self, kind: str) -> None:
-        """A history came back changed; the first change lies in a message of that kind."""
+        """Count a changed history, by the kind of the message in which the first change is."""
         self.edits[kind] += 1
 
     def bypassed(self, reason: Bypass) -> None:
-        """A turn was left to stock vLLM."""
+        """Count a turn that was left to stock vLLM."""
         self.outcomes[Outcome.BYPASSED] += 1
         self.bypasses[reason] += 1
 
     def resumed_after(self, latency_s: float) -> None:
-        """Host time that one turn spent on finding, verifying and adopting its KV."""
+        """Add the host time that one turn spent on finding, verifying and adopting its KV."""
         self._latencies.append(latency_s)
 
     def snapshot(self, demotions: dict[Demotion, int]) -> dict[str, Any]:
-        """All totals, and the latencies since the last snapshot (which are taken out)."""
+        """All totals, and the latencies since the last snapshot, which are then forgotten."""
         latencies = list(self._latencies)
         self._latencies.clear()
         return {

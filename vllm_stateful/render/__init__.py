@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages to text to token ids, at the cost of what is new in them."""
+"""Renders messages to text and tokenizes it, at the cost of the new messages only."""

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which chat templates write each message on its own, so that old ones need no rendering.
+"""Which chat templates write each message on its own, so that old messages need no rendering.
 
-A template is *append-only* here when what it writes for a message depends on that message, on the
-one before it, on whether it is the first, and on things that no later message can change: then
-the text of a longer conversation begins with the text of the shorter one. That is read off the
-template's syntax tree, not guessed from examples: whatever is not known to be harmless makes the
-answer no (a look at the next or the last message, counting, namespaces that the loop changes).
+A template is called *append-only* when the text of a message depends only on that message, on the
+one before it, on whether it is the first, and on things that no later message can change. The text
+of a longer conversation then begins with the text of the shorter one. This is decided from the
+template's syntax tree, not from examples. Everything that is not known to be harmless makes the
+template not append-only: a look at the next or the last message, counting, namespaces that the loop
+changes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def is_append_only(source: str) -> bool:
     """Whether a chat template writes each message on its own.
 
     Args:
-        source: of the Jinja template. One that cannot be parsed is not append-only.
+        source: the text of the Jinja template. One that cannot be parsed is not append-only.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -61,7 +62,7 @@ def _is_main_loop(node: nodes.For) -> bool:
 
 
 def _is_only_a_generation_prompt(node: nodes.Node) -> bool:
-    """Writes nothing behind the messages unless ``add_generation_prompt`` is set."""
+    """Whether a node behind the messages writes only if ``add_generation_prompt`` is set."""
     if isinstance(node, nodes.If):
         asks = _is_name(node.test, _AT_THE_END)
         return asks and not node.elif_ and not node.else_
@@ -69,10 +70,11 @@ def _is_only_a_generation_prompt(node: nodes.Node) -> bool:
 
 
 def _decides_only_at_the_end(tree: nodes.Template, behind: list[nodes.Node]) -> bool:
-    """Whether ``add_generation_prompt`` is read behind the messages only.
+    """Whether ``add_generation_prompt`` is read only behind the messages.
 
-    It is set for the last prompt and not for what a later one begins with. A default for it may
-    stand anywhere: ``{% if add_generation_prompt is not defined %}{% set ... %}{% endif %}``.
+    It is set when a prompt is rendered, but not for the part that a later prompt begins with, so no
+    message may depend on it. A default for it may stand anywhere:
+    ``{% if add_generation_prompt is not defined %}{% set ... %}{% endif %}``.
     """
     let_through = sum(isinstance(node, nodes.If) for node in behind)
     let_through += sum(_is_a_default(node) for node in tree.body)
@@ -113,7 +115,7 @@ def _is_harmless(
     in_main_loop: bool,
     in_inner_loop: bool,
 ) -> bool:
-    """Walk the tree; False at the first thing that is not known to be harmless."""
+    """Whether everything in the tree below ``node`` is known to be harmless."""
     if _is_first_message(node) or (in_main_loop and _is_message_before(node)):
         return not in_inner_loop or _is_first_message(node)
     if isinstance(node, _FORBIDDEN):
@@ -121,7 +123,7 @@ def _is_harmless(
     if isinstance(node, nodes.Getattr) and _is_name(node.node, _LOOP):
         return in_inner_loop or (in_main_loop and node.attr == "first")
     if isinstance(node, nodes.Name) and node.name in (_MESSAGES, _LOOP):
-        return False  # in any use that was not let through above
+        return False  # any use that was not allowed above
     if isinstance(node, nodes.Call) and not _is_known_call(node, macros):
         return False
     if isinstance(node, nodes.Filter) and node.name == "random":
@@ -143,7 +145,7 @@ def _is_harmless(
 
 
 def _is_known_call(node: nodes.Call, macros: set[str]) -> bool:
-    """A method of a value, one of the template's macros, or a function without a memory."""
+    """Whether a call is of a value's method, a macro of the template, or a pure function."""
     return not isinstance(node.node, nodes.Name) or node.node.name in _PURE_FUNCTIONS | macros
 
 

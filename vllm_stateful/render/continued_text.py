@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Render only the messages that a turn adds to a conversation, with an append-only template.
 
-The new messages are rendered behind two that stand for all before them: the first one, which
-templates look at, and the last known one, which a message may look back to. What those two give
-is cut off, and the rest is appended to the text that is known.
+The new messages are rendered behind two messages that stand for all earlier ones: the first
+message, which templates look at, and the last known message, which a new message may look back to.
+The text of those two is cut off, and the rest is appended to the known text.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Render = Callable[[Sequence[Any], bool], str]
-"""Renders messages in full; the flag says whether a generation prompt follows."""
+"""Renders messages in full. The flag tells whether to append a generation prompt."""
 
 
 def continued_text(
     render: Render, messages: Sequence[Any], known_text: str, num_known: int
 ) -> str | None:
-    """The text of a conversation, its generation prompt left out.
+    """The text of a conversation, without a generation prompt.
 
     Args:
         render: an append-only template (``append_only.is_append_only``).
-        messages: all of them.
-        known_text: of the first ``num_known``, without a generation prompt.
-        num_known: at least 2.
+        messages: all messages of the conversation.
+        known_text: the text of the first ``num_known`` messages, without a generation prompt.
+        num_known: the number of messages whose text is known, at least 2.
 
     Returns:
-        None when what was rendered is not of the form that it must have.
+        The text; None when the rendered text does not begin with that of the two messages.
     """
     stand_in = [messages[0], messages[num_known - 1]]
     head = render(stand_in, False)
@@ -36,7 +36,7 @@ def continued_text(
 
 
 def generation_prompt(render: Render, messages: Sequence[Any]) -> str | None:
-    """What follows the last message when the model is to answer; None when it is not a suffix."""
+    """The text that asks the model to answer, behind the last message; None if not a suffix."""
     alone = render(messages[:1], False)
     asked = render(messages[:1], True)
     return asked[len(alone) :] if asked.startswith(alone) else None

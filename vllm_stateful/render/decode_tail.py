@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of a prompt an incremental detokenizer must see before the first new token.
 
-``DecodeStream`` (tokenizers) decodes the whole prompt when the first token arrives, only to cut
-it off again: what it emits is ``decode(prompt + new)`` without ``decode(prompt)``. Every decoder
-of a language model works token by token and looks at most at its neighbours, so the tail of the
-prompt gives the same text, provided that it decodes to something, and does not begin or end
-inside a character that is spelled in byte tokens.
+``DecodeStream`` (tokenizers) decodes the whole prompt when the first token arrives, only to cut its
+text off again: it emits ``decode(prompt + new)`` without ``decode(prompt)``. Every decoder of a
+language model works token by token and looks at neighbouring tokens at most. So the tail of the
+prompt gives the same text, if the tail decodes to something and does not begin or end inside a
+character that is spelled in byte tokens.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from random import Random
 from typing import Protocol
 
 MIN_TAIL = 64
-"""Tokens. Fewer would do; the cost is in the microseconds."""
+"""Tokens of the shortest tail. Fewer would do, but this many cost only microseconds."""
 
 REPLACEMENT = "\ufffd"
-"""What an incomplete character decodes to."""
+"""The text to which an incomplete character decodes."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -27,7 +27,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Stream(Protocol):
-    """An incremental detokenizer that was primed with a prompt."""
+    """An incremental detokenizer that has been given a prompt."""
 
     def __call__(self, token_id: int) -> str | None:
         """The text that one more token adds."""
@@ -40,11 +40,11 @@ def tail_for_decoding(
 
     Args:
         token_ids: the prompt.
-        decode: as the stream decodes (special tokens skipped or not).
-        token_of: the vocabulary's entry of an id.
+        decode: decodes as the stream does (with or without special tokens).
+        token_of: the vocabulary's entry for an id.
 
     Returns:
-        The tail; all of ``token_ids`` when no shorter one is known to do.
+        The tail; all of ``token_ids`` when no shorter tail is known to be enough.
     """
     length = MIN_TAIL
     while length < len(token_ids):
@@ -60,7 +60,7 @@ def tail_for_decoding(
 def _before_byte_tokens(
     token_ids: Sequence[int], start: int, token_of: Callable[[int], str | None]
 ) -> int:
-    """Move a start to the left while it lies in a run of byte-fallback tokens."""
+    """Move ``start`` to the left, to the beginning of a run of byte-fallback tokens."""
     while start > 0 and _BYTE_TOKEN.fullmatch(token_of(token_ids[start]) or ""):
         start -= 1
     return start
@@ -73,20 +73,20 @@ def is_decodable_from_tail(
     vocab_size: int,
     seed: int = 0,
 ) -> bool:
-    """Try a detokenizer: does it say the same when primed with the tail of a prompt?
+    """Try on random prompts whether a detokenizer says the same when primed with the tail only.
 
     Args:
-        make_stream: primes a detokenizer with a prompt.
+        make_stream: makes a detokenizer and primes it with a prompt.
         decode: see ``tail_for_decoding``.
         token_of: see ``tail_for_decoding``.
-        vocab_size: random ids are drawn below it.
-        seed: of the random prompts.
+        vocab_size: random ids are smaller than this.
+        seed: the seed of the random prompts.
     """
     random = Random(seed)
     for _ in range(32):
         prompt = [random.randrange(vocab_size) for _ in range(random.randint(65, 400))]
         if decode(prompt).endswith(REPLACEMENT):
-            continue  # nobody's prompt ends inside a character
+            continue  # real prompts do not end inside a character
         whole, short = make_stream(prompt), make_stream(tail_for_decoding(prompt, decode, token_of))
         for _ in range(8):
             token_id = random.randrange(vocab_size)
@@ -96,7 +96,7 @@ def is_decodable_from_tail(
 
 
 def _said(stream: Stream, token_id: int) -> str | type[Exception] | None:
-    """What a stream says to one more token. An error is an answer too: vLLM handles it."""
+    """What a stream returns for one more token. An error counts as well: vLLM handles it."""
     try:
         return stream(token_id)
     except Exception as error:

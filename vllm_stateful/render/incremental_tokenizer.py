@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenize a text that continues an earlier one from the last safe cut before it differs.
+"""Tokenize a text that continues an earlier one, from the last safe cut before the two differ.
 
-The result equals tokenizing the whole text: see ``safe_cuts`` for why, ``probe`` for how a
-tokenizer is tried at start-up, and ``--stateful-verify-tokens`` for how it is watched later.
+The result equals that of tokenizing the whole text. ``safe_cuts`` explains why, ``probe`` tries
+each tokenizer at start-up, and ``--stateful-verify-tokens`` checks results while serving.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from vllm_stateful.render.text_memory import Entry, Found, TextMemory
 from vllm_stateful.transport.prompt_ids import DIGEST_TOKENS, LastPlace, PromptTokenIds
 
 MIN_BYTES = 1024
-"""A shorter text is tokenized as ever: there is nothing to gain."""
+"""Length below which a text is tokenized in full: there is nothing to gain."""
 
 MAX_RUNS = 32
-"""Runs that a remembered text's ids may consist of: then they are made one again."""
+"""The most runs that a remembered text's ids may consist of. Beyond that they are joined into
+one."""
 
 Encode = Callable[[str, bool], Sequence[int]]
-"""Tokenizes a text in full; the flag says whether special tokens are added around it."""
+"""Tokenizes a text in full. The flag tells whether special tokens are added around it."""
 
 
 class Start(NamedTuple):
-    """Where tokenizing begins: the part before it is known."""
+    """Where tokenizing begins. The token ids of the part before it are known."""
 
     found: Found | None
     num_cuts: int
@@ -37,11 +38,11 @@ class Start(NamedTuple):
     byte: int
     token: int
     answer: tuple[int, ...] = ()
-    """Generated ids that stand for the text before ``byte``; they end at ``token``."""
+    """Generated ids that replace those of the text just before ``byte``; they end at ``token``."""
 
 
 _versions = itertools.count(1)
-"""Numbers of the prompts of this process; ``transport`` refers to prompts by them."""
+"""Numbers the prompts of this process. ``transport`` refers to prompts by these numbers."""
 
 COLD = Start(None, 0, 0, 0)
 
@@ -51,12 +52,12 @@ class IncrementalTokenizer:
 
     Args:
         rules: where texts may be cut.
-        num_leading: tokens that the tokenizer puts in front when special tokens are added; None
-            when it adds others as well: then such texts are not handled.
+        num_leading: tokens that the tokenizer puts in front when special tokens are added. None if
+            it also adds some behind; texts with special tokens are then left to vLLM.
         vocab_size: one more than the largest valid token id.
-        memory: earlier texts.
-        splicer: keeps generated ids in a history (``--stateful-history generated``); None
-            tokenizes every history anew, as stock vLLM does.
+        memory: the earlier texts.
+        splicer: keeps generated ids in a history (``--stateful-history generated``). With None,
+            every history is tokenized anew, as in stock vLLM.
     """
 
     def __init__(
@@ -82,12 +83,12 @@ class IncrementalTokenizer:
         Args:
             text: the whole prompt.
             encode: tokenizes a part of it.
-            tenant: texts of other tenants are not used.
+            tenant: only texts of this tenant are used.
             add_special_tokens: as in the tokenizer's call.
 
         Returns:
-            The token ids; None when the text is short, cannot be cut, or holds something that
-            the stock path should see (a lone surrogate, an id out of range).
+            The token ids; None when the text is short, cannot be cut, or contains something that
+            is left to vLLM (a lone surrogate, an id out of range).
         """
         if len(text) < self.min_bytes or (add_special_tokens and self._num_leading is None):
             return None
@@ -182,7 +183,7 @@ class IncrementalTokenizer:
 
 
 def _runs_of(ids: PromptTokenIds, found: Found | None) -> tuple[tuple[int, ...], ...]:
-    """The ids of a text in runs; what it shares with the one that it continues is not copied."""
+    """The ids of a text as runs. Runs shared with the text that it continues are not copied."""
     if found is None or len(found.entry.token_runs) >= MAX_RUNS:
         return (tuple(ids),)
     runs, num_left = [], ids.num_parent_tokens

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations whose messages were parsed lately, found by their own last message.
+"""Remembers the messages of recent conversations, parsed and rendered.
 
-A turn sends all messages again and adds a few. Parsing one does not depend on the others, so
-what the unchanged ones were parsed to is taken from here, and what they were rendered to if the
-chat template allows it (``append_only``). Bounded in messages, not only in
-bytes: what they were parsed to are small dicts, and the garbage collector looks at each of them.
+A turn sends all messages of its conversation again and adds a few. Parsing a message does not
+depend on the others, so the parsed form of unchanged messages is taken from here. So is their text,
+if the chat template allows it (``append_only``). A conversation is found by its last message. The
+memory is bounded in messages as well as in bytes, because parsed messages are small dicts and the
+garbage collector looks at each of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 MIN_MESSAGES = 16
-"""A shorter conversation is parsed as ever: there is nothing to gain."""
+"""Messages below which a conversation is not remembered: there is nothing to gain."""
 
 MAX_MESSAGES = 20_000
 """Messages of all conversations together."""
@@ -26,39 +27,40 @@ MAX_BYTES = 64 << 20
 """Bytes of all conversations together."""
 
 MAX_NEW_MESSAGES = 32
-"""How far back the last known message is looked for: a turn that adds more finds nothing."""
+"""How many messages back the last known one is looked for. A turn that adds more finds nothing."""
 
 _CANONICAL = 2
-"""The newest marshal format in which equal values have equal bytes (no references)."""
+"""The newest marshal format in which equal values have equal bytes: it has no references."""
 
 _Key = tuple[Hashable, int, bytes]
 
 
 class Text(NamedTuple):
-    """What a conversation was rendered to."""
+    """The rendered text of a conversation."""
 
     body: str
     generation_prompt: str
-    """What follows the body when the model is to answer."""
+    """The text that follows the body when the model must answer."""
 
 
 @dataclass(eq=False, frozen=True, slots=True)
 class Conversation:
-    """Messages, what they were parsed to, and what they were rendered to."""
+    """The messages of a conversation, their parsed form, and their text."""
 
     images: list[bytes]
+    """The exact image of each message (``images_of``)."""
     parsed: list[Any]
     texts: dict[Hashable, Text]
-    """By template and its arguments; filled when rendered."""
+    """The text by template and its arguments. Filled when the conversation is rendered."""
 
     @property
     def cost(self) -> int:
-        """Bytes."""
+        """The memory that the conversation counts as, in bytes."""
         return sum(map(len, self.images)) + sum(len(text.body) for text in self.texts.values())
 
 
 class Known(NamedTuple):
-    """The leading messages that were seen before."""
+    """The leading messages of a turn that were seen before."""
 
     num_messages: int
     conversation: Conversation
@@ -72,8 +74,10 @@ NOTHING = Known(0, Conversation([], [], {}))
 
 
 def exact_image(value: Any) -> bytes | None:
-    """Bytes that only values share that are equal in type and in the order of their keys; None when
-    it is not plain JSON."""
+    """A value as bytes; None when it is not plain JSON.
+
+    Two values have equal bytes only if they are equal, with the same types and order of keys.
+    """
     try:
         return marshal.dumps(value, _CANONICAL)
     except ValueError:
@@ -81,9 +85,9 @@ def exact_image(value: Any) -> bytes | None:
 
 
 def images_of(messages: Sequence[Any]) -> list[bytes] | None:
-    """An exact image of each message, in its types too; None when one is not plain JSON.
+    """The ``exact_image`` of each message; None for few messages or if one is not plain JSON.
 
-    To be taken before the messages are parsed, which changes them.
+    Call this before the messages are parsed: parsing changes them.
     """
     if len(messages) < MIN_MESSAGES:
         return None
@@ -94,7 +98,7 @@ def images_of(messages: Sequence[Any]) -> list[bytes] | None:
 
 
 class MessageMemory:
-    """Least recently used conversations first out. Thread-safe."""
+    """Recent conversations. The least recently used one goes first. Thread-safe."""
 
     def __init__(self, max_messages: int = MAX_MESSAGES, max_bytes: int = MAX_BYTES) -> None:
         self.max_messages = max_messages
@@ -108,8 +112,11 @@ class MessageMemory:
         """The longest remembered conversation that a turn continues.
 
         Args:
-            scope: conversations of other scopes are not looked at.
+            scope: only conversations of this scope are looked at.
             images: ``images_of`` all messages of the turn.
+
+        Returns:
+            The known leading messages; ``NOTHING`` when none are known.
         """
         first = max(1, len(images) - MAX_NEW_MESSAGES)
         with self._lock:
@@ -124,14 +131,14 @@ class MessageMemory:
     ) -> Conversation | None:
         """Remember a conversation in place of the one that it continues.
 
-        Returns:
-            What is remembered; None when it is not.
-
         Args:
             scope: see ``find``.
-            images: of its messages.
-            parsed: one parsed message for each; not to be changed by anyone.
-            known: what ``find`` had returned.
+            images: the exact images of its messages.
+            parsed: one parsed message for each image. They must not be changed afterwards.
+            known: what ``find`` returned.
+
+        Returns:
+            The remembered conversation; None if the numbers of images and messages differ.
         """
         with self._lock:
             if known.num_messages:
@@ -149,7 +156,7 @@ class MessageMemory:
     def add_text(
         self, scope: Hashable, conversation: Conversation, template: Hashable, text: Text
     ) -> None:
-        """Remember what a conversation was rendered to; nothing when it was dropped meanwhile."""
+        """Remember the text of a conversation; a no-op when it was dropped meanwhile."""
         images = conversation.images
         with self._lock:
             if self._conversations.get((scope, len(images), images[-1])) is not conversation:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Try a tokenizer at start-up: may its texts be tokenized in parts?
+"""Try at start-up whether a tokenizer's texts may be tokenized in parts.
 
-``safe_cuts`` says where and why; this looks whether it is true for the tokenizer at hand, on
-texts made to break it. What does not pass is tokenized as in stock vLLM.
+``safe_cuts`` says where a text may be cut and why. The probe checks this for the tokenizer at hand,
+on texts made to break it. The texts of a tokenizer that fails are tokenized as in stock vLLM.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _PIECES = (
 
 
 def count_leading(encode: Encode, rules: CutRules) -> int | None:
-    """How many tokens the tokenizer puts in front of a text when it adds special tokens.
+    """Count the tokens that the tokenizer puts in front of a text when it adds special tokens.
 
     Returns:
-        None when it also adds some behind, or when it cannot be told.
+        The number; None when it also adds tokens behind the text, or when it cannot be found out.
     """
     for token_id, content in rules.contents.items():
         ids = list(encode(content.decode(), True))
@@ -43,14 +43,14 @@ def count_leading(encode: Encode, rules: CutRules) -> int | None:
 def unsafe_reason(
     encode: Encode, rules: CutRules, num_leading: int | None, vocab_size: int, seed: int = 0
 ) -> str | None:
-    """Why a tokenizer's texts must be tokenized whole; None when parts give the same.
+    """Why a tokenizer's texts must be tokenized whole; None when parts give the same ids.
 
     Args:
         encode: the tokenizer.
         rules: its safe tokens.
         num_leading: see ``count_leading``.
         vocab_size: one more than the largest valid token id.
-        seed: of the random texts.
+        seed: the seed of the random texts.
     """
     if not rules.contents:
         return "no added token is special, not normalized and not stripping"
@@ -73,7 +73,7 @@ def unsafe_reason(
 
 
 def _next_text(random: Random, text: str, safe: list[str]) -> str:
-    """The text of the next turn: appended to, edited somewhere, cut off, or begun anew."""
+    """The text of the next turn: continued, edited somewhere, cut off, or begun anew."""
     turn = "".join(_message(random, safe) for _ in range(random.randint(1, 3)))
     choice: Any = random.random()
     if choice < 0.6 and len(text) < 4000:

@@ -2,10 +2,10 @@
 """Where a text may be cut so that tokenizing its parts equals tokenizing the whole.
 
 A Hugging Face tokenizer first finds the added tokens in the raw text (leftmost, longest), and
-only then normalizes, pre-tokenizes and encodes each piece between them on its own. So the text
-may be cut just before a match of an added token that takes part in nothing else: special, not
-normalized, not stripping white space, not bound to word boundaries, and with no other added
-token that could overlap it. Source: ``AddedVocabulary.extract_and_normalize`` in tokenizers.
+only then normalizes, pre-tokenizes and encodes each piece between them on its own. So the text may
+be cut just before an added token whose match depends on nothing around it: a special token that is
+not normalized, strips no white space, is not bound to word boundaries, and cannot overlap another
+added token. Source: ``AddedVocabulary.extract_and_normalize`` in tokenizers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Cuts:
     """Safe cut points of one tokenized text, in ascending order."""
 
     byte_positions: NDArray[np.int64]
-    """Shape ``[num_cuts]``: where in the UTF-8 text a safe token begins."""
+    """Shape ``[num_cuts]``: the byte of the UTF-8 text at which each safe token begins."""
     token_positions: NDArray[np.int64]
     """Shape ``[num_cuts]``: the index of that token."""
 
@@ -44,7 +44,7 @@ class Cuts:
         return int(np.searchsorted(self.byte_positions, num_bytes, side="right"))
 
     def joined(self, count: int, tail: Cuts, num_bytes: int, num_tokens: int) -> Cuts:
-        """The first ``count`` cuts, then those of a text that begins at the given offsets."""
+        """The first ``count`` cuts, and those of a tail that begins at a byte and a token."""
         return Cuts(
             np.concatenate([self.byte_positions[:count], tail.byte_positions + num_bytes]),
             np.concatenate([self.token_positions[:count], tail.token_positions + num_tokens]),
@@ -53,12 +53,12 @@ class Cuts:
 
 @dataclass(frozen=True)
 class CutRules:
-    """Which tokens of one tokenizer a text may be cut before."""
+    """The safe tokens of one tokenizer: a text may be cut before each of them."""
 
     contents: Mapping[int, bytes]
-    """Safe token ids and what they look like in the text, in UTF-8."""
+    """The text of each safe token in UTF-8, by token id."""
     reach: int
-    """Bytes after a cut that must be known: how far the longest added token reaches."""
+    """Bytes behind a cut that must be known: the length of the longest added token."""
     ids: TokenArray
     """The safe token ids, ascending."""
 
@@ -70,7 +70,7 @@ class CutRules:
             added_tokens: its added tokens by id, each with ``content``, ``special``,
                 ``normalized``, ``lstrip``, ``rstrip`` and ``single_word`` (as tokenizers'
                 ``AddedToken``).
-            never: ids that the model also emits without the token's text (the unknown token).
+            never: ids that are never safe, as they also stand for other text (the unknown token).
         """
         contents = [token.content for token in added_tokens.values() if token.content]
         excluded = set(never)
@@ -87,9 +87,9 @@ class CutRules:
         """The cuts of a tokenized text; None when text and token ids do not agree.
 
         Args:
-            text: in UTF-8.
-            token_ids: what the whole text was tokenized to, without tokens that a
-                post-processor put around it.
+            text: the text in UTF-8.
+            token_ids: the tokens of the whole text, without those that a post-processor put around
+                it.
         """
         positions = np.flatnonzero(np.isin(token_ids, self.ids))
         found = token_ids[positions]
@@ -120,7 +120,7 @@ class _Overlaps:
         self._tails = {content[size:] for content in contents for size in range(1, len(content))}
 
     def of(self, content: str) -> bool:
-        """True when it stands inside another one, or begins or ends as another ends or begins."""
+        """Whether a token is part of another one, or its ends could overlap those of another."""
         if self._joined.count(content) > 1:
             return True
         inner = range(1, len(content))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the rendered answer in a history mean the same as the answer that was generated?
+"""Whether the rendered answer in a history means the same as the answer that was generated.
 
-A client sends an answer back as it got it: text as text, a tool call as a name and arguments.
-The chat template writes the call out anew, mostly with other white space in its JSON. Two spans
-mean the same when their texts are equal but for white space around each piece, and their tool
-calls are equal as JSON values. Anything else is another answer.
+A client sends an answer back as it got it: text as text, a tool call as a name and arguments. The
+chat template writes the call anew, mostly with other white space in its JSON. Two answers mean the
+same when their tool calls are equal as JSON values, and the pieces of text between them are equal
+except for white space around each piece. Anything else is a different answer.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _ARGUMENT_KEYS = ("arguments", "parameters")
 
 
 class _DuplicateKeyError(ValueError):
-    """An object names a key twice; which one counts is the reader's choice."""
+    """An object has the same key twice. Readers may differ in which value they take."""
 
 
 def means_the_same(rendered: str, generated: str) -> bool:
     """Compare an answer in a rendered history with the one that was generated.
 
     Args:
-        rendered: the assistant's span in the new prompt, without its end-of-turn token.
-        generated: what was decoded, without the end-of-turn token.
+        rendered: the assistant's text in the new prompt, without its end-of-turn token.
+        generated: the decoded answer, without its end-of-turn token.
     """
     if rendered == generated:
         return True
@@ -35,7 +35,7 @@ def means_the_same(rendered: str, generated: str) -> bool:
 
 
 def _pieces(text: str) -> Iterator[str | dict[str, Any]]:
-    """Alternately: text without white space around it, and tool calls as JSON values."""
+    """Yield alternately text, stripped of white space around it, and tool calls as JSON values."""
     decoder = json.JSONDecoder(
         object_pairs_hook=_without_duplicates, parse_float=Decimal, parse_constant=str
     )
@@ -63,14 +63,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_tool_call(value: Any) -> bool:
-    """``{"name": ..., "arguments": {...}}`` and the like; other JSON is the answer's own text."""
+    """Whether a value has the form ``{"name": ..., "arguments": {...}}``. Other JSON is text."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return False
     return any(isinstance(value.get(key), dict) for key in _ARGUMENT_KEYS)
 
 
 def _equal(left: Any, right: Any) -> bool:
-    """Equal as JSON: the types too, so that 1, 1.0 and true differ."""
+    """Whether two values are equal in value and type, so that 1, 1.0 and true differ."""
     if type(left) is not type(right):
         return False
     if isinstance(left, dict):

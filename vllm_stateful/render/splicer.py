@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep the ids that the model generated where the history says the same in other tokens.
+"""Keep the ids that the model generated when the history means the same in other tokens.
 
-Opt-in (``--stateful-history generated``), for it is another input than stock vLLM's: a text can
-be spelled in several ways in tokens, and the model chose one that the tokenizer would not have.
-What it gains: the KV of the answer is kept, and the next turn computes only what the client
-added.
+This is opt-in (``--stateful-history generated``) because the model's input then differs from stock
+vLLM's: a text can be spelled in several ways in tokens, and the model may have chosen another way
+than the tokenizer does. In return the KV of the answer is kept, and the next turn computes only
+what the client added.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ class Spliced(StrEnum):
     """What became of a generated answer; a label of ``vllm_stateful_answers_total``."""
 
     KEPT = "kept"
-    """The history means the same: its generated ids stay."""
+    """The history means the same. The generated ids are kept."""
     DIFFERENT = "different"
-    """The history says something else: tokenized anew."""
+    """The history says something else. It is tokenized anew."""
     UNFINISHED = "unfinished"
-    """The answer did not end in an end-of-turn token: tokenized anew."""
+    """The answer did not end with an end-of-turn token. The history is tokenized anew."""
 
 
 class Splice(NamedTuple):
     """Generated ids and the text that they replace."""
 
     answer: tuple[int, ...]
-    """Without the end-of-turn token."""
+    """The generated ids, without the end-of-turn token."""
     byte: int
-    """Where in the new text the end-of-turn token stands."""
+    """The byte of the new text at which the end-of-turn token begins."""
 
 
 class Splicer:
-    """Finds out whether an answer may stay as it was generated.
+    """Decides whether an answer in a history keeps the ids that were generated.
 
     Args:
-        decode: the text of token ids, special tokens included.
-        count: told what became of each answer.
+        decode: returns the text of token ids, special tokens included.
+        count: called with what became of each answer.
     """
 
     def __init__(
@@ -58,7 +58,10 @@ class Splicer:
         Args:
             entry: the prompt; ``data`` begins with its text.
             data: the new text, in UTF-8.
-            rules: the tokenizer's safe tokens; an end-of-turn token has to be one of them.
+            rules: the tokenizer's safe tokens. An end-of-turn token must be one of them.
+
+        Returns:
+            The answer to keep; None when none of them means the same.
         """
         if not entry.answers or len(data) == entry.num_bytes:
             return None

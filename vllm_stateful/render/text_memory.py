@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that were tokenized lately, found by their longest common prefix; bounded in bytes.
+"""Remembers recently tokenized texts, and finds them by their longest common prefix.
 
-One per API process. Scopes (a tenant, and how special tokens are added) never see each other's
-texts. Nothing here is keyed by a session id: the text itself says what it continues.
+There is one memory per API process, bounded in bytes. A scope is a tenant and how special tokens
+are added; scopes never see each other's texts. Nothing is keyed by a session id: the text itself
+shows what it continues.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from vllm_stateful.render.safe_cuts import ByteArray, Cuts
 from vllm_stateful.transport.prompt_ids import LastPlace
 
 BYTES_PER_TOKEN = 8
-"""One pointer: the integers themselves are shared by all entries (``IncrementalTokenizer``)."""
+"""For one pointer. The integers are shared by all entries (``IncrementalTokenizer``)."""
 
 BYTES_PER_ANSWER_TOKEN = 40
-"""A pointer and an integer of its own."""
+"""For a pointer and an integer of its own."""
 
 BYTES_PER_CUT = 16
 
 BYTES_PER_ENTRY = 2048
-"""The entry's own objects and its nodes in the index, rounded up."""
+"""For the entry's own objects and its nodes in the index, rounded up."""
 
 CONTINUED_TAIL_BYTES = 512
-"""A text of which no more than this follows the common prefix (a generation prompt) is
-continued by the new text, not a sibling of it."""
+"""Bytes that a known text may have behind the common prefix (a generation prompt) and still count
+as continued by the new text. With more, the two texts are siblings."""
 
 MAX_ANSWERS = 4
 """Answers kept per prompt (``n`` > 1, or the same prompt asked again)."""
@@ -46,22 +47,23 @@ class Entry:
     version: int
     num_bytes: int
     token_runs: tuple[tuple[int, ...], ...]
-    """Its ids in order, in runs that it may share with the text that it continues. Tuples: the
-    garbage collector stops looking at them after its first pass."""
+    """Its token ids in order, as runs that it may share with the text that it continues. They are
+    tuples because the garbage collector stops looking at those after its first pass."""
     num_tokens: int
     cuts: Cuts
     last_places: dict[int, LastPlace]
-    """What ``PromptTokenIds.last_place`` found; filled later, by whoever asks."""
+    """What ``PromptTokenIds.last_place`` found. Filled when it is called."""
     digests: list[bytes]
-    """As ``PromptTokenIds.digests``; filled later, too."""
+    """The ``PromptTokenIds.digests``. Filled when ``digest_of`` is called."""
     answers: list[tuple[int, ...]]
-    """What was generated for this prompt, with ``--stateful-history generated``."""
+    """Answers that were generated for this prompt, with ``--stateful-history generated``."""
     is_spliced: bool
-    """Whether generated ids stand in it for text that was rendered anew."""
+    """Whether it holds generated ids in place of the ids of text that was rendered anew."""
 
     @property
     def cost(self) -> int:
-        """Bytes held: text in the index, token ids, cuts, answers. Shared runs count in full."""
+        """The memory in bytes: text in the index, token ids (shared runs in full), cuts,
+        answers."""
         return (
             self.num_bytes
             + BYTES_PER_TOKEN * self.num_tokens
@@ -72,22 +74,23 @@ class Entry:
 
 
 class Found(NamedTuple):
-    """The entry that shares most with a text, and how much."""
+    """The entry with the longest prefix in common with a text, and the length of that prefix."""
 
     entry: Entry
     num_bytes: int
 
     @property
     def is_continued(self) -> bool:
+        """Whether the text continues the entry, and is not a sibling of it."""
         return self.entry.num_bytes - self.num_bytes <= CONTINUED_TAIL_BYTES
 
 
 class TextMemory:
-    """A least-recently-used set of entries. Thread-safe.
+    """A bounded set of entries; the least recently used one goes first. Thread-safe.
 
     Args:
-        max_bytes: what all entries together may cost (``Entry.cost``); a text that alone costs
-            more is not kept.
+        max_bytes: bytes that all entries together may cost (``Entry.cost``). A text that alone
+            costs more is not kept.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -125,7 +128,7 @@ class TextMemory:
             self._shrink()
 
     def add_answer(self, version: int, token_ids: tuple[int, ...]) -> None:
-        """Note what was generated for a prompt; only the first few of several answers."""
+        """Remember an answer to a prompt, up to ``MAX_ANSWERS`` per prompt."""
         with self._lock:
             entry = self._entries.get(version)
             if entry is None or len(entry.answers) >= MAX_ANSWERS:

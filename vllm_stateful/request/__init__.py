@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 0 of a turn: which session and tenant an HTTP request belongs to, and what it wishes."""
+"""Stage 0 of a turn: the session and the tenant of an HTTP request, and how long to keep its KV."""
 
 from vllm_stateful.request.opening import opening_of
 from vllm_stateful.request.response_chain import ResponseChain

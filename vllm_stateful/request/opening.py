@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A name for a conversation that its client does not name: how it begins."""
+"""Names a conversation by its beginning, when the client does not name it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from hashlib import blake2b
 from typing import Any
 
 MAX_MESSAGES = 16
-"""Messages among which the first of the user is looked for."""
+"""Messages that are searched for the user's first message."""
 
 
 def opening_of(messages: object) -> str | None:
-    """The same for every turn of a conversation, and hardly ever for two conversations.
+    """A digest of the beginning of a conversation: its messages up to the user's first.
 
-    Two that begin with the same question, as samples of one task do, have the same.
+    It is the same for every turn of a conversation. Different conversations have the same digest
+    only if they begin alike, for example as samples of one task.
 
     Args:
-        messages: as the client sent them: mappings with ``role`` and ``content``, the latter a
-            string or a list of parts.
+        messages: the messages as the client sent them: mappings with ``role`` and ``content``,
+            which is a string or a list of parts.
 
     Returns:
-        A digest of all messages up to the first of the user; None where there is none, or it is
-        more than text.
+        The digest; None when there is no message of the user, or when a message is more than text.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         return None

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat messages whose shape alone says what their validation returns.
+"""Validates chat messages by their shape alone, where the shape shows what validation returns.
 
-vLLM validates each message of a chat request against a union of some ten types, every turn and on
-the event loop: 4 ms for a conversation of 400 messages. Nearly all messages of an agent have one of
-four shapes, with text in every place; validation returns these as they are, with the keys in the
-order of their type. ``plain_message`` does the same, and leaves every other message alone.
+vLLM validates each message of a chat request against a union of some ten types, in every turn and
+on the event loop. This takes 4 ms for a conversation of 400 messages. Nearly all messages of an
+agent have one of four shapes, with text in every field. Validation returns these unchanged, with
+the keys in the order of their type. ``plain_message`` does the same, and leaves every other message
+to vLLM.
 
 Source: ``ChatCompletionMessageParam`` in vllm/renderers/chat_utils.py and openai/types/chat.
 """
@@ -19,10 +20,10 @@ _FUNCTION = ("arguments", "name")
 
 
 def plain_message(message: Any) -> dict[str, Any] | None:
-    """What validation makes of a message as it came out of JSON; None when the shape is not plain.
+    """What validation returns for a parsed JSON message; None when its shape is not plain.
 
-    Plain are a text of the user, system or developer; an answer of the assistant with a text, or
-    with calls of functions and perhaps a text; and the result of a tool.
+    Plain messages are: a text of the user, system or developer; an answer of the assistant with a
+    text, with function calls, or with both; and the result of a tool.
     """
     if type(message) is not dict:
         return None
@@ -69,10 +70,10 @@ def _tool_call(call: Any) -> dict[str, Any] | None:
 
 
 class SplitMessages:
-    """The messages of a request: the plain ones as validation makes them, and the others.
+    """The messages of a request, split into plain ones and those that vLLM must validate.
 
     Args:
-        messages: as they came out of JSON; not changed.
+        messages: the parsed JSON messages; not changed.
     """
 
     def __init__(self, messages: list[Any]) -> None:
@@ -84,22 +85,22 @@ class SplitMessages:
 
     @property
     def num_plain(self) -> int:
-        """How many need no validation."""
+        """The number of messages that vLLM need not validate."""
         return len(self._made) - len(self.others)
 
     @property
     def plain_places(self) -> list[int]:
-        """Where these stand among all messages."""
+        """The indices of the plain messages among all messages."""
         return [place for place, made in enumerate(self._made) if made is not None]
 
     def joined(self, others: list[Any]) -> list[Any]:
-        """All messages, in order.
+        """All messages after validation, in order.
 
         Args:
-            others: what validation made of ``self.others``.
+            others: what validation returned for ``self.others``.
 
         Raises:
-            ValueError: there are more or fewer of them.
+            ValueError: ``others`` has another length than ``self.others``.
         """
         if len(others) != len(self.others):
             raise ValueError(f"{len(others)} messages validated, of {len(self.others)}")

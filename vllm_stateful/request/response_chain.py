@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sessions of the Responses API, whose turns name the response before them."""
+"""Finds the session of a turn of the Responses API, which names the response before it."""
 
 from collections import OrderedDict
 from dataclasses import replace
@@ -15,12 +15,12 @@ _SESSION_PREFIX = "previous-response-id:"
 
 
 class ResponseChain:
-    """Bounded memory of which session each response belongs to, per tenant.
+    """Remembers for each tenant which session a response belongs to. Bounded in size.
 
-    The least recently used response is forgotten first. That costs time only: the next turn then
+    The least recently used response is forgotten first. This costs only time: the next turn then
     starts a session of its own. Not thread-safe; use it from the event loop.
 
-    max_responses: how many responses are remembered. Raises ValueError below 1.
+    max_responses: the number of responses that are remembered. Raises ValueError below 1.
     """
 
     def __init__(self, max_responses: int = DEFAULT_MAX_RESPONSES) -> None:
@@ -58,15 +58,15 @@ class ResponseChain:
     ) -> TurnIdentity:
         """Complete an identity from the chain of responses, and add this response to the chain.
 
-        A session that the client named otherwise is kept. Else it is the session of the previous
-        response; where that one is unknown, or there is none, a chain starts whose session id is
-        "previous-response-id:<first response id known>".
+        A session that the client named in another way is kept. Otherwise the session is that of the
+        previous response. If the previous response is unknown, or there is none, a new chain starts
+        with the session id "previous-response-id:<first response id known>".
 
         stored: False when the server does not keep this response (`store: false`, or vLLM's
-            response store is off). No later turn can name it, so it starts no chain, and the
-            session is left to be derived from content.
+            response store is off). No later turn can name such a response, so it starts no chain,
+            and the session is derived from content.
 
-        Raises nothing for any id; one that is no string of 1 to 256 characters is ignored.
+        Raises nothing for any id. An id that is not a string of 1 to 256 characters is ignored.
         """
         previous = _response_id(previous_response_id)
         current = _response_id(response_id) if stored else None

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long does a client wish that the KV of its conversation is kept?
+"""For how long a client wishes the KV of its conversation to be kept.
 
-Three ways to say so are understood. A wish is soft: it says what is worth keeping, it never holds
-back another request, and one that cannot be read is none.
+A client can say so in three ways. A wish is soft: it says what is worth keeping, but never holds
+back another request. A wish that cannot be read is ignored.
 
     cache_control            Anthropic's breakpoint, `{"type": "ephemeral", "ttl": "5m" | "1h"}`: at
                              system blocks, tools, content blocks (also those in a tool's result),
-                             or at the request. Chat clients (OpenRouter, LiteLLM, OpenCode) send it
-                             at messages, their content parts and functions too.
+                             or at the request. Chat clients (OpenRouter, LiteLLM, OpenCode) also
+                             send it at messages, their content parts and functions.
     prompt_cache_retention   OpenAI: "in_memory" or "24h"
     session.retain           a KV hint with the payload `{"seconds": number}`, in process
 
-The longest wish of a request counts, for all of its conversation. Anthropic keeps what stands
-before the last breakpoint of one hour for longer than what only stands before one of five minutes;
-here the session is kept as one, so all that a turn writes counts as written for the longest of its
-times.
+The longest wish of a request counts, for its whole conversation. Anthropic keeps content before the
+last one-hour breakpoint for longer than content that is only before a five-minute breakpoint. Here
+a session is kept as a whole, so everything that a turn writes counts as kept for its longest time.
 """
 
 from collections.abc import Mapping
@@ -38,7 +37,8 @@ _KEY = "cache_control"
 class RetentionWish:
     """What a request says about keeping its conversation.
 
-    seconds: without use, from the end of the turn on; 0 < seconds <= `MAX_SECONDS`.
+    seconds: how long to keep it without use, from the end of the turn; 0 < seconds <=
+        `MAX_SECONDS`.
     ttl: the longest time at its `cache_control` breakpoints; None when it has none.
     """
 
@@ -62,7 +62,7 @@ def retention_wish(body: object) -> RetentionWish | None:
 
 
 def hinted_seconds(payload: object) -> float | None:
-    """The wish in the payload of a `session.retain` hint; None when it cannot be read."""
+    """The seconds in the payload of a `session.retain` hint; None when they cannot be read."""
     seconds = payload.get("seconds") if isinstance(payload, Mapping) else None
     if not isinstance(seconds, int | float) or isinstance(seconds, bool):
         return None
@@ -70,12 +70,12 @@ def hinted_seconds(payload: object) -> float | None:
 
 
 def cache_creation(ttl: Ttl, num_written: int) -> dict[str, int]:
-    """Anthropic's breakdown of the tokens that a turn wrote: all under its longest time."""
+    """Anthropic's breakdown of the tokens that a turn wrote: all count for its longest time."""
     return {f"ephemeral_{each}_input_tokens": num_written * (each == ttl) for each in _TTL_SECONDS}
 
 
 def _longest_ttl(body: dict[Any, Any]) -> Ttl | None:
-    """An hour at the head of the request is never outdone: the messages are not looked at then."""
+    """The longest time at a breakpoint. Messages are not searched if the head has an hour."""
     longest = None
     for find in (_in_head, _in_messages):
         for control in find(body):
@@ -96,7 +96,7 @@ def _ttl(control: object) -> Ttl | None:
 
 
 def _in_head(body: dict[Any, Any]) -> list[object]:
-    """What stands at the request, at the system prompt and at tools."""
+    """The breakpoints at the request, at the system prompt and at tools."""
     found: list[object] = [body[_KEY]] if _KEY in body else []
     for name in ("system", "tools"):
         blocks = body.get(name)
@@ -109,9 +109,10 @@ def _in_head(body: dict[Any, Any]) -> list[object]:
 
 
 def _in_messages(body: dict[Any, Any]) -> list[object]:
-    """What stands at messages, their blocks and the blocks of tool results.
+    """The breakpoints at messages, at their blocks and at the blocks of tool results.
 
-    Plain loops over local names: conversations are long, and the event loop waits for this.
+    Written as plain loops over local names, because conversations are long and the event loop
+    waits.
     """
     key, found = _KEY, []
     for name in ("messages", "input"):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which session does a turn belong to, and whose session is it?
+"""Finds the session and the tenant that a turn belongs to.
 
-A session id is a hint: it says where to look for reusable work first. It never authorizes
-anything, and blocks are reused only after token ids and the tenant's salt were compared. So a
-wrong id costs time and a missing id is no error: without one the session is derived from content.
+A session id is a hint: it says where to look for reusable work first. It never authorizes anything:
+blocks are reused only after token ids and the tenant's salt were compared. So a wrong id only costs
+time. A missing id is not an error: the session is then derived from content.
 
 Sources, first usable one wins (each row is `source` in `TurnIdentity`):
 
@@ -18,7 +18,7 @@ Sources, first usable one wins (each row is `source` in `TurnIdentity`):
     multi-turn-session  x-multi-turn-session-id                      Fireworks, LangChain
     litellm             x-litellm-session-id
     prompt-cache-key    body `prompt_cache_key`
-    metadata-user-id    body `metadata.user_id`, only where it carries a session (Claude Code)
+    metadata-user-id    body `metadata.user_id`, only if it contains a session (Claude Code)
 
 The first three keep the order of vLLM 0.32 `GenerateBaseServing._get_session_id`.
 `previous-response-id` is resolved by `response_chain.ResponseChain`, which keeps state.
@@ -60,13 +60,13 @@ MIN_ID_CHARS = 8
 MAX_ID_CHARS = 256
 MAX_JSON_CHARS = 8192
 
-# The engine is told the client's own id for these, as stock vLLM would (KV events keep their
-# meaning). Ids of every other source are sent as "<source>:<id>".
+# Ids from these sources are sent to the engine unchanged, as stock vLLM does, so KV events keep
+# their meaning. Ids from all other sources are sent as "<source>:<id>".
 _SOURCES_READ_BY_VLLM: frozenset[str] = frozenset({"body", "x-session-id", "xargs"})
 
-# Values that software sends before somebody filled in a real id. Compared after case folding,
-# with "_" and " " read as "-" and with surrounding brackets, quotes, "$" and "%" removed. An id
-# made of one repeated character ("00000000-0000-...", "xxxxxxxx") is a placeholder too.
+# Values that software sends when nobody has filled in a real id. They are compared after case
+# folding, with "_" and " " read as "-" and with surrounding brackets, quotes, "$" and "%" removed.
+# An id made of one repeated character ("00000000-0000-...", "xxxxxxxx") is a placeholder, too.
 # fmt: off
 PLACEHOLDERS: frozenset[str] = frozenset({
     "default", "default-session", "default-session-id", "global", "anonymous", "unknown",
@@ -104,14 +104,14 @@ _USER_ID_SESSION = re.compile(r"_session_([0-9a-fA-F-]{8,64})\Z")
 class TurnIdentity:
     """The session and the tenant of a turn.
 
-    session_id: what the engine is told; None means "derive the session from content".
-    source: where the id was found, "none" without one.
-    tenant: `tenant_of` the request, "" when it carried no key or isolation is off.
+    session_id: the id that the engine gets; None means "derive the session from content".
+    source: where the id was found; "none" without an id.
+    tenant: `tenant_of` the request; "" when it had no key or isolation is off.
     parent_id: session id of the agent that started this one, in the same form as `session_id`.
-    final: the client said that this is the session's last turn.
-    compaction: the client said that this turn summarizes its own history.
-    rejected: ids that were present but unusable, "source: reason" joined by "; ". Never contains
-        what the client sent.
+    final: whether the client said that this is the session's last turn.
+    compaction: whether the client said that this turn summarizes its own history.
+    rejected: why ids that were present are unusable, as "source: reason" joined by "; ". Never
+        contains what the client sent.
     """
 
     session_id: str | None
@@ -127,7 +127,8 @@ class TurnIdentity:
 class _Claim:
     """One place where the client may have named its session.
 
-    value: the id that has to be usable; `child`, when set, is the longer id built from it.
+    value: the id that must be usable.
+    child: a longer id built from `value`, which then is the session's id.
     """
 
     source: Source
@@ -143,7 +144,7 @@ def resolve_turn(
 
     headers: looked up by lower-case names with `.get` (starlette's Headers, or a dict with
         lower-case keys).
-    field: returns a field of the request body, or None where the body has no such field.
+    field: returns a field of the request body, or None if the body has no such field.
     tenant_isolation: False puts every client in the tenant "".
 
     Raises nothing for any header or body value.
@@ -179,9 +180,10 @@ def resolve_turn(
 
 
 def ids_of_client(raw_id: str) -> list[str]:
-    """What the engine may have been told where a client named its session so, wherever it did.
+    """All ids under which the engine may know a session that its client names `raw_id`.
 
-    A client that asks to close a session says the id that it sent, and not in which header.
+    A client that asks to close a session gives the id that it sent, but not the header in which it
+    sent it.
     """
     own: list[Source] = [source for source in get_args(Source) if source not in _UNPREFIXED]
     return [raw_id, *(_engine_id(source, raw_id) for source in own)]
@@ -190,8 +192,8 @@ def ids_of_client(raw_id: str) -> list[str]:
 def id_fault(value: object) -> str | None:
     """Why `value` cannot identify a session; None when it can.
 
-    Usable is a string of 8 to 256 characters without control characters, line separators or
-    lone surrogates that is not a placeholder (see `PLACEHOLDERS`).
+    An id must be a string of 8 to 256 characters without control characters, line separators or
+    lone surrogates, and must not be a placeholder (see `PLACEHOLDERS`).
     """
     if not isinstance(value, str):
         return "not a string"
@@ -207,17 +209,17 @@ def id_fault(value: object) -> str | None:
 
 
 def has_control_characters(text: str) -> bool:
-    """True where `text` holds control characters, line separators or lone surrogates."""
+    """Whether `text` contains control characters, line separators or lone surrogates."""
     if text.isprintable():
         return False
     return any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text)
 
 
 def tenant_of(headers: Mapping[str, str]) -> str:
-    """Name of the tenant that sent a request: 16 hex characters of a SHA-256, or "".
+    """The name of the tenant that sent a request: 16 hex characters of a SHA-256, or "".
 
-    The key is read from `Authorization: Bearer`, then `x-api-key`, then `api-key`. vLLM checks
-    the first of these only, so it comes first. The key itself is never returned or kept.
+    The API key is read from `Authorization: Bearer`, then `x-api-key`, then `api-key`. vLLM checks
+    only the first of these, so it comes first. The key itself is never returned or kept.
     """
     key = _api_key(headers)
     if not key:
@@ -230,11 +232,13 @@ def scoped_salt(tenant: str, cache_salt: str | None) -> str | None:
 
     Without a tenant the salt is returned unchanged, so block hashes stay those of stock vLLM.
     Otherwise the result is `SALT_PREFIX`, 16 hex characters that stand for the tenant (see
-    `types.tenant_of_salt`), "." and 64 hex characters of a SHA-256 over tenant and salt: no two
-    different pairs give the same salt, and it fits `validate_cache_salt` of vLLM 0.32 (at most
-    128 characters; no "@", "/", "\\" or NUL). A client's own salt that starts with `SALT_PREFIX`
-    is hashed even without a tenant, and then names none: else a client could choose the salt of
-    somebody else, or be counted as somebody else.
+    `types.tenant_of_salt`), "." and 64 hex characters of a SHA-256 over tenant and salt. No two
+    different pairs give the same salt. The result fits `validate_cache_salt` of vLLM 0.32 (at most
+    128 characters; no "@", "/", "\\" or NUL).
+
+    A client's own salt that starts with `SALT_PREFIX` is hashed even without a tenant, and the
+    result then names no tenant. Otherwise a client could choose another tenant's salt, or be
+    counted as another tenant.
     """
     salt = cache_salt if isinstance(cache_salt, str) else None
     is_reserved = salt is not None and salt.startswith(SALT_PREFIX)
@@ -248,14 +252,14 @@ def scoped_salt(tenant: str, cache_salt: str | None) -> str | None:
 
 
 def _tenant_hex(tenant: str) -> str:
-    """A tenant's name as it stands in a salt; any text that is no such name is hashed."""
+    """A tenant's name as used in a salt. A text that is not such a name is hashed."""
     if not tenant or _TENANT.fullmatch(tenant):
         return tenant
     return _sha256_hex(b"tenant-in-salt:" + _to_bytes(tenant))[:TENANT_HEX_CHARS]
 
 
 def _claims(headers: Mapping[str, str], field: FieldReader) -> Iterator[_Claim]:
-    """Every place a session may be named in, best first; later ones are read only if needed."""
+    """Yield every place that may name a session, best first. Later ones are read only if needed."""
     yield _Claim("body", field("session_id"))
     yield _Claim("x-session-id", headers.get("x-session-id"), headers.get("x-parent-session-id"))
     yield _Claim("xargs", _entry(field("vllm_xargs"), "session_id"))
@@ -268,7 +272,7 @@ def _claims(headers: Mapping[str, str], field: FieldReader) -> Iterator[_Claim]:
 
 
 def _claude_code_claim(headers: Mapping[str, str]) -> _Claim:
-    """Claude Code names the root session, and beside it the sub-agent that is speaking."""
+    """The claim of Claude Code, which names the root session and the sub-agent that sends."""
     root: object = headers.get("x-claude-code-session-id")
     if not isinstance(root, str):
         return _Claim("claude-code", root)
@@ -283,7 +287,8 @@ def _claude_code_claim(headers: Mapping[str, str]) -> _Claim:
 def _child_id(root_id: str, agent: object) -> str | None:
     """ "root/agent", or None when `agent` names no sub-agent.
 
-    Agent ids only tell the children of one root apart: they may be short, or plain names.
+    Agent ids need only be distinct among the children of one root, so they may be short, or plain
+    names.
     """
     if not isinstance(agent, str) or not agent.strip() or has_control_characters(agent):
         return None
@@ -293,7 +298,7 @@ def _child_id(root_id: str, agent: object) -> str | None:
 
 
 def _escape_slash(text: str) -> str:
-    """`text` without "/", so that "a/b" + "c" and "a" + "b/c" stay two different ids."""
+    """Escape "/", so that "a/b" + "c" and "a" + "b/c" give two different ids."""
     return text.replace("%", "%25").replace("/", "%2F")
 
 
@@ -305,7 +310,7 @@ def _claim_fault(claim: _Claim) -> str | None:
 
 
 def _is_gateway_cookie(value: str) -> bool:
-    """True for Aibrix's X-Session-ID: base64 of "ip:port", which names a server, not a session."""
+    """Whether this is Aibrix's X-Session-ID: base64 of "ip:port", which names a server."""
     try:
         padded = value + "=" * (-len(value) % 4)
         text = base64.b64decode(padded, altchars=b"-_", validate=True).decode("ascii")
@@ -336,7 +341,7 @@ def _parent_id(claim: _Claim) -> str | None:
 
 
 def _is_final(headers: Mapping[str, str], raw_id: str | None) -> bool:
-    """True when the client releases the session of this turn, and not another one."""
+    """Whether the client releases the session of this turn, and not another one."""
     if not _is_true(headers.get("x-dynamo-session-final")):
         return False
     named = headers.get("x-dynamo-session-id")
@@ -357,8 +362,8 @@ def _is_true(value: object) -> bool:
 def _session_in_user_id(user_id: object) -> object:
     """The session inside Claude Code's `metadata.user_id`; None for any other user id.
 
-    Two forms were seen: "user_<hex>_account_<uuid>_session_<uuid>", and newer a JSON object
-    with device_id, account_uuid and session_id.
+    It has two forms: "user_<hex>_account_<uuid>_session_<uuid>", and in newer versions a JSON
+    object with device_id, account_uuid and session_id.
     """
     if not isinstance(user_id, str) or len(user_id) > MAX_JSON_CHARS:
         return None
@@ -369,7 +374,7 @@ def _session_in_user_id(user_id: object) -> object:
 
 
 def _json_object(text: object) -> Mapping[str, object]:
-    """`text` parsed as a JSON object; empty where it is none or is absurdly large."""
+    """`text` parsed as a JSON object; empty if it is not one or is too large."""
     if not isinstance(text, str) or not 0 < len(text) <= MAX_JSON_CHARS:
         return {}
     try:
@@ -397,7 +402,7 @@ def _api_key(headers: Mapping[str, str]) -> str:
 
 
 def _to_bytes(text: str) -> bytes:
-    """UTF-8 that also takes lone surrogates, which JSON bodies may hold."""
+    """Encode as UTF-8, including lone surrogates, which JSON bodies may contain."""
     return text.encode("utf-8", "surrogatepass")
 
 

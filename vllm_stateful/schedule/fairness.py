@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tenant's residencies go first. No tenant pushes out another tenant's share.
 
-While several tenants keep something, only those give back that hold more than an equal part of what
-is kept; among these, and where nobody does, the order is that of ``schedule.retention``. What was
-superseded goes first, whoever's it is: nobody waits for it.
+While several tenants keep residencies, only tenants that hold more than an equal part of all kept
+blocks give some back. Among those tenants, and where no tenant is above its part, the order is that
+of ``schedule.retention``. Superseded residencies go first, whoever owns them: nobody waits for
+them.
 
-A tenant is an API key. Within it, cache salts share in the same way, down to a quarter of what the
-tenant keeps. But a client may choose a salt for each of its conversations, and then an equal part
-would be the same as "longest first". So a salt that keeps one residency is never asked before the
-others of its tenant: salts that keep one each go in the order that they had without any.
+A tenant is an API key. Within a tenant, its cache salts share in the same way, but a salt's part is
+never less than a quarter of what the tenant keeps. A client may choose one salt per conversation.
+Equal parts would then mean "the longest goes first". So a salt with a single residency never has to
+give before the others of its tenant: salts with one residency each are ordered as if there were no
+salts.
 
-Wishes (``retention.Worth.WISHED``) count while all that is wished for fits in ``max_wished``
-blocks. Where clients wish for more than that, what is expected decides among all of them.
+Wishes (``retention.Worth.WISHED``) count while everything wished for fits in ``max_wished`` blocks.
+When clients wish for more, wishes are ignored and the forecasts decide.
 
-Choosing looks at no more than the ``MANY`` tenants that hold most, and as many salts of each.
+Choosing looks only at the ``MANY`` tenants that hold most, and at the ``MANY`` largest salts of
+each.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from vllm_stateful.schedule.retention import Rank, RetentionQueue, Worth
 R = TypeVar("R", bound=Hashable)
 
 MANY = 4
-"""Tenants that are looked at, and salts of one; a salt's part is at least one of so many."""
+"""Tenants that a choice looks at, and salts per tenant. A salt's part of what its tenant keeps is
+at least one in ``MANY``."""
 
 
 class _Held(NamedTuple):
@@ -39,22 +43,22 @@ class _Held(NamedTuple):
     salt: Hashable
     num_blocks: int
     looked_at_s: float
-    """When it was last used, or found to have a wish that is not over."""
+    """When it was last used, or last seen to have a wish that still runs."""
     wished_until_s: float
 
 
 class _Shares:
-    """How many blocks each of several holders keeps, and who keeps most."""
+    """The number of blocks that each holder keeps, and which holders keep most."""
 
     def __init__(self) -> None:
         self.total = 0
         self.num_blocks: dict[Hashable, int] = {}
         self._heap: list[tuple[int, int, Hashable]] = []
-        """The largest first; may name what has changed or is gone."""
+        """Largest first. Entries of holders that have changed or are gone may remain."""
         self._number = itertools.count()
 
     def add(self, holder: Hashable, num_blocks: int) -> None:
-        """The holder keeps so many blocks more, or less."""
+        """Add ``num_blocks``, which may be negative, to what a holder keeps."""
         self.total += num_blocks
         held = self.num_blocks[holder] = self.num_blocks.get(holder, 0) + num_blocks
         heapq.heappush(self._heap, (-held, next(self._number), holder))
@@ -65,11 +69,11 @@ class _Shares:
             heapq.heapify(self._heap)
 
     def drop(self, holder: Hashable) -> None:
-        """The holder keeps nothing."""
+        """Remove a holder that keeps nothing any more."""
         self.total -= self.num_blocks.pop(holder)
 
     def largest(self) -> list[Hashable]:
-        """The ``MANY`` that keep most, or all that there are."""
+        """The ``MANY`` holders that keep most, or all holders if there are fewer."""
         if len(self.num_blocks) <= MANY:
             return list(self.num_blocks)
         found: dict[Hashable, tuple[int, int, Hashable]] = {}
@@ -83,7 +87,7 @@ class _Shares:
 
 
 class _Tenant(Generic[R]):
-    """All that one tenant keeps, and what each of its salts does."""
+    """Everything that one tenant keeps, and what each of its salts keeps."""
 
     def __init__(self) -> None:
         self.queue: RetentionQueue[R] = RetentionQueue()
@@ -105,7 +109,7 @@ class _Tenant(Generic[R]):
             self.shares.drop(salt)
 
     def next_victim(self, now_s: float, keep: R | None, *, wishes: bool) -> R | None:
-        """The first of the salts above their part; of all where there is none."""
+        """The first victim of the salts above their part; of all residencies if no salt is."""
         part = self.shares.total / min(MANY, len(self.salts))
         above = [
             self.salts[salt]
@@ -121,20 +125,20 @@ class _Tenant(Generic[R]):
 
 
 class FairQueue(Generic[R]):
-    """A ``RetentionQueue`` for each tenant. Choosing a victim looks at the first of each.
+    """A ``RetentionQueue`` for each tenant. Choosing a victim compares the first of each.
 
     Args:
-        max_wished: blocks up to which wishes count.
+        max_wished: wishes count while those with a wish keep at most this many blocks.
     """
 
     def __init__(self, max_wished: float = math.inf) -> None:
         self.max_wished = max_wished
         self.num_wished = 0
-        """Blocks that are kept by those with a wish, over or not."""
+        """Blocks kept by residencies with a wish, including wishes that are over."""
         self._tenants: dict[Hashable, _Tenant[R]] = {}
         self._shares = _Shares()
         self._held: OrderedDict[R, _Held] = OrderedDict()
-        """By the time in it."""
+        """Ordered by ``looked_at_s``, oldest first."""
         self._superseded: OrderedDict[R, None] = OrderedDict()
         """The superseded residencies of all tenants, in the order in which they became so."""
 
@@ -156,14 +160,14 @@ class FairQueue(Generic[R]):
         """Enter ``item`` as used now.
 
         Args:
-            item: the residency; it is taken out first where it is in.
-            tenant: who shares with others (``types.tenant_of_salt``).
-            num_blocks: what it keeps.
+            item: the residency. An earlier entry of it is replaced.
+            tenant: its tenant (``types.tenant_of_salt``); tenants share with each other.
+            num_blocks: the number of blocks that it keeps.
             worth: its class.
             forecast: when its session is expected back.
-            now_s: the time, seconds.
-            wished_until_s: until then its client asked to keep it; 0 without a wish.
-            salt: who shares within the tenant: its cache salt.
+            now_s: the time, in seconds.
+            wished_until_s: the time until which its client asked to keep it; 0 without a wish.
+            salt: its cache salt; the salts of one tenant share with each other.
         """
         self.discard(item)
         held = self._held[item] = _Held(tenant, salt, num_blocks, now_s, wished_until_s)
@@ -176,7 +180,7 @@ class FairQueue(Generic[R]):
             self._superseded[item] = None
 
     def shrink(self, item: R, num_blocks: int) -> None:
-        """``item`` gave some of its blocks back and keeps so many. A no-op when it is not in."""
+        """Record that ``item`` keeps ``num_blocks`` after giving some back. A no-op if not in."""
         held = self._held.get(item)
         if held is not None:
             self._count(held, num_blocks - held.num_blocks)
@@ -196,7 +200,7 @@ class FairQueue(Generic[R]):
             self._shares.drop(held.tenant)
 
     def supersede(self, item: R) -> None:
-        """Let ``item`` go before all that are live; a no-op when it is not in."""
+        """Move ``item`` in front of all live residencies; a no-op when it is not in."""
         held = self._held.get(item)
         if held is not None:
             self._superseded[item] = None
@@ -223,7 +227,7 @@ class FairQueue(Generic[R]):
         return None if best is None else best[2]
 
     def rank(self, item: R, now_s: float) -> Rank:
-        """What ``item`` is compared by within its tenant.
+        """The key by which ``item`` is compared within its tenant.
 
         Raises:
             KeyError: it is not in.
@@ -232,7 +236,7 @@ class FairQueue(Generic[R]):
         return queue.rank(item, now_s, wishes=self.num_wished <= self.max_wished)
 
     def _count(self, held: _Held, num_blocks: int) -> None:
-        """So many blocks more, or less."""
+        """Add ``num_blocks``, which may be negative, to all totals that count ``held``."""
         self.num_wished += num_blocks if held.wished_until_s else 0
         self._shares.add(held.tenant, num_blocks)
         self._tenants[held.tenant].shares.add(held.salt, num_blocks)
@@ -240,7 +244,8 @@ class FairQueue(Generic[R]):
     def expired(self, deadline_s: float, now_s: float) -> list[R]:
         """Residencies last used before ``deadline_s``, oldest first, without those under a wish.
 
-        Costs what is found: a wish is looked at again after as long as it was silent.
+        O(residencies found). One under a wish goes to the end of the order, as if used now, so it
+        is looked at again only when it has been silent for as long once more.
         """
         found: list[R] = []
         wished: list[R] = []

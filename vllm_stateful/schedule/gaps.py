@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a session waits for its next turn: learned per tenant, kind of wait and tool name.
 
-A gap is the time from the end of a turn to the arrival of the next. Gaps are near log-normal with
-heavy tails, and some sessions never come back, so what is learned is a histogram over log-spaced
-times with one more bin for "never". The histogram of a tool starts as that of its kind, that of a
-kind as a log-normal prior, and a session's own gaps are mixed in. ``Forecast`` turns one into what
-a waiting session is worth at each age.
+A gap is the time from the end of a turn to the arrival of the next. Gaps are nearly log-normal with
+heavy tails, and some sessions never come back. So a histogram is learned over log-spaced times,
+with one more bin for "never". The histogram of a tool starts with the shares of its kind of wait;
+the histogram of a kind starts with a log-normal prior. A session's own gaps are mixed in.
+``Forecast`` turns a histogram into what a waiting session is worth at each age.
 
-Each tenant has a book of its own, of bounded size: the names that one tenant's tools have push
-nobody else's out. Where ``MIN_TENANTS`` others have learned a kind, or a tool of the same name, a
-tenant that has not starts as the mean of theirs. So what fewer have seen is never told to anybody.
+Each tenant has a book of its own, of bounded size, so the tool names of one tenant cannot push out
+those of another. When at least ``MIN_TENANTS`` tenants have learned a kind of wait, or a tool of
+the same name, a tenant that has seen none starts with the mean of their histograms. What fewer
+tenants have seen is never shared.
 
 Source: Continuum (arXiv:2511.02230) for gaps per tool; least hit density (Beckmann et al., NSDI'18)
 and Gittins' index for the worth.
@@ -31,44 +32,45 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 NUM_BINS = 36
-"""Times that are told apart, from ``SHORTEST_S`` to ``LONGEST_S``; a factor of 1.4 each."""
+"""Bins of a histogram. The first ends at ``SHORTEST_S``, the last at ``LONGEST_S``; in between,
+each bin ends at 1.4 times the end of the one before."""
 
 SHORTEST_S = 0.5
 LONGEST_S = 86400.0
 EDGES_S: Floats = np.concatenate([[0.0], np.geomspace(SHORTEST_S, LONGEST_S, NUM_BINS)])
-"""Shape ``[NUM_BINS + 1]``: where the bins begin, and where the last one ends."""
+"""Seconds, shape ``[NUM_BINS + 1]``: the beginning of each bin, and the end of the last one."""
 
 _EDGES_S: list[float] = EDGES_S.tolist()
 
 LOST_S = 7200.0
-"""A session that is silent for so long is counted as lost, until it comes back."""
+"""Seconds of silence after which a session counts as lost, until it comes back."""
 
 PARENT_WEIGHT = 10.0
-"""Gaps that the prior, or the histogram of the kind, counts as."""
+"""The number of gaps that a new histogram's starting shares count as."""
 
 CLASS_WEIGHT = 4.0
-"""Gaps that the histogram of all sessions counts as beside a session's own."""
+"""The number of gaps that the histogram of all sessions counts as beside a session's own gaps."""
 
 MOST_GAPS = 2000.0
-"""Older gaps count less and less: what was learned follows a change."""
+"""The most gaps that a histogram counts. Older gaps then count less, so it follows changes."""
 
 OWN_DECAY = 0.9
-"""How much less each earlier gap of a session counts than the one after it."""
+"""The weight of a gap of a session, relative to the gap after it."""
 
 MAX_TOOLS = 256
-"""Histograms of tools that one tenant has; the one that was used longest ago is forgotten."""
+"""Histograms of tools per tenant; the one that was used longest ago is forgotten."""
 
 MAX_HISTOGRAMS = 16384
 """Histograms of all tenants, some 10 MB. The tenant seen longest ago is forgotten."""
 
 MIN_TENANTS = 3
-"""Tenants that must have learned a gap before it is what others start with."""
+"""Tenants that must have learned a histogram before other tenants start with their mean."""
 
 MIN_GAPS = 4
-"""Gaps after which a tenant counts as one that has learned."""
+"""Gaps that a tenant must have seen to count as having learned a histogram."""
 
 MAX_SHARING = 16
-"""Tenants whose mean is taken, those that learned last."""
+"""Tenants whose mean is taken: those that learned the histogram last."""
 
 
 class WaitKind(StrEnum):
@@ -79,24 +81,24 @@ class WaitKind(StrEnum):
     USER = "user"
     """Its last answer called none."""
     ONE_SHOT = "one_shot"
-    """No client named it, and nobody has continued it so far."""
+    """No client named the session, and no second turn has continued it so far."""
 
 
 class Wait(NamedTuple):
-    """The wait that a turn ended in."""
+    """The wait that begins when a turn ends."""
 
     kind: WaitKind
     tool: str = ""
-    """Name of the tool that was called first, where it is known."""
+    """Name of the tool that was called first; empty if it is not known."""
     num_turns: int = 1
-    """Turns of the session so far: one that came back often will again."""
+    """Turns of the session so far. A session that came back often will come back again."""
 
 
 class _Prior(NamedTuple):
     median_s: float
     log_sd: float
     returns: float
-    """Share that comes back at all."""
+    """The share of sessions that come back at all."""
 
 
 PRIORS = {
@@ -108,12 +110,12 @@ PRIORS = {
 
 
 def bin_of(seconds: float) -> int:
-    """The bin that a time lies in; all that is longer than a day lies in the last."""
+    """The index of the bin that holds a time. Times longer than a day fall into the last bin."""
     return min(NUM_BINS, bisect_right(_EDGES_S, seconds)) - 1
 
 
 def _log_normal(prior: _Prior) -> Floats:
-    """Shape ``[NUM_BINS + 1]``: the share in each bin, and of those that never come."""
+    """Shape ``[NUM_BINS + 1]``: the share of gaps in each bin, and the share of "never"."""
     scale = prior.log_sd * math.sqrt(2)
     below = [0.0]
     below += [0.5 * (1 + math.erf(math.log(edge / prior.median_s) / scale)) for edge in EDGES_S[1:]]
@@ -129,7 +131,7 @@ class OwnGaps:
         self._counts: dict[WaitKind, Floats] = {}
 
     def add(self, kind: WaitKind, gap_s: float) -> None:
-        """One more, spread over its bin and both beside it."""
+        """Add a gap, spread over its bin (half) and the two bins beside it (a quarter each)."""
         counts = self._counts.setdefault(kind, np.zeros(NUM_BINS))
         counts *= OWN_DECAY
         place = bin_of(gap_s)
@@ -137,7 +139,12 @@ class OwnGaps:
             counts[min(NUM_BINS - 1, max(0, place + step))] += share
 
     def mixed_into(self, kind: WaitKind, shares: Floats) -> Floats:
-        """All sessions' histogram and this session's; the share that never comes is kept."""
+        """Mix this session's gaps into the shares of all sessions; the share of "never" stays.
+
+        Args:
+            kind: the kind of wait whose gaps are mixed in.
+            shares: shape ``[NUM_BINS + 1]``, sum 1.
+        """
         counts = self._counts.get(kind)
         if counts is None:
             return shares
@@ -147,13 +154,14 @@ class OwnGaps:
 
 
 class Forecast:
-    """What a wait is worth at each age: returns per second, were its KV kept.
+    """What keeping the KV of a waiting session is worth at each age, in returns per second.
 
-    The rate at age ``a`` is the best, over all horizons ``h``, of the chance of a return within
-    ``h`` divided by the expected time for which the KV is kept until that return or ``h``.
+    The rate at age ``a`` is the maximum over all horizons ``h`` of a quotient: the chance that the
+    session returns within ``h``, divided by the expected time for which the KV is kept until that
+    return or until ``h``.
 
     Args:
-        shares: shape ``[NUM_BINS + 1]``, sum 1: the chance of each gap, and of none.
+        shares: shape ``[NUM_BINS + 1]``, sum 1: the chance of each gap, and of no return.
     """
 
     def __init__(self, shares: Floats) -> None:
@@ -166,15 +174,15 @@ class Forecast:
         rates = np.divide(hits, costs, out=np.zeros_like(hits), where=costs > 0)
         self._rates: list[float] = rates.max(axis=1).tolist()
         self.returns = float(returned[-1])
-        """The chance that it returns at all."""
+        """The chance that the session returns at all."""
 
     def rate(self, age_s: float) -> float:
-        """Returns per second of a session that has waited for ``age_s``."""
+        """The returns per second of a session that has waited for ``age_s`` seconds."""
         return self._rates[bin_of(age_s)] if age_s < LONGEST_S else 0.0
 
 
 class _Histogram:
-    """What one tenant saw of one kind of wait, or of one tool."""
+    """The gaps that one tenant saw for one kind of wait, or for one tool."""
 
     __slots__ = ("counts", "num_gaps")
 
@@ -189,7 +197,7 @@ class _Histogram:
         return shares
 
     def add(self, place: int, *, was_lost: bool = False) -> None:
-        """One more gap in a bin; the last bin is "never", and ``was_lost`` takes one out of it."""
+        """Add a gap to a bin. The last bin is "never"; ``was_lost`` takes one gap out of it."""
         self.num_gaps += 1
         self.counts[place] += 1
         if was_lost:
@@ -200,11 +208,11 @@ class _Histogram:
 
 
 _Key = tuple[WaitKind] | tuple[WaitKind, str, int]
-"""A kind of wait; or a kind, the name of a tool, and how often the session came back so far."""
+"""A kind of wait; or a kind, a tool's name and the session's stage (log2 of its turns, up to 4)."""
 
 
 class _Book:
-    """The histograms of one tenant. Those of kinds are few and stay as long as it does."""
+    """The histograms of one tenant. The few histograms of kinds stay as long as the tenant does."""
 
     __slots__ = ("kinds", "tools")
 
@@ -220,7 +228,7 @@ class GapModel:
     """All histograms of one engine core. Not thread-safe.
 
     Args:
-        max_histograms: of all tenants together, but always those of the one that learns.
+        max_histograms: histograms of all tenants together. The tenant that learns keeps its own.
         max_tools: histograms of tools that one tenant may have.
     """
 
@@ -229,36 +237,36 @@ class GapModel:
         self._max_tools = max(1, min(max_tools, max_histograms - len(WaitKind)))
         self._num = 0
         self._books: OrderedDict[Hashable, _Book] = OrderedDict()
-        """The tenant that was seen longest ago first."""
+        """The book of each tenant. The tenant that was seen longest ago comes first."""
         self._learned: dict[_Key, dict[Hashable, _Histogram]] = {}
-        """The tenants that have learned each, as they did."""
+        """For each key the tenants that have learned it, in the order in which they did."""
         self._priors = {kind: _log_normal(prior) for kind, prior in PRIORS.items()}
 
     def __len__(self) -> int:
         return self._num
 
     def learn(self, tenant: Hashable, wait: Wait, gap_s: float, *, was_lost: bool = False) -> None:
-        """A session came back.
+        """Learn from a session that came back.
 
         Args:
-            tenant: whose histograms to use.
-            wait: what the turn before ended in.
-            gap_s: seconds until this one.
-            was_lost: ``learn_lost`` was told so.
+            tenant: the tenant whose histograms learn.
+            wait: the wait that is over.
+            gap_s: the seconds that it lasted.
+            was_lost: whether ``learn_lost`` has counted this wait as lost.
         """
         self._add(tenant, wait, bin_of(gap_s), was_lost=was_lost)
 
     def learn_lost(self, tenant: Hashable, wait: Wait) -> None:
-        """A session was closed, or was silent for ``LOST_S``."""
+        """Learn from a session that was closed, or was silent for ``LOST_S``."""
         self._add(tenant, wait, NUM_BINS)
 
     def forecast(self, tenant: Hashable, wait: Wait, own: OwnGaps | None = None) -> Forecast:
-        """What to expect of a session that begins to wait.
+        """The forecast for a session that begins to wait.
 
         Args:
-            tenant: whose histograms to use.
-            wait: what it waits for.
-            own: its gaps so far.
+            tenant: the tenant whose histograms are used.
+            wait: what the session waits for.
+            own: the session's own gaps so far.
         """
         kind, tool = _keys(wait)
         book = self._books.get(tenant)
@@ -299,7 +307,7 @@ class GapModel:
         self._bound(tenant, book)
 
     def _bound(self, tenant: Hashable, book: _Book) -> None:
-        """Forget tools of this tenant, and other tenants, until both limits are kept."""
+        """Forget tools of this tenant, and other tenants, until both limits are met."""
         while len(book.tools) > self._max_tools:
             self._forget(tenant, book.tools.popitem(last=False)[0])
         while self._num > self._max and len(self._books) > 1:
@@ -308,25 +316,25 @@ class GapModel:
                 self._forget(oldest, key)
 
     def _forget(self, tenant: Hashable, key: _Key) -> None:
-        """A histogram went out of its book."""
+        """Stop counting and sharing a histogram that was taken out of its book."""
         self._num -= 1
         tenants = self._learned.get(key, {})
         if tenants.pop(tenant, None) is not None and not tenants:
             del self._learned[key]
 
     def _start_of_kind(self, kind: _Key) -> Floats:
-        """What a tenant that knows nothing of a kind expects of it."""
+        """The shares with which a tenant starts that has not seen this kind of wait."""
         shared = self._shared(kind)
         prior = self._priors[kind[0]]
         return prior / prior.sum() if shared is None else shared
 
     def _start_of_tool(self, tool: _Key, parent: Floats) -> Floats:
-        """What a tenant that knows nothing of a tool expects of it."""
+        """The shares with which a tenant starts that has not seen this tool."""
         shared = self._shared(tool)
         return parent if shared is None else shared
 
     def _shared(self, key: _Key) -> Floats | None:
-        """The mean of those who have learned it; None where they are too few."""
+        """The mean over the tenants that have learned a key; None when too few have."""
         tenants = self._learned.get(key, {})
         if len(tenants) < MIN_TENANTS:
             return None
@@ -336,6 +344,6 @@ class GapModel:
 
 
 def _keys(wait: Wait) -> tuple[_Key, _Key]:
-    """Where a wait belongs to: its kind, and below it the tool."""
+    """The keys of a wait's two histograms: that of its kind, and that of its tool."""
     stage = min(4, wait.num_turns.bit_length() - 1)
     return (wait.kind,), (wait.kind, wait.tool, stage)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which chunks an offload tier gives up first, and which sessions it takes in at all.
 
-A chunk belongs to every session whose last prompt had it; it goes when the last of them gives it
-up. The session goes first whose return is expected least (``schedule.retention``, the order of the
-GPU's own residencies, tenants that hold more than their part first), from its end inwards. Chunks
-that nobody has any claim to go before all others; those of turns that still run go last.
+A chunk belongs to every session whose last prompt contained it. It goes when the last of these
+sessions gives it up. Sessions give up chunks in the same order as the GPU's residencies: the
+session that is least expected back goes first (``schedule.retention``), and tenants that hold more
+than their part go before others. A session gives up the end of its prompt first. Chunks that no
+session claims go before all others; chunks of turns that still run go last.
 
-Offloading everything is worse than nothing where the tier is much too small: every chunk pushes
-out one that would have been needed. So a session is taken in freely only while all that are
-expected back fit (``working_set``), and else only if it is expected back sooner than the one
-whose place it would take.
+If the tier is much too small, offloading everything is worse than offloading nothing: every stored
+chunk pushes out one that would have been needed. So sessions are taken in freely only while all
+sessions that are expected back fit (``WorkingSet``). Otherwise a session is taken in only if it is
+expected back at least as soon as the one whose place it would take.
 
 Source: vLLM's ``CachePolicy`` (v1/kv_offload/cpu/policies/base.py); admission against the victim
 as in TinyLFU (Einziger et al., ACM ToS 2017).
@@ -28,13 +29,14 @@ from vllm_stateful.schedule.retention import Worth
 K = TypeVar("K", bound=Hashable)
 
 MAX_SESSIONS = 10_000
-"""Waits remembered; the one that began longest ago is forgotten."""
+"""The most waits that are remembered; the one that began longest ago is forgotten."""
 
 MAX_BRANCHES = 4
-"""Turns after which a session loses what they did not use: parallel sub-agents share an id."""
+"""Turns after which a session loses a chunk that none of them used. Several turns are needed
+because parallel sub-agents share one session id."""
 
 WISHED_SHARE = 0.5
-"""Wishes of clients count up to this share of the tier."""
+"""Share of the tier up to which the wishes of clients count."""
 
 
 class Owner(NamedTuple):
@@ -56,8 +58,9 @@ class _Claim(Generic[K]):
     """The chunks that one session may need again.
 
     Attributes:
-        keys: in the order in which they are to stay; to each the turn that used it last.
-        num_turns: turns of the session so far.
+        keys: each chunk's key, with the number of the turn that used it last. The last key is
+            given up first.
+        num_turns: the number of turns of the session so far.
     """
 
     def __init__(self) -> None:
@@ -65,7 +68,7 @@ class _Claim(Generic[K]):
         self.num_turns = 0
 
     def use(self, used: Iterable[K]) -> list[K]:
-        """One more turn. Returns what no turn of the last ``MAX_BRANCHES`` has used."""
+        """Count one more turn. Returns the chunks that none of the last ``MAX_BRANCHES`` used."""
         self.num_turns += 1
         before, self.keys = self.keys, dict.fromkeys(used, self.num_turns)
         oldest = self.num_turns - MAX_BRANCHES
@@ -80,10 +83,10 @@ class _Claim(Generic[K]):
 
 
 class WorkingSet:
-    """Tokens of the sessions that wait and are expected back, each weighed by that chance.
+    """The tokens of waiting sessions, weighed by each session's chance to come back.
 
     Args:
-        capacity_tokens: what the tier can hold.
+        capacity_tokens: tokens that the tier can hold.
     """
 
     def __init__(self, capacity_tokens: int) -> None:
@@ -92,7 +95,7 @@ class WorkingSet:
         self._num_tokens = 0.0
 
     def waits(self, session: Hashable, num_tokens: int, returns: float, now_s: float) -> None:
-        """A session's turn ended with so many tokens; ``returns`` is the chance of another."""
+        """Record that a turn ended. ``returns`` is the chance that the session comes back."""
         self.ended(session)
         self._waiting[session] = (num_tokens * returns, now_s)
         self._num_tokens += num_tokens * returns
@@ -103,31 +106,32 @@ class WorkingSet:
             self.ended(oldest)
 
     def ended(self, session: Hashable) -> None:
-        """The session will not come back; a no-op when it is not known."""
+        """Remove a session that does not wait any more; a no-op when it is not known."""
         self._num_tokens -= self._waiting.pop(session, (0.0, 0.0))[0]
 
     @property
     def ratio(self) -> float:
-        """All of it, as a multiple of the tier's capacity."""
+        """The weighed tokens of all sessions, as a multiple of the tier's capacity."""
         return max(0.0, self._num_tokens) / self._capacity
 
 
 class OffloadOrder(Generic[K]):
-    """The books of one tier. Not thread-safe. Times are those of ``clock``.
+    """The chunks of one tier and the sessions that claim them. Not thread-safe.
 
     Args:
-        capacity: chunks that the tier holds.
-        clock: seconds, monotonic.
+        capacity: the number of chunks that the tier can hold.
+        clock: the monotonic time in seconds.
     """
 
     def __init__(self, capacity: int, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._claims: dict[Owner, _Claim[K]] = {}
         self._num_claims: dict[K, int] = {}
-        """How many sessions have a claim to a chunk that is here."""
+        """For each chunk in the tier, the number of sessions that claim it."""
         self._running: OrderedDict[K, None] = OrderedDict()
-        """Stored by turns that have not ended, in that order."""
+        """Chunks stored by turns that have not ended, in the order in which they were stored."""
         self._orphans: OrderedDict[K, None] = OrderedDict()
+        """Chunks that no session claims any more."""
         self._waiting: OrderedDict[Owner, _Waiting] = OrderedDict()
         self._queue: FairQueue[Owner] = FairQueue(capacity * WISHED_SHARE)
         self._unknown = GapModel().forecast(None, Wait(WaitKind.ONE_SHOT))
@@ -138,19 +142,19 @@ class OffloadOrder(Generic[K]):
     # ---- what is here --------------------------------------------------------------------
 
     def stored(self, key: K) -> None:
-        """A chunk of a running turn came in."""
+        """Add a chunk that a running turn stored."""
         self._num_claims[key] = 0
         self._running[key] = None
 
     def removed(self, key: K) -> None:
-        """A chunk is not here after all (its store failed). O(all chunks), and rare."""
+        """Remove a chunk that could not be stored. O(all sessions), and rare."""
         for owner in [owner for owner, claim in self._claims.items() if key in claim.keys]:
             del self._claims[owner].keys[key]
             self._settle(owner)
         self._take_out(key)
 
     def clear(self) -> None:
-        """Everything is gone; what is known of the sessions is kept."""
+        """Remove all chunks. What is known about the waits of sessions is kept."""
         for owner in self._claims:
             self._queue.discard(owner)
         self._claims.clear()
@@ -161,10 +165,10 @@ class OffloadOrder(Generic[K]):
     # ---- whose it is ---------------------------------------------------------------------
 
     def used(self, owner: Owner, keys: Iterable[K]) -> None:
-        """A turn of the session ended; these chunks are its prompt's, from its head on.
+        """Claim for a session the chunks of a turn that ended, in the order of its prompt.
 
-        Those of earlier turns that it did not use go before these, and are given up some turns
-        later.
+        Chunks of earlier turns that this turn did not use go before these. The session gives them
+        up after ``MAX_BRANCHES`` turns.
         """
         claim = self._claims.setdefault(owner, _Claim())
         here = [key for key in keys if key in self._num_claims]
@@ -178,12 +182,12 @@ class OffloadOrder(Generic[K]):
         self._settle(owner)
 
     def waits(self, owner: Owner, forecast: Forecast, wished_until_s: float = 0.0) -> None:
-        """A session began to wait for its next turn.
+        """Record that a session began to wait for its next turn.
 
         Args:
             owner: the session.
             forecast: when it is expected back.
-            wished_until_s: until then its client asked to keep it; 0 without a wish.
+            wished_until_s: the time until which its client asked to keep it; 0 without a wish.
         """
         self._waiting[owner] = _Waiting(forecast, self._clock(), wished_until_s)
         self._waiting.move_to_end(owner)
@@ -192,7 +196,7 @@ class OffloadOrder(Generic[K]):
         self._settle(owner)
 
     def ended(self, owner: Owner) -> None:
-        """The session is over: nobody needs what only it had."""
+        """Drop all claims of a session that is over."""
         self._waiting.pop(owner, None)
         claim = self._claims.pop(owner, None)
         for key in claim.keys if claim is not None else ():
@@ -202,11 +206,11 @@ class OffloadOrder(Generic[K]):
     # ---- what goes, and what comes in ------------------------------------------------------
 
     def take(self, num: int, is_free: Callable[[K], bool]) -> list[K]:
-        """Take out so many chunks, the least valuable first.
+        """Take out ``num`` chunks, the least valuable first.
 
         Args:
-            num: how many; there must be as many that are free.
-            is_free: whether a chunk may go now (no transfer reads or writes it).
+            num: the number of chunks; at least this many must be free.
+            is_free: tells whether a chunk may go now (no transfer reads or writes it).
         """
         taken = self._take_from(self._orphans, num, is_free)
         passed_over = []
@@ -215,7 +219,7 @@ class OffloadOrder(Generic[K]):
             if victim is None:
                 break
             taken += self._take_tail(victim, num - len(taken), is_free)
-            if len(taken) < num:  # what is left of it cannot go now
+            if len(taken) < num:  # none of its remaining chunks can go now
                 self._queue.discard(victim)
                 passed_over.append(victim)
         for owner in passed_over:
@@ -225,12 +229,12 @@ class OffloadOrder(Generic[K]):
         return taken
 
     def beats_victim(self, owner: Owner, otherwise: Forecast | None = None) -> bool:
-        """Whether a session is expected back at least as soon as the one that would go for it.
+        """Whether a session is expected back at least as soon as the one that it would push out.
 
         Args:
             owner: the session.
-            otherwise: what to expect where the session is not known; without it, it is given the
-                chance to be.
+            otherwise: the forecast to use if the session is not known. Without one, an unknown
+                session is let in.
         """
         now_s = self._clock()
         known = self._waiting.get(owner)
@@ -245,7 +249,7 @@ class OffloadOrder(Generic[K]):
     # ---- bookkeeping ---------------------------------------------------------------------
 
     def _settle(self, owner: Owner) -> None:
-        """In the queue while it has chunks here, with their number, and only then."""
+        """Put a session into the queue if it claims chunks in the tier; else take it out."""
         claim = self._claims.get(owner)
         if claim is None or not claim.keys:
             self._claims.pop(owner, None)
@@ -264,7 +268,10 @@ class OffloadOrder(Generic[K]):
         )
 
     def _take_tail(self, owner: Owner, num: int, is_free: Callable[[K], bool]) -> list[K]:
-        """Chunks that only this session claims, from its end on; it loses its claim to others."""
+        """Take up to ``num`` free chunks that only this session claims, from its end.
+
+        On the way it loses its claim to chunks that other sessions claim as well.
+        """
         keys = self._claims[owner].keys
         taken: list[K] = []
         stay: list[tuple[K, int]] = []

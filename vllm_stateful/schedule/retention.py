@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order in which idle residencies give their blocks back.
 
-Superseded histories go first, in the order in which they were superseded, and those that their
-client asked to keep (``Worth.WISHED``) last, as long as the wish lasts. Among equals the one goes
-first whose return is expected least, per second for which its blocks would be kept
-(``schedule.gaps``). What is expected changes all the time, so nothing is kept in order: of up to
-``SAMPLE`` residencies all are looked at, of more a random sample of that size and the worst of
-earlier samples. Every operation is O(1).
+Superseded residencies go first, in the order in which they were superseded. Residencies that a
+client asked to keep (``Worth.WISHED``) go last while the wish lasts. Within a class, the residency
+with the lowest rate of return goes first: the chance that its session comes back, per second for
+which its blocks would be kept (``schedule.gaps``). This rate changes with time, so no sorted order
+is kept. Of up to ``SAMPLE`` residencies all are looked at; of more, a random sample of that size
+and the worst of the sample before. Every operation is O(1).
 
 Source: sampled eviction as in least hit density (Beckmann et al., NSDI'18) and Redis.
 """
@@ -26,10 +26,10 @@ from vllm_stateful.schedule.gaps import Forecast
 R = TypeVar("R", bound=Hashable)
 
 SAMPLE = 32
-"""Residencies that are looked at to choose one; the choice is among the worst few percent."""
+"""Residencies that are looked at to choose one. The chosen one is among the worst few percent."""
 
 NUM_RUNNERS_UP = 8
-"""The next worst of a sample, which are looked at again with the next one."""
+"""The next worst of a sample, which are looked at again together with the next sample."""
 
 
 class Worth(IntEnum):
@@ -40,7 +40,7 @@ class Worth(IntEnum):
     LIVE = 1
     """Its session may come back."""
     WISHED = 2
-    """Its client asked to keep it for some time (``request.retention_wish``), which is not over."""
+    """Its client asked to keep it for a time that is not over (``request.retention_wish``)."""
 
 
 class _Entry(NamedTuple):
@@ -55,7 +55,7 @@ Rank = tuple[Worth, float, float]
 
 
 class _Bag(Generic[R]):
-    """Items in no order; drawing, adding and taking out are O(1)."""
+    """Items in no order. Adding, discarding and drawing at random are O(1)."""
 
     def __init__(self) -> None:
         self.items: list[R] = []
@@ -72,7 +72,7 @@ class _Bag(Generic[R]):
         self.items.append(item)
 
     def discard(self, item: R) -> None:
-        """The last one takes its place."""
+        """Take ``item`` out; the last item moves to its place. A no-op when it is not in."""
         place = self._places.pop(item, None)
         if place is None:
             return
@@ -83,7 +83,7 @@ class _Bag(Generic[R]):
 
 
 class RetentionQueue(Generic[R]):
-    """Idle residencies, and which goes first. Times are those of one clock."""
+    """Idle residencies, and which goes first. All times are read from one clock."""
 
     def __init__(self) -> None:
         self._entries: dict[R, _Entry] = {}
@@ -91,10 +91,10 @@ class RetentionQueue(Generic[R]):
         self._bags: dict[Worth, _Bag[R]] = {Worth.LIVE: _Bag(), Worth.WISHED: _Bag()}
         self._runners_up: dict[Worth, list[R]] = {Worth.LIVE: [], Worth.WISHED: []}
         self._wishes: list[tuple[float, int, R]] = []
-        """Heap of when wishes end; may name what is gone or was renewed."""
+        """Heap of the times at which wishes end. Entries that are gone or renewed may remain."""
         self._number = itertools.count()
         self._chance: random.Random | None = None
-        """Made when it is needed: it is large, and most queues are short."""
+        """Created when first needed: it is large, and most queues are short."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -110,7 +110,7 @@ class RetentionQueue(Generic[R]):
         now_s: float,
         wished_until_s: float = 0.0,
     ) -> None:
-        """Enter ``item`` as used now. A wish that is not over makes a live one WISHED."""
+        """Enter ``item`` as used now. A live item whose wish is not over becomes WISHED."""
         self.discard(item)
         if worth is not Worth.SUPERSEDED:
             worth = Worth.WISHED if wished_until_s > now_s else Worth.LIVE
@@ -129,7 +129,7 @@ class RetentionQueue(Generic[R]):
             self._unbag(item)
 
     def supersede(self, item: R) -> None:
-        """Let ``item`` go before all that are live; a no-op when it is not in."""
+        """Move ``item`` in front of all live residencies; a no-op when it is not in."""
         entry = self._entries.get(item)
         if entry is not None:
             self._entries[item] = entry._replace(worth=Worth.SUPERSEDED)
@@ -137,12 +137,12 @@ class RetentionQueue(Generic[R]):
             self._unbag(item)
 
     def next_victim(self, now_s: float, keep: R | None = None, *, wishes: bool = True) -> R | None:
-        """The residency to demote first, sparing ``keep``; None when nothing is left.
+        """The residency to demote first; None when nothing is left.
 
         Args:
             now_s: the time.
-            keep: is spared.
-            wishes: whether those that were wished for go after all others.
+            keep: a residency that is never chosen.
+            wishes: whether residencies with a wish go after all others.
         """
         for item in self._superseded:
             if item != keep:
@@ -153,7 +153,7 @@ class RetentionQueue(Generic[R]):
         return min(found, key=lambda item: self.rank(item, now_s, wishes=wishes), default=None)
 
     def rank(self, item: R, now_s: float, *, wishes: bool = True) -> Rank:
-        """What ``item`` is compared by.
+        """The key by which ``item`` is compared.
 
         Raises:
             KeyError: it is not in.
@@ -189,7 +189,7 @@ class RetentionQueue(Generic[R]):
             bag.discard(item)
 
     def _end_wishes(self, now_s: float) -> None:
-        """Wishes that are over leave an ordinary waiting session."""
+        """Make residencies whose wish is over ordinary live ones."""
         while self._wishes and self._wishes[0][0] <= now_s:
             item = heapq.heappop(self._wishes)[2]
             entry = self._entries.get(item)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order in which waiting turns are admitted: those of sessions that were served least go first.
+"""The order in which waiting turns are admitted: sessions that were served least go first.
 
-The service of a session is what was computed for it so far. What a turn reused from the cache was
-not computed and counts nothing. Services are compared by level, and within a
-level turns go by arrival: among sessions of similar service it is first come, first served. A turn
-that has waited for ``MAX_WAIT_S`` goes by arrival before all that have not, so nobody starves; when
-every turn waits for that long, all go by arrival.
+The service of a session is what was computed for it so far. Tokens that a turn reused from the
+cache were not computed and do not count. Sessions are compared by the level of their service.
+Within a level, turns go in order of arrival: sessions of similar service are served first come,
+first served. Turns that have waited for ``MAX_WAIT_S`` go before all others, in order of arrival,
+so no turn starves. When every turn waits that long, all go in order of arrival.
 
 Source: program-level attained service with multi-level queues, Autellix (arXiv:2502.13965), which
 measures service in seconds of the engine.
@@ -22,39 +22,40 @@ from typing import Generic, NamedTuple, TypeVar
 T = TypeVar("T", bound=Hashable)
 
 MAX_WAIT_S = 30.0
-"""Seconds after which a turn goes before all that have waited less. A queue that is longer than
-that is served by arrival. Of the slowdown that an order without a bound saves at twice the capacity
-10 s keep a tenth and 30 s two thirds, where waits are no longer than by arrival
-(``benchmarks/policy/bench_order.py``)."""
+"""Seconds after which a turn goes before all that have waited less. A queue in which every turn
+waits longer than this is served in order of arrival. At twice the capacity, a bound of 10 s keeps a
+tenth of the slowdown that the order saves without a bound; 30 s keeps two thirds, with waits no
+longer than in order of arrival (``benchmarks/policy/bench_order.py``)."""
 
 OUTPUT_WEIGHT = 4
 """Prompt tokens that an output token counts as. APIs charge 3 to 5 times as much for one; for
 fairness between clients 2 is usual (VTC, arXiv:2401.00588)."""
 
 FIRST_LEVEL = 4096
-"""Weighted tokens below which a session is in level 0; each level ends at 4 times the last."""
+"""Weighted tokens below which a session is in level 0. Each level ends at 4 times the end of the
+level before."""
 
 NUM_LEVELS = 6
-"""The last one has no end and begins at 1M: 4k, 16k, 64k, 256k, 1M weighted tokens."""
+"""Levels end at 4k, 16k, 64k, 256k and 1M weighted tokens; the last begins at 1M and has no end."""
 
 MAX_SESSIONS = 10_000
-"""Sessions remembered; the one that was served longest ago is forgotten and starts at 0."""
+"""Sessions remembered. The one that was served longest ago is forgotten and starts at 0 again."""
 
 SLACK = 64
-"""Entries of turns that are gone that a heap may hold beside twice those that wait."""
+"""A heap is rebuilt when it has more than this plus twice as many entries as turns that wait."""
 
 
 class Ticket(NamedTuple):
-    """A turn's place by arrival; it keeps it when it is put back."""
+    """A turn's place in the order of arrival. A turn that is put back keeps its place."""
 
     number: int
     since_s: float
     session: Hashable | None
-    """None for a turn of its own: service 0."""
+    """None for a turn without a session; its service is 0."""
 
 
 class ServiceBook:
-    """What was computed for each session: weighted tokens, O(1) per entry. Not thread-safe."""
+    """Weighted tokens that were computed for each session. O(1) per call. Not thread-safe."""
 
     def __init__(self, max_sessions: int = MAX_SESSIONS) -> None:
         self._max = max_sessions
@@ -65,7 +66,7 @@ class ServiceBook:
         return len(self._served)
 
     def charge(self, session: Hashable | None, num_prompt: int = 0, num_output: int = 0) -> None:
-        """Count so many prompt tokens that were computed, and output tokens. Nothing for None."""
+        """Add computed prompt tokens and output tokens to a session; a no-op for None."""
         if session is None:
             return
         served = self._served.pop(session, 0)
@@ -74,36 +75,37 @@ class ServiceBook:
             self._served.popitem(last=False)
 
     def served(self, session: Hashable | None) -> int:
-        """Weighted tokens so far; 0 for None and for a session that is not known."""
+        """The weighted tokens of a session so far; 0 for None and for an unknown session."""
         return 0 if session is None else self._served.get(session, 0)
 
     def level(self, session: Hashable | None) -> int:
-        """From 0, served least, to ``NUM_LEVELS - 1``."""
+        """The level of a session, from 0 (served least) to ``NUM_LEVELS - 1``."""
         width = self.served(session) // FIRST_LEVEL
         return min(NUM_LEVELS - 1, (width.bit_length() + 1) // 2)
 
 
 class ServiceOrder(Generic[T]):
-    """Waiting turns and which is next. Each operation is O(log n), amortized.
+    """The waiting turns, and which one is next. Each operation is O(log n), amortized.
 
-    Times are those of one clock. Once asked for, the next turn stays the same until it is taken or
-    another one enters: neither time nor service changes it in between.
+    All times are read from one clock. Once the next turn has been asked for, it stays the same
+    until it is taken or another turn enters: neither time nor service changes it in between.
 
     Args:
-        book: the service; may be charged at any time, and waiting turns sink with it.
-        max_wait_s: seconds; 0 makes it an order by arrival.
+        book: the service of each session. It may be charged at any time; the session's waiting
+            turns then move back.
+        max_wait_s: see ``MAX_WAIT_S``; 0 means an order by arrival.
     """
 
     def __init__(self, book: ServiceBook, max_wait_s: float = MAX_WAIT_S) -> None:
         self._book = book
         self._max_wait_s = max_wait_s
         self._waiting: dict[int, tuple[T, Ticket]] = {}
-        """By number."""
+        """The waiting turns by the number of their ticket."""
         self._numbers: dict[T, int] = {}
         self._by_service: list[tuple[int, int]] = []
-        """Heap of level and number. A level may be too low: it is corrected at the top."""
+        """Heap of level and number. A level that is too low is corrected at the top."""
         self._by_arrival: list[int] = []
-        """Heap of numbers. Both heaps hold turns that are gone, until these reach the top."""
+        """Heap of numbers. In both heaps, turns that are gone stay until they reach the top."""
         self._next: int | None = None
         self._count = itertools.count()
 
@@ -114,13 +116,13 @@ class ServiceOrder(Generic[T]):
         return item in self._numbers
 
     def add(self, item: T, session: Hashable | None, now_s: float) -> Ticket:
-        """A turn arrived. Raises ValueError when it waits already."""
+        """Add a turn that arrived. Raises ValueError when it waits already."""
         ticket = Ticket(next(self._count), now_s, session)
         self.put_back(item, ticket)
         return ticket
 
     def put_back(self, item: T, ticket: Ticket) -> None:
-        """A turn that was taken goes back to its place. Raises ValueError when it waits already."""
+        """Put a turn that was taken back to its place. Raises ValueError when it waits already."""
         if item in self._numbers or ticket.number in self._waiting:
             raise ValueError("the turn waits already")
         self._waiting[ticket.number] = item, ticket
@@ -156,7 +158,7 @@ class ServiceOrder(Generic[T]):
         return True
 
     def in_order(self, now_s: float) -> list[T]:
-        """All turns as ``pop`` would give them if time stood still; O(n log n)."""
+        """All turns in the order in which ``pop`` would return them now. O(n log n)."""
 
         def rank(number: int) -> tuple[bool, bool, int, int]:
             ticket = self._waiting[number][1]
@@ -186,7 +188,7 @@ class ServiceOrder(Generic[T]):
             heapq.heapreplace(self._by_service, (now_level, number))
 
     def _tidy(self) -> None:
-        """Drop what is gone once it is the most of a heap."""
+        """Rebuild a heap when most of its entries are turns that are gone."""
         most = SLACK + 2 * len(self._waiting)
         if len(self._by_arrival) > most:
             self._by_arrival = sorted(self._waiting)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tool an answer calls, read from its text: the styles of vLLM's tool parsers.
+"""Which tool an answer calls, read from its text in the styles of vLLM's tool parsers.
 
-Only used to expect how long the tool takes: what is not recognized is a wait for the user.
+Only used to forecast how long the tool takes. An answer without a recognized call counts as a wait
+for the user.
 Source: vllm/tool_parsers (hermes, qwen3coder, llama, mistral, openai, deepseekv3, kimi_k2, glm4).
 """
 
@@ -17,7 +18,7 @@ MARKERS = (
     "<｜tool▁call▁begin｜>",
     "<|tool_call_begin|>",
 )
-"""Texts that begin a call where the model has a token for them."""
+"""Texts that begin a call, in models that have a token for them."""
 
 _NAME = r"([\w.\-]{1,128})"
 _JSON_NAME = r'\{\s*"(?:type"\s*:\s*"function"\s*,\s*")?name"\s*:\s*"' + _NAME + '"'
@@ -41,7 +42,7 @@ def first_tool(answer: str) -> str | None:
     """The name of the tool that an answer calls first; None when no call is recognized.
 
     Args:
-        answer: its text, special tokens included; its beginning may be missing.
+        answer: the text of the answer, special tokens included. Its beginning may be missing.
     """
     found = [match for style in _STYLES if (match := style.search(answer)) is not None]
     return min(found, key=re.Match.start).group(1) if found else None

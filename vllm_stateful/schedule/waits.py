@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sessions wait for what, and what their coming back teaches.
+"""What each session waits for, and what is learned when it comes back.
 
-Kept longer than their KV: a session whose blocks were given back still shows how long it was away.
+Waits are kept longer than KV: a session whose blocks were given back still shows how long it was
+away.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ class WaitBook:
         self._max = max_sessions
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
         self._waiting: OrderedDict[Hashable, _Known] = OrderedDict()
-        """Sessions that wait and are not given up. The one silent longest comes first."""
+        """Sessions that wait and do not count as lost. The one silent longest comes first."""
 
     def __len__(self) -> int:
         return len(self._known)
 
     def came_back(self, session: Hashable, now_s: float) -> Ended | None:
-        """A turn of the session arrived.
+        """Learn from the arrival of a turn.
 
         Returns:
             The wait that has ended; None when the session is not known to wait.
@@ -71,13 +72,16 @@ class WaitBook:
         return None if known is None or known.wait is None else (known.wait, known.since_s)
 
     def began(self, session: Hashable, tenant: Hashable, wait: Wait, now_s: float) -> Forecast:
-        """A turn of the session ended.
+        """Record that a turn ended and its session waits.
 
         Args:
-            session: its key.
-            tenant: whose gaps it learns from.
-            wait: what it waits for now.
+            session: the key of the session.
+            tenant: the tenant whose gaps the forecast uses.
+            wait: what the session waits for now.
             now_s: when the turn ended.
+
+        Returns:
+            When the session is expected back.
         """
         self._settle(now_s)
         self.num_began[wait.kind] += 1
@@ -94,7 +98,7 @@ class WaitBook:
         return self.gaps.forecast(tenant, wait, known.own)
 
     def closed(self, session: Hashable) -> None:
-        """The client said that the session is over."""
+        """Forget a session that was closed. A session that waited counts as never come back."""
         known = self._known.pop(session, None)
         if self._waiting.pop(session, None) is not None:
             assert known is not None
@@ -102,7 +106,7 @@ class WaitBook:
             self.gaps.learn_lost(known.tenant, known.wait)
 
     def _settle(self, now_s: float) -> None:
-        """Count those that were silent for too long."""
+        """Count sessions as lost that have been silent for ``LOST_S``."""
         while self._waiting:
             session, known = next(iter(self._waiting.items()))
             if known.since_s + LOST_S > now_s:

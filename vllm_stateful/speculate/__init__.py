@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts from what an agent has already seen and said."""
+"""Drafts tokens from what an agent has already seen and said."""

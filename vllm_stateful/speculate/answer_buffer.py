@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the earlier answers of each agent stand in one flat buffer of the device.
+"""Where the earlier answers of each agent are in one flat buffer on the device.
 
-The engine core decides, each worker only writes what it is told: tokens from a place on, and for
-a request the part of the buffer in which its drafts may be looked up. An agent (tenant, LoRA
-adapter, system message and tools) has one region, which is filled from its beginning, over and
-over; `END` stands behind each answer and equals no token.
+The engine core decides and each worker only applies what it is told: which tokens to write at which
+place, and in which part of the buffer a request may look up its drafts. An agent (tenant, LoRA
+adapter, system message and tools) has one region. It is filled from its beginning, and again from
+its beginning when it is full. `END`, which equals no token, follows each answer.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ import numpy as np
 from vllm_stateful.types import TokenArray
 
 LEAD_TOKENS = 6
-"""Tokens before an answer that are kept with it, so that its beginning is found too."""
+"""Tokens of the prompt that are kept before an answer, so that its beginning can be found, too."""
 
 MAX_MATCH = 16
-"""Tokens; longer matches are not told apart on the device."""
+"""Tokens up to which the length of a match is measured on the device."""
 
 END = -1
-"""Behind each answer: no draft goes on beyond it."""
+"""Follows each answer. No draft goes on beyond it."""
 
 
 BUFFER_TOKENS = 1 << 20
 """Tokens in the whole buffer: 4 MiB on each device."""
 
 REGION_TOKENS = 1 << 14
-"""Tokens of one agent."""
+"""Tokens in the region of one agent."""
 
 
 class Write(NamedTuple):
-    """Tokens for the device.
+    """Tokens to write to the device.
 
     Attributes:
-        start: place of the first in the buffer.
+        start: the place of the first token in the buffer.
         tokens: int32, shape ``[num_tokens]``.
     """
 
@@ -55,15 +55,15 @@ class Span(NamedTuple):
 
 
 NOTHING = Span(0, 0)
-"""Where a request without an agent may look."""
+"""Where a request without an agent may look: nowhere."""
 
 
 class LookupUpdate(NamedTuple):
     """What a step changes on the device.
 
     Attributes:
-        writes: done before anything is looked up.
-        spans: by request, where it may look from now on.
+        writes: written before any draft is looked up.
+        spans: for each request, where it may look from now on.
     """
 
     writes: list[Write]
@@ -74,9 +74,9 @@ class LookupUpdate(NamedTuple):
 class _Region:
     start: int
     filled: int = 0
-    """Tokens from the start on that are this agent's."""
+    """Tokens from the start on that this agent has written."""
     head: int = 0
-    """Where the next answer goes."""
+    """Where the next answer goes, counted from the start."""
     num_running: int = 0
 
 
@@ -84,11 +84,11 @@ class AnswerBuffer:
     """The regions of one buffer. Not thread-safe.
 
     Args:
-        num_tokens: of the buffer.
-        region_tokens: of one agent.
+        num_tokens: tokens in the buffer.
+        region_tokens: tokens in the region of one agent.
 
     Raises:
-        ValueError: not one region fits, or one cannot hold an answer.
+        ValueError: the buffer holds no region, or a region holds no answer.
     """
 
     def __init__(self, num_tokens: int, region_tokens: int) -> None:
@@ -103,11 +103,11 @@ class AnswerBuffer:
         return len(self._regions)
 
     def begins(self, agent: Hashable) -> Span | None:
-        """A turn of an agent runs: until it `ends`, nobody else gets what it reads.
+        """Begin a turn of an agent. Until it `ends`, no other agent gets the region.
 
         Returns:
-            where it may look, empty while there is no answer; None when there is no region for
-            the agent, and then nothing `ends`.
+            Where the turn may look; empty while the agent has no answer. None when there is no
+            region for the agent; `ends` must not be called then.
         """
         region = self._regions.get(agent)
         if region is None:
@@ -119,16 +119,16 @@ class AnswerBuffer:
         return Span(region.start, region.filled)
 
     def ends(self, agent: Hashable, prompt: TokenArray, answer: TokenArray) -> Write | None:
-        """A turn that began with a region is over.
+        """End a turn that began with a region, and add its answer.
 
         Args:
-            agent: as it began.
-            prompt: what was answered; its end is kept with the answer, so that the beginning of
-                the next is found too.
-            answer: shape ``[num_tokens]``; of one that is too long for a region, the end.
+            agent: the agent with which the turn began.
+            prompt: the prompt of the answer. Its last tokens are kept before the answer, so that
+                the beginning of a like answer is found, too.
+            answer: shape ``[num_tokens]``. Of an answer too long for a region the end is kept.
 
         Returns:
-            what the device has to write; None for an answer without tokens.
+            What the device has to write; None for an answer without tokens.
         """
         region = self._regions[agent]
         region.num_running -= 1
@@ -145,12 +145,16 @@ class AnswerBuffer:
         return write
 
     def span(self, agent: Hashable) -> Span:
-        """Where a running agent may look now."""
+        """Where the running turns of an agent may look now."""
         region = self._regions[agent]
         return Span(region.start, region.filled)
 
     def _take(self, agent: Hashable) -> _Region | None:
-        """A region for an agent: a free one, or that of the agent that began longest ago."""
+        """Take a free region, or that of the idle agent whose last turn began longest ago.
+
+        Returns:
+            None when all regions are in use.
+        """
         if self._free:
             region = _Region(self._free.pop())
         else:

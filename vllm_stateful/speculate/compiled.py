@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions compiled by numba, which vLLM brings along."""
+"""Compiles functions with numba, which is installed with vLLM."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def compiled(function: F) -> F:
-    """Compile a function when it is first called, once per machine where that can be remembered.
+    """Compile a function when it is first called, and cache the result on disk if possible.
 
-    Numba refuses to cache where no folder can be written (a read-only image): then it is compiled
-    in each process, in about a second.
+    Numba refuses to cache when no folder is writable (a read-only image). The function is then
+    compiled in each process, which takes about a second.
     """
     try:
         return cast(F, njit(cache=True, nogil=True)(function))

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What probably comes next, and how far to trust it.
+"""Which tokens probably come next, and how likely each is to be accepted.
 
-The text follows the places that end as it does: where they disagree the majority, weighed by how
-long each match is, and among equals the newest. Each drafted token comes with what is known of its
-chance: by how many tokens its place agrees with the text (the drafted ones included), how many
-places agree, how far the others disagree, and whether it was said in other sessions too. What such
-tokens were worth is learned from what the model accepts (``Acceptance``), so a draft ends where its
-next token is not worth its cost.
+A draft copies what followed at earlier places that end in the same tokens as the text. When these
+places disagree, the majority decides, weighed by the length of each match; of equals the newest
+wins. Each drafted token belongs to a class: by the length of its match (drafted tokens included),
+by how many places agree on it, by their share of the weight, and by whether it was said in other
+sessions, too. How often tokens of each class are accepted is learned (``Acceptance``). A draft ends
+where the next token is not worth its cost.
 
-Source: frequency among matches as in SuffixDecoding (arXiv:2411.04975); its chances are shares of
-occurrences, here they are learned.
+Source: frequency among matches as in SuffixDecoding (arXiv:2411.04975). There the chances are
+shares of occurrences; here they are learned.
 """
 
 from __future__ import annotations
@@ -24,40 +24,42 @@ from vllm_stateful.speculate.lookup_index import Found, Ints
 from vllm_stateful.types import TokenArray
 
 MAX_DRAFT = 32
-"""Tokens that one draft has at most."""
+"""The most tokens in one draft."""
 
 LENGTHS = (2, 3, 4, 6, 9, 16, 32)
-"""Match lengths from which a token counts as of the next class."""
+"""Match lengths at which the next class of tokens begins."""
 
 AGREEMENTS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.999)
-"""Shares of the places, by weight, from which a token counts as of the next class."""
+"""Shares of the places' weight at which the next class of tokens begins."""
 
 PLACES = (2, 4)
-"""Numbers of agreeing places from which a token counts as of the next class."""
+"""Numbers of agreeing places at which the next class of tokens begins."""
 
 LENGTH_POWER = 5
-"""A place weighs as much as the length of its match to this power."""
+"""The weight of a place is the length of its match to this power."""
 
 PRIOR_WEIGHT = 10.0
-"""Tokens that the prior counts as."""
+"""The number of tokens that the prior of a class counts as."""
 
 MOST_SEEN = 2000.0
-"""Older outcomes count less and less."""
+"""The most tokens that a class counts. Older outcomes then count less."""
 
 Floats = NDArray[np.float64]
 
 _CHANCES = np.array([0.4, 0.57, 0.69, 0.75, 0.83, 0.9, 0.95, 0.97])
-"""Where one place alone matches, by length."""
+"""The chance of a token when a single place matches, by the class of the match length."""
 
 _SHARES = np.array(
     [0.03, 0.07, 0.12, 0.17, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.93, 0.98, 1.0]
 )
+"""Factors of that chance, by the class of the agreeing share."""
 _POWERS = np.array([[1.0, 0.7, 0.35], [1.6, 1.0, 0.25]])
-"""What more places make of that, by their number: in the session itself; in others too."""
+"""Powers to which that chance is raised, by the class of the number of places. The first row is for
+tokens found in the session only, the second for tokens found in other sessions, too."""
 
 PRIORS: Floats = _CHANCES[:, None, None, None] ** _POWERS[None, None] * _SHARES[None, :, None, None]
-"""Chances before anything is learned, as recorded agents have them. Shape ``[len(LENGTHS) + 1,
-len(AGREEMENTS) + 1, 2, len(PLACES) + 1]``."""
+"""The chance of each class before anything is learned, from recorded agents. Shape
+``[len(LENGTHS) + 1, len(AGREEMENTS) + 1, 2, len(PLACES) + 1]``."""
 
 
 class Draft(NamedTuple):
@@ -65,8 +67,8 @@ class Draft(NamedTuple):
 
     Attributes:
         tokens: int32, shape ``[num_tokens]``.
-        classes: int32, shape ``[num_tokens]``: what ``Acceptance`` knows each by.
-        expected: how many of them are expected to be accepted.
+        classes: int32, shape ``[num_tokens]``: the class of each token, for ``Acceptance``.
+        expected: the number of tokens that are expected to be accepted.
     """
 
     tokens: TokenArray
@@ -86,14 +88,15 @@ class Acceptance:
         self.rates: Floats = self._accepted / self._seen
 
     def saw(self, draft: Draft, came: TokenArray) -> int:
-        """A draft was verified.
+        """Learn from the outcome of a draft.
 
         Args:
-            draft: as it was made, though less of it may have been verified.
-            came: the tokens that came in its place, shape ``[num_tokens]``.
+            draft: the draft as it was made. Not all of it need have been verified.
+            came: the tokens that the model generated instead, shape ``[num_tokens]``.
 
         Returns:
-            How many tokens of the draft came. Those behind the first that did not teach nothing.
+            The number of leading tokens of the draft that were right. Nothing is learned from
+            tokens behind the first wrong one.
         """
         num = min(len(draft.tokens), len(came))
         right = draft.tokens[:num] == came[:num]
@@ -109,7 +112,7 @@ class Acceptance:
 
 
 class Text(NamedTuple):
-    """A text, and the places in it that end as the session does.
+    """A text, and the places in it that end in the same tokens as the session.
 
     Attributes:
         tokens: int32, shape ``[num_tokens]``.
@@ -131,15 +134,15 @@ def draft_of(
     others: Text = NOWHERE,
     max_tokens: int = MAX_DRAFT,
 ) -> Draft:
-    """The draft that follows from some places.
+    """Make the draft that follows from the places found.
 
     Args:
-        own: the session itself.
-        acceptance: what such tokens were worth so far.
-        least_chance: a token is drafted if the chance that it and all before it are accepted is
-            at least this; what it must be for the token to be worth its cost.
-        others: another text, what the same agent said in other sessions.
-        max_tokens: of the draft.
+        own: the session's own text.
+        acceptance: how often tokens of each class were accepted so far.
+        least_chance: the least chance at which a token is worth its cost. A token is drafted if it
+            and all tokens before it are accepted with at least this chance.
+        others: what the same agent said in other sessions.
+        max_tokens: the most tokens in the draft.
     """
     num = len(own.found.places) + len(others.found.places)
     if not num or max_tokens <= 0:
@@ -177,7 +180,11 @@ def _follow(
     out: Ints,
     classes: Ints,
 ) -> tuple[int, float]:
-    """Fills ``out`` and ``classes``; ``places`` loses those that disagree (they become -1)."""
+    """Fill ``out`` and ``classes``, and set the ``places`` that disagree to -1.
+
+    Returns:
+        The number of drafted tokens, and how many of them are expected to be accepted.
+    """
     chance, expected = 1.0, 0.0
     nexts = np.empty(len(places), np.int32)
     for step in range(len(out)):
@@ -199,7 +206,7 @@ def _follow(
 def _next_of(
     own: Ints, others: Ints, places: Ints, num_own: int, out: Ints, step: int, nexts: Ints
 ) -> None:
-    """The token that follows each place after ``step`` drafted ones; -1 where there is none."""
+    """Fill ``nexts`` with the token ``step`` behind each place; -1 where there is none."""
     for one in range(len(places)):
         nexts[one] = -1
         if places[one] < 0:
@@ -210,13 +217,13 @@ def _next_of(
                 nexts[one] = others[place]
         elif place < len(own):
             nexts[one] = own[place]
-        else:  # the text repeats itself
+        else:  # the place has reached the end of the text, so the draft repeats itself
             nexts[one] = out[place - len(own)]
 
 
 @compiled
 def _choose(nexts: Ints, lengths: Ints, num_own: int, step: int) -> tuple[int, int]:
-    """The token for which most speaks, and its class; -1 where there is none."""
+    """The token with the largest weight, and its class; -1 as the token when there is none."""
     best, best_weight, total = -1, 0.0, 0.0
     best_length, best_count, is_others = 0, 0, 0
     for one in range(len(nexts)):
@@ -225,7 +232,7 @@ def _choose(nexts: Ints, lengths: Ints, num_own: int, step: int) -> tuple[int, i
         weight, longest, count, has_others = 0.0, 0, 0, 0
         for other in range(len(nexts)):
             if nexts[other] == nexts[one]:
-                if other < one:  # it was weighed there
+                if other < one:  # this token was weighed when `one` was `other`
                     break
                 weight += float(lengths[other]) ** LENGTH_POWER
                 longest = max(longest, lengths[other])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the same agent answered before, in any of its sessions: the richest source of drafts.
 
-Agents with one system message and one set of tools call the same tools in the same words. Tenants
-never share: who asks is part of the agent's key.
+Sessions with the same system message and tools call the same tools in the same words. Tenants never
+share answers: the tenant is part of the agent's key.
 
 Source: the global tree of SuffixDecoding (arXiv:2411.04975), here for each agent.
 """
@@ -26,8 +26,8 @@ class EarlierAnswers:
     """The answers of all agents. Not thread-safe.
 
     Args:
-        max_bytes: memory of all indexes together; the agent that was used longest ago goes first.
-        max_tokens: of one agent.
+        max_bytes: memory of all indexes together. The agent that was used longest ago goes first.
+        max_tokens: tokens kept of one agent's answers.
     """
 
     def __init__(self, max_bytes: int, max_tokens: int = MAX_TOKENS) -> None:
@@ -47,12 +47,12 @@ class EarlierAnswers:
         return index
 
     def add(self, agent: Hashable, prompt: TokenArray, answer: TokenArray) -> None:
-        """One more answer. O(len(answer)), amortized.
+        """Add an answer. O(len(answer)), amortized.
 
         Args:
-            agent: tenant, LoRA adapter, system message and tools.
-            prompt: what was answered; its end is kept with the answer.
-            answer: shape ``[num_tokens]``.
+            agent: its tenant, LoRA adapter, system message and tools.
+            prompt: the prompt of the answer. Its last tokens are kept with the answer.
+            answer: the tokens of the answer, shape ``[num_tokens]``.
         """
         index = self._agents.pop(agent, None)
         self.num_bytes -= 0 if index is None else index.num_bytes

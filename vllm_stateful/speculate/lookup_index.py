@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the end of a text stood before, and what followed it there.
+"""Finds earlier places where a text has the same tokens as at its end, to see what followed there.
 
-Every position is chained to the one before it that ends in the same tokens, as in LZ77 compressors:
-one chain for each of ``GRAMS``. The longest finds far back what has stood there at length; the
-shortest knows what mostly follows a single token. Appending a token is O(1), taking tokens back is
-O(1) each, and a look-up walks the newest ``MAX_CANDIDATES`` places of each chain, so its cost does
-not grow with the text. Memory: 28 to 56 bytes a token (the token, and for each chain a link and a
-hash table of one to two entries a token).
+Every position is chained to the last one before it that ends in the same tokens, as in LZ77
+compressors. There is one chain for each of ``GRAMS``. The chain of the longest gram finds long
+repeats far back; that of the shortest shows what mostly follows a single token. Appending a token
+and taking one back are O(1). A look-up walks the newest ``MAX_CANDIDATES`` places of each chain, so
+its cost does not grow with the text. Memory: 28 to 56 bytes per token (the token, and for each
+chain a link and a hash table of one to two entries per token).
 
 Source: prompt lookup decoding (Saxena 2023; vLLM ``v1/spec_decode/ngram_proposer.py``), frequency
 among the matches as in SuffixDecoding (arXiv:2411.04975), hash chains as in RFC 1951, section 4.
@@ -23,13 +23,13 @@ from vllm_stateful.speculate.compiled import compiled
 from vllm_stateful.types import TokenArray
 
 GRAMS = (6, 2, 1)
-"""Tokens that must be equal before a place is looked at, by chain, the longest first."""
+"""For each chain, the number of tokens before a place that must be equal; longest first."""
 
 MAX_CANDIDATES = 32
 """Places of each chain that one look-up compares."""
 
 MAX_MATCH = 64
-"""Longer matches are not told apart."""
+"""Tokens up to which the length of a match is measured."""
 
 MIN_CAPACITY = 1024
 
@@ -37,11 +37,13 @@ Ints = NDArray[np.int32]
 
 
 class Found(NamedTuple):
-    """Places that end like the text does, those of the longest chain first, there the newest.
+    """Places before which a text has the same tokens as at its end.
+
+    Places found in the chain of the longest gram come first; within a chain, the newest.
 
     Attributes:
-        places: int32, shape ``[num_found]``: the position behind each, by chain.
-        lengths: int32, shape ``[num_found]``: how many tokens before it are equal, up to
+        places: int32, shape ``[num_found]``: the position behind the equal tokens.
+        lengths: int32, shape ``[num_found]``: the number of equal tokens before the place, up to
             ``MAX_MATCH``.
     """
 
@@ -50,7 +52,7 @@ class Found(NamedTuple):
 
 
 class LookupIndex:
-    """One text that grows, and now and then loses its end. Not thread-safe."""
+    """One text that grows and sometimes loses its end. Not thread-safe."""
 
     def __init__(self) -> None:
         self._num_tokens = 0
@@ -65,12 +67,12 @@ class LookupIndex:
 
     @property
     def tokens(self) -> TokenArray:
-        """Shape ``[len(self)]``; a view."""
+        """The tokens of the text, shape ``[len(self)]``; a view."""
         return self._tokens[: self._num_tokens]
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes."""
+        """The memory of the index, in bytes."""
         return int(self._tokens.nbytes + self._before.nbytes + self._newest.nbytes)
 
     def extend(self, tokens: TokenArray) -> None:
@@ -83,10 +85,10 @@ class LookupIndex:
         _chain(self._tokens, self._before, self._newest, start, end)
 
     def truncate(self, num_tokens: int) -> None:
-        """Take back all tokens from a position on. O(tokens taken back).
+        """Keep the first ``num_tokens`` tokens. O(tokens taken back).
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: the text has fewer tokens.
         """
         if not 0 <= num_tokens <= self._num_tokens:
             raise ValueError(f"cannot keep {num_tokens} of {self._num_tokens} tokens")
@@ -94,16 +96,16 @@ class LookupIndex:
         self._num_tokens = num_tokens
 
     def find(self) -> Found:
-        """Where the end of the text stood before."""
+        """Find earlier places that end in the same tokens as the text."""
         return self.find_end_of(self._tokens, self._num_tokens, is_own=True)
 
     def find_end_of(self, tokens: Ints, num_tokens: int, *, is_own: bool = False) -> Found:
-        """Where the end of another text stands in this one.
+        """Find the places in this text that end in the same tokens as another text.
 
         Args:
-            tokens: shape ``[>= num_tokens]``.
-            num_tokens: where it ends.
-            is_own: it is this text: its own end is no place.
+            tokens: the other text, shape ``[>= num_tokens]``.
+            num_tokens: the number of tokens of the other text.
+            is_own: whether ``tokens`` is this text, whose own end is then left out.
         """
         count = _find(
             self._tokens,
@@ -132,7 +134,7 @@ _GRAMS = np.array(GRAMS, np.int64)
 
 @compiled
 def _slot(tokens: Ints, end: int, gram: int, size: int) -> int:
-    """The hash table entry of the ``gram`` tokens up to and with position ``end``."""
+    """The hash table entry of the ``gram`` tokens that end with the one at position ``end``."""
     mixed = np.uint64(0)
     for place in range(end - gram + 1, end + 1):
         mixed = (mixed ^ np.uint64(tokens[place])) * np.uint64(0x9E3779B97F4A7C15)
@@ -172,7 +174,7 @@ def _find(
 ) -> int:
     count = 0
     last = num_other - 1
-    known = MAX_MATCH + 1  # as long, and longer, matches are in the chains before
+    known = MAX_MATCH + 1  # matches this long were found in the chains before
     for chain in range(len(_GRAMS)):
         gram = _GRAMS[chain]
         if num_other < gram:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drafts for running turns, from their sessions' own tokens and their agents' earlier answers.
 
-A session's index lives from turn to turn and grows by what is new; a turn takes it along while it
-runs. A second turn of the same session at the same time makes one of its own.
+A session's index is kept from turn to turn and grows by the new tokens. A running turn owns the
+index of its session. A second turn of the same session at the same time builds an index of its own.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from vllm_stateful.types import TokenArray
 
 
 def compile_now() -> None:
-    """Have numba compile, or load, what drafts need: a second or more that no turn has to wait."""
+    """Compile or load all functions that drafts need, so that no turn waits a second or more."""
     drafts = SessionDrafts(1 << 20, num_head_tokens=1)
     text = np.array([1, 2, 3, 1, 2, 3, 1], np.int32)
-    for name in range(2):  # the second one finds what the first one said
+    for name in range(2):  # the second turn also finds the first one's answer
         drafts.begins(name, name, None, text)
         drafts.draft_beside(name, text[:1])
         drafts.came(name, text[1:3])
@@ -49,9 +49,9 @@ class _Running:
     num_prompt: int
     draft: Draft = NO_DRAFT
     head: TokenArray | None = None
-    """What a drafting head proposed beside it."""
+    """The draft of a drafting head for the same step."""
     is_verified: bool = True
-    """Whether the draft is what is verified, and not the head's."""
+    """Whether ``draft`` is verified, and not the head's draft."""
 
 
 class _Waiting(NamedTuple):
@@ -60,16 +60,16 @@ class _Waiting(NamedTuple):
 
 
 class SessionDrafts:
-    """All running turns of one engine core. Not thread-safe.
+    """Drafts for all running turns of one engine core. Not thread-safe.
 
     Args:
         max_bytes: memory for the indexes of waiting sessions, and as much for earlier answers.
-        num_head_tokens: of a drafting head's draft; 0 where there is none.
+        num_head_tokens: tokens in a draft of the drafting head; 0 without a head.
     """
 
     def __init__(self, max_bytes: int, num_head_tokens: int = 0) -> None:
         self.beside = BesideHead(num_head_tokens) if num_head_tokens else None
-        """What drafts are worth beside a head; None where there is none."""
+        """Compares drafts with those of the drafting head; None without a head."""
         self.num_drafted = 0
         self.num_accepted = 0
         self._max_bytes = max_bytes
@@ -89,13 +89,14 @@ class SessionDrafts:
     def begins(
         self, name: Hashable, session: Hashable, agent: Hashable, prompt: TokenArray
     ) -> None:
-        """A turn runs.
+        """Begin a turn.
 
         Args:
-            name: of the turn.
-            session: whose index it continues.
-            agent: tenant, LoRA adapter, system message and tools: whose answers it may be drafted.
-            prompt: shape ``[num_tokens]``. What the index has of it is not indexed again.
+            name: the name of the turn.
+            session: the session whose index the turn continues.
+            agent: the tenant, LoRA adapter, system message and tools whose answers are drafted
+                from.
+            prompt: shape ``[num_tokens]``. What the index already has of it is not indexed again.
         """
         known = self.forget(session)
         index = LookupIndex() if known is None else known
@@ -105,7 +106,7 @@ class SessionDrafts:
         self._running[name] = _Running(session, agent, index, len(prompt))
 
     def came(self, name: Hashable, tokens: TokenArray) -> None:
-        """Tokens of a turn were generated: what is accepted of its last draft is learned from."""
+        """Add generated tokens to a turn, and learn how many of its last draft were right."""
         turn = self._running[name]
         if len(turn.draft.tokens):
             num_right = self._of(turn.agent).saw(turn.draft, tokens)
@@ -124,13 +125,13 @@ class SessionDrafts:
         turn.index.extend(tokens)
 
     def num_tokens(self, name: Hashable) -> int:
-        """Tokens of a running turn that are known here."""
+        """The number of tokens of a running turn that are known here."""
         return len(self._running[name].index)
 
     def draft(self, name: Hashable, least_chance: float, max_tokens: int = MAX_DRAFT) -> TokenArray:
-        """What probably comes next in a turn; see ``drafts.draft_of``.
+        """Draft the next tokens of a turn; see ``drafts.draft_of``.
 
-        Nothing is looked for where no token can be worth its cost (``least_chance`` is 1 or more).
+        Nothing is looked up when no token can be worth its cost (``least_chance`` is 1 or more).
         """
         turn = self._running[name]
         if least_chance >= 1.0 or max_tokens <= 0:
@@ -147,15 +148,15 @@ class SessionDrafts:
         return turn.draft.tokens
 
     def draft_beside(self, name: Hashable, head: TokenArray) -> TokenArray:
-        """What is verified of a turn for which a drafting head has a draft, too.
+        """Choose the draft to verify in a turn for which a drafting head has a draft, too.
 
         Args:
-            name: of the turn.
-            head: tokens that the head proposes, shape ``[num_tokens]``.
+            name: the name of the turn.
+            head: the tokens that the head proposes, shape ``[num_tokens]``.
 
         Returns:
-            As many tokens: the session's draft, and behind it what the head has there; or the
-            head's, where that was right more often.
+            As many tokens as ``head``: the session's draft, completed with the head's tokens at the
+            positions behind it; or the head's draft, if drafts like it were right more often.
         """
         turn = self._running[name]
         self.draft(name, LEAST_CHANCE, len(head))
@@ -168,12 +169,12 @@ class SessionDrafts:
         return _with_tail(turn.draft, head) if turn.is_verified else head
 
     def withdraw(self, name: Hashable) -> None:
-        """The last draft of a turn will not be verified; a no-op when it is not running."""
+        """Forget the last draft of a turn, which will not be verified. A no-op if not running."""
         if name in self._running:
             _forget_draft(self._running[name])
 
     def ends(self, name: Hashable, now_s: float = 0.0) -> None:
-        """A turn is over; a no-op when it is not running. Its index waits for the next."""
+        """End a turn, and keep its index for the session's next turn. A no-op if not running."""
         turn = self._running.pop(name, None)
         if turn is None:
             return
@@ -187,7 +188,7 @@ class SessionDrafts:
             self.forget(next(iter(self._waiting)))
 
     def forget(self, session: Hashable) -> LookupIndex | None:
-        """Give a waiting session's index up, and return it; None when it has none."""
+        """Give up the index of a waiting session, and return it; None when it has none."""
         waiting = self._waiting.pop(session, None)
         if waiting is None:
             return None
@@ -195,7 +196,7 @@ class SessionDrafts:
         return waiting.known
 
     def forget_before(self, deadline_s: float) -> None:
-        """Give the indexes of those up that ended their last turn before a time."""
+        """Give up the indexes of waiting sessions whose last turn ended before a time."""
         while self._waiting:
             session, waiting = next(iter(self._waiting.items()))
             if waiting.since_s >= deadline_s:
@@ -207,7 +208,7 @@ class SessionDrafts:
         return list(self._waiting)
 
     def _of(self, agent: Hashable) -> Acceptance:
-        """What drafts of an agent were worth; forgotten together with its answers."""
+        """How often drafts for an agent were accepted; forgotten when its answers are."""
         found = self._acceptance.get(agent)
         if found is None:
             if len(self._acceptance) > 2 * len(self._earlier) + 64:
@@ -222,12 +223,12 @@ def _forget_draft(turn: _Running) -> None:
 
 
 def _with_tail(draft: Draft, head: TokenArray) -> TokenArray:
-    """A draft, and behind it what a head has there."""
+    """A draft, completed to the head's length with the head's tokens at the positions behind it."""
     return np.concatenate([draft.tokens, head[len(draft.tokens) :]])
 
 
 def _num_shared(one: TokenArray, other: TokenArray) -> int:
-    """How many tokens both begin with."""
+    """The length of the common prefix."""
     num = min(len(one), len(other))
     equal = one[:num] == other[:num]
     return num if equal.all() else int(np.argmin(equal))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the API process to the engine core: a base that the engine holds, and what is new."""
+"""Sends prompts from the API process to the engine core as a base that it holds and new ids."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engine core: the prompts that it was sent, so that the next one can refer to them.
+"""Engine core: the prompts that it was sent, so that the next prompt can refer to them.
 
-A base is immutable and known by the API process that sent it and that process's version number.
-Bounded in bytes; what is given up costs one message and a second send, never an answer.
+A base is immutable. Its key is the API process that sent it and that process's version number. The
+store is bounded in bytes. A base that was given up costs one message and a second send, but never
+an answer.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from vllm_stateful.transport.header import (
 from vllm_stateful.types import TokenArray
 
 BYTES_PER_TOKEN = 12
-"""A pointer in the tuple, and an int32 in the array."""
+"""For a pointer in the tuple and an int32 in the array."""
 
 BYTES_PER_HASH = 96
-"""A pointer, and the digest itself (shared by the versions of a session: an upper bound)."""
+"""For a pointer and the digest. An upper bound, as the versions of a session share digests."""
 
 
 @dataclass(eq=False, frozen=True, slots=True)
@@ -38,22 +39,22 @@ class Base:
     array: TokenArray
     """The same ids, shape ``[num_tokens]``."""
     hash_key: Hashable
-    """What beside the tokens went into the block hashes (salt, LoRA)."""
+    """What went into the block hashes beside the tokens (salt, LoRA)."""
     block_hashes: tuple[Any, ...]
 
     @property
     def cost(self) -> int:
-        """Bytes."""
+        """The memory that the base counts as, in bytes."""
         return BYTES_PER_TOKEN * len(self.token_ids) + BYTES_PER_HASH * len(self.block_hashes)
 
 
 class Prompt(NamedTuple):
-    """A prompt that was put together again."""
+    """A prompt that was rebuilt."""
 
     token_ids: list[int]
     array: TokenArray
     parent: Base | None
-    """The base that it continues, and therefore whose block hashes it may inherit."""
+    """The base that it continues. The prompt may inherit the block hashes of this base."""
     num_parent_tokens: int
 
 
@@ -61,10 +62,10 @@ Key = tuple[str, int]
 
 
 class BaseStore:
-    """Least recently used bases first out. Used by one thread, the engine's input thread.
+    """Prompts that were sent; the least recently used goes first. For the input thread only.
 
     Args:
-        max_bytes: what all bases together may cost (``Base.cost``).
+        max_bytes: bytes that all bases together may cost (``Base.cost``).
         vocab_size: one more than the largest token id.
     """
 
@@ -73,18 +74,19 @@ class BaseStore:
         self.num_bytes = 0
         self._bases: OrderedDict[Key, Base] = OrderedDict()
         self._parents: dict[Key, Key] = {}
-        """Bases that are kept only in case that somebody still refers to them."""
+        """For each base the parent that it replaces. The parent is kept in case a prompt still
+        refers to it."""
         self._shared_ints = list(range(vocab_size))
 
     def __len__(self) -> int:
         return len(self._bases)
 
     def rebuild(self, header: PromptHeader, sent: Sequence[int]) -> Prompt:
-        """Put a prompt together from its base and what was sent.
+        """Rebuild a prompt from its base and the ids that were sent.
 
         Raises:
-            BaseMissError: its base is not here.
-            ChecksumError: the result is not what the sender meant.
+            BaseMissError: the base is not here.
+            ChecksumError: the result is not the prompt that was sent.
         """
         if header.parent == NO_VERSION:
             ids = self._shared(sent)
@@ -108,7 +110,7 @@ class BaseStore:
         return Prompt(ids, array, base, kept)
 
     def _shared(self, sent: Sequence[int]) -> list[int]:
-        """The same numbers as objects that all bases share: 8 bytes a token instead of 36."""
+        """The ids as integer objects that all bases share: 8 bytes per token instead of 36."""
         known = self._shared_ints
         size = len(known)
         return [known[i] if 0 <= i < size else i for i in sent]
@@ -116,7 +118,8 @@ class BaseStore:
     def keep(self, header: PromptHeader, base: Base) -> None:
         """Remember a prompt under its version.
 
-        The base of the turn before last goes: nobody continues it any more.
+        If nobody will continue its parent, the parent's own parent (the base of the turn before
+        last) is dropped.
         """
         if header.version == NO_VERSION:
             return
@@ -139,7 +142,7 @@ class BaseStore:
         self._parents.pop(key, None)
 
     def clear(self) -> int:
-        """Give up everything; returns how many bases there were."""
+        """Give up all bases, and return how many there were."""
         count = len(self._bases)
         self._bases.clear()
         self._parents.clear()

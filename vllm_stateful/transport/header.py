@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said about a prompt beside its token ids, on the way to the engine core."""
+"""The header that goes to the engine core with the token ids of a prompt."""
 
 from __future__ import annotations
 
@@ -12,37 +12,39 @@ from vllm_stateful.errors import StatefulError
 from vllm_stateful.types import TokenArray
 
 ACTION = "prompt.base"
-"""The KV hint action that carries a header; taken off before vLLM sees the request."""
+"""The KV hint action that carries a header. It is removed before vLLM sees the request."""
 
 NO_VERSION = 0
 
 
 class BaseMissError(StatefulError):
-    """The engine core does not hold the base of a prompt: it has to be sent in full."""
+    """The engine core does not hold the base of a prompt. The prompt must be sent in full."""
 
 
 class ChecksumError(StatefulError):
-    """A rebuilt prompt is not the one that was meant (``--stateful-check-invariants``)."""
+    """A rebuilt prompt differs from the one that was sent (``--stateful-check-invariants``)."""
 
 
 class PromptHeader(NamedTuple):
-    """Which prompt this is, and which one its token ids are to be appended to."""
+    """Which prompt this is, and to which earlier prompt its token ids are appended."""
 
     client: str
-    """Names one API process for its whole life; its versions mean nothing to others."""
+    """The name of the API process. Versions are numbered per API process."""
     version: int
-    """Remember the rebuilt prompt as this version; ``NO_VERSION``: do not."""
+    """The version under which to remember the rebuilt prompt; ``NO_VERSION``: do not remember
+    it."""
     parent: int = NO_VERSION
-    """The version that this prompt continues; ``NO_VERSION``: the ids are complete."""
+    """The version that this prompt continues; ``NO_VERSION``: the ids that were sent are
+    complete."""
     num_parent_tokens: int = 0
     """Leading tokens of the parent that come before the ids that were sent."""
     parent_ends: bool = False
-    """Nobody is expected to continue the parent any more."""
+    """Whether nobody is expected to continue the parent any more."""
     checksum: int | None = None
-    """``checksum`` of the whole prompt, when invariants are checked."""
+    """The ``checksum`` of the whole prompt, when invariants are checked."""
 
     def to_payload(self) -> dict[str, Any]:
-        """As a JSON-compatible dict."""
+        """The header as a JSON-compatible dict."""
         return dict(self._asdict())
 
     @classmethod

@@ -10,39 +10,40 @@ from typing import NamedTuple
 import numpy as np
 
 DIGEST_TOKENS = 4096
-"""A digest of a prompt is made of digests of so many tokens each, which later prompts share."""
+"""Tokens per chunk. A prompt's digest is made from digests of its chunks, so a later prompt can use
+those of the chunks that it shares."""
 
 
 class LastPlace(NamedTuple):
-    """Where a token occurs last among the leading tokens that were looked at."""
+    """The last occurrence of a token among the first ``num_seen`` tokens; -1 for none."""
 
     place: int
     num_seen: int
 
     def within(self, num_tokens: int) -> LastPlace | None:
-        """The same of a shorter prompt; None when it is not known."""
+        """The last occurrence among the first ``num_tokens`` tokens; None when it is not known."""
         if self.place >= num_tokens:
             return None
         return LastPlace(self.place, min(self.num_seen, num_tokens))
 
 
 class PromptTokenIds(list[int]):
-    """Token ids of one prompt: a plain list for everybody who does not look closer.
+    """The token ids of one prompt, and which earlier prompt they continue. vLLM sees a plain list.
 
-    Made by ``render``; ``transport`` sends only what the base lacks. The list must not be
+    Made by ``render``. ``transport`` sends only the ids that the base lacks. The list must not be
     changed after it was made.
 
     Attributes:
-        version: number of this prompt in its API process; 0 when it is not remembered.
-        parent: version of the prompt that it continues; 0 for none.
-        num_parent_tokens: leading tokens that it shares with its parent.
-        last_places: what ``last_place`` found, by token id; shared with the memory of prompts.
-        digests: of its first chunks of ``DIGEST_TOKENS`` tokens, as far as ``digest_of`` was asked
-            for; shared with the memory of prompts.
-        is_spliced: whether generated ids stand in it for text that was rendered anew: then it
-            is not what a tokenizer makes of the text.
-        parent_ends: whether hardly anything of the parent lies behind the shared tokens, so
-            that nobody will continue the parent itself.
+        version: the number of this prompt in its API process; 0 when it is not remembered.
+        parent: the version of the prompt that it continues; 0 for none.
+        num_parent_tokens: the number of leading tokens that it shares with its parent.
+        last_places: what ``last_place`` found, by token id. Shared with the memory of prompts.
+        digests: the digests of its first chunks of ``DIGEST_TOKENS`` tokens, as far as
+            ``digest_of`` computed them. Shared with the memory of prompts.
+        is_spliced: whether it contains generated ids in place of those of text that was rendered
+            anew. It then differs from what a tokenizer makes of the text.
+        parent_ends: whether the parent has hardly any tokens behind the shared ones, so that nobody
+            will continue the parent itself.
     """
 
     __slots__ = (
@@ -77,13 +78,13 @@ class PromptTokenIds(list[int]):
         self.digests = [] if digests is None else digests
 
     def __reduce__(self) -> tuple[type[list[int]], tuple[list[int]]]:
-        """Pickled as the plain list that it is to everybody else."""
+        """Pickle it as a plain list."""
         return list, ([*self],)
 
     def last_place(self, token_id: int) -> int:
-        """Index of the last occurrence of a token, -1 when there is none.
+        """The index of the last occurrence of a token; -1 when there is none.
 
-        Looks only at what its parent had not been asked about.
+        Looks only at tokens that were not searched in an earlier prompt.
         """
         place, num_seen = self.last_places.get(token_id, LastPlace(-1, 0))
         if num_seen < len(self):
@@ -96,10 +97,10 @@ class PromptTokenIds(list[int]):
 
 
 def digest_of(token_ids: list[int]) -> bytes:
-    """32 bytes that only equal prompts share, whatever they were made of.
+    """A digest of 32 bytes that is the same for equal token ids and for no others.
 
-    Of a ``PromptTokenIds`` only the chunks are read that no prompt before it was asked for. To be
-    called by one thread, the event loop.
+    Of a ``PromptTokenIds``, only chunks are read whose digest is not known from an earlier prompt.
+    Call it from one thread, the event loop.
     """
     known = token_ids.digests if isinstance(token_ids, PromptTokenIds) else []
     for start in range(len(known) * DIGEST_TOKENS, len(token_ids), DIGEST_TOKENS):

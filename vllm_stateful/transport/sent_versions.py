@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API process: which prompts each engine core was sent, and what to send of the next one.
+"""API process: the prompts that each engine core was sent, and what to send of the next one.
 
-A message is delivered in order, so a version that was sent to an engine is there when the next
-message arrives, unless the engine gave it up; then it says so, and the prompt is sent in full.
+Messages arrive in order. So a version that was sent to an engine core is there when the next
+message arrives, unless the engine core gave it up. It then says so, and the prompt is sent in full.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from vllm_stateful.transport.header import NO_VERSION, PromptHeader
 from vllm_stateful.transport.prompt_ids import PromptTokenIds
 
 MAX_VERSIONS = 65536
-"""Versions remembered per engine: 100 bytes each. An older one is sent in full again."""
+"""Versions remembered per engine core, at 100 bytes each. Older ones are sent in full again."""
 
 MIN_SAVED_TOKENS = 256
-"""A base that spares fewer tokens is not worth a header."""
+"""Tokens that a base must save. One that saves fewer is not worth a header."""
 
 
 class Parcel(NamedTuple):
-    """What goes to the engine for one prompt."""
+    """What is sent to the engine core for one prompt."""
 
     header: PromptHeader
     token_ids: list[int]
@@ -33,7 +33,7 @@ class Parcel(NamedTuple):
 
 
 class SentVersions:
-    """Per engine core, the versions that it was sent.
+    """The versions that each engine core was sent.
 
     Args:
         client: see ``PromptHeader.client``.
@@ -44,10 +44,10 @@ class SentVersions:
         self._sent: dict[Hashable, OrderedDict[int, None]] = {}
 
     def pack(self, engine: Hashable, ids: PromptTokenIds) -> Parcel:
-        """Decide what to send of a prompt, and note that its version is on its way.
+        """Decide what to send of a prompt, and remember its version as sent.
 
         Args:
-            engine: where it goes.
+            engine: the engine core that gets the prompt.
             ids: the whole prompt, with a version.
         """
         sent = self._sent.setdefault(engine, OrderedDict())
@@ -66,7 +66,7 @@ class SentVersions:
         return Parcel(header, ids[kept:])
 
     def forget(self, engine: Hashable, ids: PromptTokenIds) -> None:
-        """The engine did not hold what this prompt was based on, nor the prompt itself now."""
+        """Forget a prompt and its base, as the engine core did not hold the base."""
         sent = self._sent.get(engine)
         if sent is not None:
             sent.pop(ids.version, None)

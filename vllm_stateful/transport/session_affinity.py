@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API process: which of several engine cores a turn goes to (data parallelism).
+"""API process: chooses the engine core that a turn goes to, of several (data parallelism).
 
-vLLM sends each request to the engine core with the least to do, so a conversation visits all of
-them and its context is computed, and kept, once in each. Here a turn goes where its conversation
-is, unless that engine core has so much more to do than another that computing the context again
-is cheaper. Where a conversation is not known to be anywhere, vLLM chooses.
+vLLM sends each request to the engine core with the least to do. So a conversation visits all engine
+cores, and its context is computed and kept once in each. Here a turn goes to the engine core that
+has its conversation, unless that one has so much more to do than another that computing the context
+again is cheaper. If no engine core is known to have the conversation, vLLM chooses.
 
-Nothing depends on being right: the engine core compares tokens, and a turn that comes to the wrong
-one is computed there as a first turn.
+A wrong choice only costs time: the engine core compares tokens, and a turn that comes to the wrong
+engine core is computed there as a first turn.
 
-Source: the bound is that of consistent hashing with bounded loads (arXiv:1608.01350); rendezvous
-hashing (Thaler and Ravishankar 1998) is how several API servers agree without talking.
+Source: the bound on the load is that of consistent hashing with bounded loads (arXiv:1608.01350).
+Several API servers agree without communication by rendezvous hashing (Thaler and Ravishankar 1998).
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from typing import Any, NamedTuple
 from vllm_stateful.transport.prompt_ids import PromptTokenIds
 
 MAX_KNOWN = 65536
-"""Prompts, and conversations, of which it is remembered where they went."""
+"""Prompts, and also conversations, whose engine core is remembered."""
 
 TOKENS_PER_REQUEST = 2048
-"""A context of so many tokens outweighs one request more in an engine core's queue."""
+"""Tokens of context that outweigh one more request in an engine core's queue."""
 
 MOST_OUTWEIGHED = 32
-"""No context outweighs more requests than this, however long it is."""
+"""The most requests that a context can outweigh, however long it is."""
 
 SLACK, SHARE = 2.0, 0.25
-"""What an engine core may have more to do than the least loaded, in requests and as a share of the
-mean, before a conversation without any context leaves it."""
+"""How much more an engine core may have to do than the least loaded one before even a conversation
+without context leaves it: this many requests, or this share of the mean load if that is more."""
 
 
 class Choice(StrEnum):
-    """Why a turn went to its engine core, with several of them; the label of
+    """Why a turn went to its engine core, of several; label of
     ``vllm_stateful_engine_choices_total``."""
 
     HOME = "home"
     """Its conversation is there."""
     HASHED = "hashed"
-    """By the name of its conversation, as every API server would choose; it may be a new one."""
+    """The name of its conversation decided, in the same way in every API server. The conversation
+    may be new."""
     MOVED = "moved"
     """vLLM chose: the engine core of its conversation had too much to do."""
     NEW = "new"
@@ -54,11 +55,11 @@ class Choice(StrEnum):
 
 
 class Chosen(NamedTuple):
-    """What was decided for one turn.
+    """The decision for one turn.
 
     Attributes:
-        engine: where to send it; None leaves that to vLLM.
-        why: counted.
+        engine: the engine core to send it to; None leaves the choice to vLLM.
+        why: the reason, for the metrics.
     """
 
     engine: Hashable | None
@@ -71,11 +72,11 @@ class _Place(NamedTuple):
 
 
 class SessionAffinity:
-    """Where the conversations of one API process are. Used by one thread, the event loop.
+    """Knows which engine core has each conversation of one API process. For the event loop only.
 
     Args:
-        is_shared: whether several API servers serve the same engine cores, so that a conversation
-            may have gone somewhere without this one knowing.
+        is_shared: whether several API servers use the same engine cores. Another API server may
+            then have sent a conversation somewhere without this one knowing.
     """
 
     def __init__(self, *, is_shared: bool) -> None:
@@ -91,13 +92,13 @@ class SessionAffinity:
         name: str | None,
         loads: Mapping[Hashable, float],
     ) -> Chosen:
-        """Decide where a turn goes.
+        """Choose the engine core for a turn.
 
         Args:
-            request_id: of the turn, as ``went`` will be told.
-            prompt: its token ids, shape ``[num_tokens]``; None where they are not known here.
-            name: of its conversation; None where nothing names it.
-            loads: what each engine core has to do, in requests, by the engine core.
+            request_id: the id of the turn's request, as ``went`` gets it later.
+            prompt: its token ids, shape ``[num_tokens]``; None if they are not known here.
+            name: the name of its conversation; None if it has none.
+            loads: the load of each engine core, in requests.
         """
         if name is not None:
             _put(self._names, request_id, name)
@@ -111,21 +112,22 @@ class SessionAffinity:
         return Chosen(place.engine, why)
 
     def went(self, request_id: str, prompt: list[int] | None, engine: Hashable) -> None:
-        """A turn was sent to an engine core, whoever chose it."""
+        """Remember the engine core that a turn was sent to, whoever chose it."""
         place = _Place(engine, 0 if prompt is None else len(prompt))
         if isinstance(prompt, PromptTokenIds) and prompt.version:
             _put(self._prompts, prompt.version, place)
-        name = self._names.get(request_id)  # more than once, where several answers are asked for
+        name = self._names.get(request_id)  # kept, as a request for several answers comes again
         if name is not None:
             _put(self._conversations, name, place)
 
     def _place_of(self, prompt: list[int] | None, name: Hashable | None) -> _Place | None:
-        """Where the longest known part of a turn's context is."""
+        """The engine core that has the longest known part of a turn's context."""
         if isinstance(prompt, PromptTokenIds):
             same = self._prompts.get(prompt.version)
             if same is not None:
                 return same
-            # What shares its beginning with others, as agents share their tools, must spread.
+            # Only a parent that ends: prompts that merely share their beginning with others, as
+            # agents share their tools, must be spread over the engine cores.
             parent = self._prompts.get(prompt.parent) if prompt.parent_ends else None
             if parent is not None:
                 return _Place(parent.engine, prompt.num_parent_tokens)
@@ -140,13 +142,16 @@ def _put(known: OrderedDict[Any, Any], key: Hashable, value: Hashable) -> None:
 
 
 def _most(loads: Mapping[Hashable, float], num_tokens: int) -> float:
-    """The most that an engine core may have to do to be given a turn with such a context."""
+    """The load up to which an engine core gets a turn with ``num_tokens`` of context there."""
     slack = max(SLACK, SHARE * sum(loads.values()) / len(loads))
     return min(loads.values()) + slack + min(num_tokens / TOKENS_PER_REQUEST, MOST_OUTWEIGHED)
 
 
 def _rendezvous(name: str, engines: list[Hashable]) -> Hashable:
-    """The engine core that every API server finds for a name, and few others when one is added."""
+    """The engine core that every API server finds for a name.
+
+    When an engine core is added, few names move.
+    """
 
     def weight(place: int) -> bytes:
         return blake2b(f"{place}\0{name}".encode(), digest_size=8).digest()

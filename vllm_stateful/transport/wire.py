@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names under which two processes say something to each other, beside what vLLM says."""
+"""The names of the messages that the plugin's processes send to each other through vLLM."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ CLOSE_ACTION = "session.close"
 """The session ends with this turn."""
 
 RETAIN_ACTION = "session.retain"
-"""For how long to keep the session; payload ``{"seconds": number}``."""
+"""How long to keep the session; payload ``{"seconds": number}``."""
 
 TOOL_ACTION = "session.tool"
-"""Which tool the answer must call; payload ``{"name": string}``. The text of such an answer is the
-arguments alone."""
+"""The tool that the answer must call; payload ``{"name": string}``. The text of such an answer is
+only the arguments."""
 
 # From the API server to the engine core, as operations of ``EngineCore.stateful``.
 
 TRANSPORT = "transport"
-"""Whether the engine core puts prompts together from what is new."""
+"""Asks whether the engine core rebuilds prompts from a base and the new token ids."""
 
 EPOCH = "epoch"
-"""How often the model or its caches have changed."""
+"""Asks how often the model or its caches have changed."""
 
 # From the engine core to the API server.
 
 BASE_MISS = "stateful.base_miss"
-"""``stop_reason`` of the answer of an engine that does not hold the base of a prompt."""
+"""The ``stop_reason`` of an answer when the engine core does not hold the base of the prompt."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs in the workers."""
+"""The adapters that run in the workers."""

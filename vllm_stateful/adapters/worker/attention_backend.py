@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's FlashAttention backend with our kernels for short new chunks over long caches.
+"""vLLM's FlashAttention backend, with our kernels for short new chunks over long caches.
 
-Everything is decided when a step's metadata is built. What is not taken runs as before: the
-parent's kernel behind the parent's write to the cache. CUDA graphs that have the attention in them
-are captured with the parent's kernels and so replay these; but for those of steps that verify
-drafts (`_graphs`), which are captured with ours, over one place for the plans of all such steps.
+Which kernel serves a step is decided when the step's metadata is built. All other steps run as in
+vLLM: the parent class writes to the cache, then runs its kernel. CUDA graphs that contain the
+attention are captured with the parent's kernels, and replay those. The exception are graphs of
+steps that verify drafts (`_graphs`): they are captured with our kernels, and read the plans of all
+such steps from one place in memory.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ _CACHES = ("auto", "bfloat16", "float16", *_FP8)
 
 @dataclass
 class StatefulMetadata(FlashAttentionMetadata):  # type: ignore[misc]
-    """The parent's, and the plan where our kernels serve the step.
+    """The parent's metadata, and the plan if our kernels serve the step.
 
     Attributes:
-        plan: None: vLLM's own kernel serves it.
-        writes_first: All K and V have to be in the cache before anybody attends.
+        plan: The plan; None if vLLM's own kernel serves the step.
+        writes_first: Whether all K and V must be in the cache before any sequence attends.
     """
 
     plan: ops.DevicePlan | None = None
@@ -61,7 +62,7 @@ class StatefulMetadata(FlashAttentionMetadata):  # type: ignore[misc]
 
 
 class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[misc]
-    """Builds the parent's metadata, and a plan beside it."""
+    """Builds the parent's metadata, and a plan if our kernels serve the step."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any
@@ -95,7 +96,7 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
             logger.info("stateful: attention is left to vLLM: %s", self._why_never)
 
     def _unusual(self, config: Any, layer_names: list[str]) -> str:
-        """Why a plan is of no use, or cannot be made; empty when one can."""
+        """Why our kernels can serve no step of these layers; empty if they can."""
         if self.dcp_world_size > 1:
             return "decode context parallelism"
         if config.model_config.dtype not in _HALVES:
@@ -106,7 +107,7 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
         return what_all_ask_for(config, layer_names)
 
     def build_for_cudagraph_capture(self, common: CommonAttentionMetadata) -> Any:
-        """The parent's kernels are what a graph replays, or ours."""
+        """Build as the parent does, for a graph that will replay the parent's kernels or ours."""
         self._is_captured = True
         try:
             return super().build_for_cudagraph_capture(common)
@@ -119,7 +120,7 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> StatefulMetadata:
-        """As the parent's."""
+        """Build as the parent does, and make a plan if our kernels serve the step."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata = StatefulMetadata(
             **{each.name: getattr(stock, each.name) for each in fields(FlashAttentionMetadata)}
@@ -134,7 +135,7 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
             new, total = self._lengths(common_attn_metadata)
             shared = shared_in(self, common_attn_metadata)
             metadata.plan = self._plans.of(new, total, batch.max_query_len, shared)
-            # A graph replays other steps too.
+            # A captured graph replays other steps, too, so it must be safe for all of them.
             metadata.writes_first = self._is_captured or self._may_hit(
                 common_attn_metadata, new, total
             )
@@ -144,7 +145,7 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
         return metadata
 
     def _lengths(self, common: CommonAttentionMetadata) -> tuple[Any, Any]:
-        """New tokens, and keys at most, of each sequence."""
+        """The new tokens of each sequence, and an upper bound of its keys."""
         num_reqs, lengths = common.num_reqs, common.seq_lens_cpu_upper_bound
         assert lengths is not None, "checked in _batch"
         starts = common.query_start_loc_cpu.numpy()
@@ -152,22 +153,24 @@ class StatefulMetadataBuilder(FlashAttentionMetadataBuilder):  # type: ignore[mi
 
     def _may_hit(self, common: CommonAttentionMetadata, new: Any, total: Any) -> bool:
         """Whether a sequence may read what another one writes in this step."""
-        is_new = None  # model runner V1 does not count a request that resumes behind its prompt
+        # In model runner V1, is_prefilling is false for a request that resumes behind its prompt.
+        is_new = None
         if self._is_v2 and common.is_prefilling is not None:
             is_new = common.is_prefilling.numpy()
-            # A step that a graph replays is padded by sequences without tokens.
+            # A step that a graph replays is padded with sequences that have no tokens.
             is_new = np.pad(is_new[: len(new)], (0, max(0, len(new) - len(is_new))))
         slack = 2 * self._num_drafts
         return may_read_what_is_written(new, total, self.block_size, may_be_new=is_new, slack=slack)
 
 
 def _graphs(config: Any, layers: Layers) -> Graphs:
-    """What vLLM captures with the attention in it.
+    """The steps that vLLM captures with the attention in the graph.
 
-    Ours are steps that verify drafts on model runner V2: there metadata is built for each step,
-    with lengths that the host knows, and nothing but a batch's shape decides whether a graph is
-    replayed. Left out are drafters that are models, which take steps of their own, masks that not
-    every batch has, microbatches, and steps of which only some would be ours.
+    Our kernels are captured for steps that verify drafts on model runner V2. There, metadata is
+    built for each step from lengths that the host knows, and only the shape of a batch decides
+    whether a graph is replayed. The parent's kernels are captured if the drafter is a model (it has
+    steps of its own), if only some batches have a mask, with microbatches, and if our kernels could
+    take only some of the steps.
     """
     mode = config.compilation_config.cudagraph_mode
     if mode is None or not mode.has_full_cudagraphs():
@@ -190,7 +193,10 @@ def _graphs(config: Any, layers: Layers) -> Graphs:
 
 
 def what_all_ask_for(config: Any, layer_names: list[str]) -> str:
-    """What the kernels do not know although each of these layers asks for it; empty: nothing."""
+    """What all of these layers need that our kernels do not support; empty if nothing.
+
+    Empty also if at least one layer needs nothing of the kind.
+    """
     layers = get_layers_from_vllm_config(config, Attention, layer_names).values()
     impls = [impl for layer in layers for impl in layer.impl.get_impl_variants()]
     unknown = [impl.unknown for impl in impls if isinstance(impl, StatefulImpl)]
@@ -209,7 +215,7 @@ def _batch(stock: FlashAttentionMetadata, common: CommonAttentionMetadata) -> Ba
 
 
 class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
-    """One layer. Appends to the cache by itself, in either path."""
+    """The attention of one layer. It writes to the cache itself, with either kernel."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -218,7 +224,7 @@ class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
         self.unknown = self._what_is_unknown(right)
 
     def _what_is_unknown(self, window_right: int) -> str:
-        """What this layer asks for that the kernels do not know; empty: nothing."""
+        """What this layer needs that our kernels do not support; empty if nothing."""
         kind = AttentionType(self.attn_type)
         unknown = {
             f"{kind.value} attention": kind != AttentionType.DECODER,
@@ -243,7 +249,7 @@ class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the parent's, and writes the new K and V."""
+        """Write the new K and V to the cache, and attend, with our kernels or the parent's."""
         plan = getattr(attn_metadata, "plan", None)
         cache, scales = kv_cache, None
         if plan is not None and self.kv_cache_dtype in _FP8:
@@ -286,7 +292,7 @@ class StatefulImpl(FlashAttentionImpl):  # type: ignore[misc]
 
 
 class StatefulAttentionBackend(FlashAttentionBackend):  # type: ignore[misc]
-    """Stands in the place of FLASH_ATTN, under its name."""
+    """Replaces FLASH_ATTN, under the same name."""
 
     forward_includes_kv_cache_update: ClassVar[bool] = True
 

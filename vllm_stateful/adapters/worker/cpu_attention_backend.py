@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CPU attention backend with our kernel for decoding, drafts and short turns.
+"""vLLM's CPU attention backend, with our kernel for decoding, drafts and short turns.
 
-Decided when a step's metadata is built; what is not taken runs as before. The cache is vLLM's own,
-written by vLLM: either kernel may follow the other.
+Which kernel serves a step is decided when the step's metadata is built. All other steps run as in
+vLLM. vLLM writes its own cache in both cases, so either kernel may follow the other.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from vllm_stateful.attention import cpu_ops
 logger = init_logger("vllm.stateful")
 
 _LAYOUTS = ("vec", "vec16")
-"""What vLLM calls its kernels whose cache ours reads."""
+"""vLLM's names of the kernels whose cache layout our kernel can read."""
 
 
 @dataclass
 class StatefulCPUMetadata(CPUAttentionMetadata):  # type: ignore[misc]
-    """The parent's, and whether our kernel serves the step.
+    """The parent's metadata, and whether our kernel serves the step.
 
     Attributes:
-        is_taken: by our kernel.
+        is_taken: whether our kernel serves the step.
     """
 
     is_taken: bool = False
 
 
 class StatefulCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
-    """Builds the parent's metadata, and decides."""
+    """Builds the parent's metadata, and decides whether our kernel serves the step."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any
@@ -52,7 +52,7 @@ class StatefulCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[m
             logger.info("stateful: attention is left to vLLM: %s", self._why_never)
 
     def _unusual(self) -> str:
-        """Why no step of these layers can be taken; empty: some can."""
+        """Why our kernel can serve no step of these layers; empty if it can."""
         if self.is_cross_attention or self.is_encoder_only_attention:
             return "not a decoder's attention"
         if self.isa not in _LAYOUTS:
@@ -69,7 +69,7 @@ class StatefulCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[m
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> StatefulCPUMetadata:
-        """As the parent's."""
+        """Build as the parent does, and decide which kernel serves the step."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         reason = self._why_never or _why_not(stock)
         STEPS[reason or "taken"] += 1
@@ -78,7 +78,7 @@ class StatefulCPUMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[m
 
 
 def _why_not(step: CPUAttentionMetadata) -> str:
-    """Why this step is left to vLLM; empty: it is taken."""
+    """Why this step is left to vLLM; empty if our kernel serves it."""
     if step.causal is not True or step.dynamic_causal is not None:
         return "not causal"
     if step.max_query_len > cpu_ops.MOST_NEW_TOKENS:
@@ -87,7 +87,7 @@ def _why_not(step: CPUAttentionMetadata) -> str:
 
 
 class StatefulCPUImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
-    """One layer."""
+    """The attention of one layer."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -110,7 +110,7 @@ class StatefulCPUImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the parent's."""
+        """Attend with our kernel or the parent's."""
         is_ours = self._is_plain and getattr(attn_metadata, "is_taken", False)
         if not is_ours or not _fits(query, kv_cache) or output_scale is not None:
             return super().forward(
@@ -140,13 +140,13 @@ class StatefulCPUImpl(CPUAttentionBackendImpl):  # type: ignore[misc]
 
 
 def _fits(query: torch.Tensor, kv_cache: torch.Tensor) -> bool:
-    """Whether each block of a KV head is one piece of memory, of the query's type."""
+    """Whether each block of a KV head is contiguous in memory, with the query's dtype."""
     width = kv_cache.size(3)
     return bool(query.dtype == kv_cache.dtype and kv_cache.stride()[2:] == (width, 1))
 
 
 class StatefulCPUBackend(CPUAttentionBackend):  # type: ignore[misc]
-    """Stands in the place of CPU_ATTN, under its name."""
+    """Replaces CPU_ATTN, under the same name."""
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:

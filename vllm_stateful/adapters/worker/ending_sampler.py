@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model runner V2 samples nothing behind a token that ends an answer, in the step that samples it.
+"""Makes model runner V2 stop a step's sampling at the first token that ends an answer.
 
-So such a token is the last of its step, and the recurrent state behind it is where the engine core
-expects it (``adapters.engine.running_states``). All tokens keep their distribution, for what is cut
-off is sampled anew in the next step.
+Such a token is then the last of its step, so the recurrent state behind it is where the engine core
+expects it (``adapters.engine.running_states``). All tokens keep their distribution, because the
+tokens that are cut off are sampled anew in the next step.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from vllm_stateful.adapters.slots import of_step
 def num_up_to_end(
     sampled: torch.Tensor, num_sampled: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
-    """How many tokens each row keeps: up to its first end, that included.
+    """The number of tokens that each row keeps: up to and including its first end.
 
     Args:
         sampled: token ids, shape ``[num_reqs, num_drafts + 1]``; arbitrary behind ``num_sampled``.
-        num_sampled: shape ``[num_reqs]``.
-        ends: token ids, shape ``[num_ends]``.
+        num_sampled: the number of sampled tokens, shape ``[num_reqs]``.
+        ends: the token ids that end an answer, shape ``[num_ends]``.
 
     Returns:
-        Shape and type of ``num_sampled``.
+        The numbers, with the shape and type of ``num_sampled``.
     """
     places = torch.arange(sampled.shape[1], device=sampled.device)
     is_end = (sampled[:, :, None] == ends).any(2)
@@ -36,15 +36,15 @@ def num_up_to_end(
 
 
 class EndingRejectionSampler(RejectionSampler):  # type: ignore[misc]
-    """vLLM's ``RejectionSampler``, which becomes one of these once ends are known."""
+    """vLLM's ``RejectionSampler``. The runner's one gets this class when the ends are known."""
 
     ends: torch.Tensor
     """Token ids behind which a step samples nothing, shape ``[num_ends]``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's, with what it sampled cut behind the first end."""
+        """Sample as vLLM does, then cut off what is behind the first end."""
         output = super().__call__(*args, **kwargs)
-        if output.sampling_mask_tensors is None:  # else there is one mask for each token
+        if output.sampling_mask_tensors is None:  # otherwise there is a mask for each token
             kept = num_up_to_end(output.sampled_token_ids, output.num_sampled, self.ends)
             output.num_rejected = output.num_rejected + (output.num_sampled - kept)
             output.num_sampled = kept
@@ -52,7 +52,7 @@ class EndingRejectionSampler(RejectionSampler):  # type: ignore[misc]
 
 
 def note_ends(runner: Any, scheduler_output: Any) -> None:
-    """Part of the hook of ``worker-requests``: a step may bring the ids at which answers end."""
+    """Part of the hook of ``worker-requests``: take the ids that end answers from a step."""
     ends, sampler = of_step(scheduler_output).ends, runner.rejection_sampler
     if not ends or type(sampler) is not RejectionSampler:
         return

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beside a drafting head on the device: what the session repeats, where that is right more often.
+"""Chooses on the device between a drafting head's draft and one looked up in the session's text.
 
-The head drafts as ever, with its CUDA graphs. Our kernels look a draft up, and for each request one
-of both is verified (`speculate/beside_head.py` says how that is learned). A draft that was looked
-up is what a head without logits proposes: a token, not a distribution. So this is for heads that
-draft greedily, vLLM's default.
+The head drafts as without us, with its CUDA graphs. Our kernels look up a second draft, and for
+each request one of the two is verified (`speculate/beside_head.py` says how the choice is learned).
+A draft that was looked up consists of tokens, not of distributions, like that of a head without
+logits. So this works only for heads that draft greedily, which is vLLM's default.
 
 Source: vLLM ``v1/worker/gpu/spec_decode/speculator.py``.
 """
@@ -23,26 +23,26 @@ from vllm_stateful.speculate.answer_buffer import MAX_MATCH
 from vllm_stateful.speculate.beside_head import HEAD_CHANCE, PRIOR_DRAFTS
 
 FORGET_STEPS = 512
-"""After so many steps what was learned of both counts half."""
+"""Steps after which everything learned about both drafts counts half."""
 
 
 class LookupBesideHead(LookupSpeculator):
-    """Drafts that are looked up, and the choice between them and a head's.
+    """Looks up drafts, and chooses between them and those of a head.
 
     Args:
-        vllm_config: vLLM's.
-        device: of the model.
+        vllm_config: vLLM's configuration.
+        device: the device of the model.
         req_states: the runner's table of requests.
-        head: vLLM's speculator, whose ``propose`` stays what it was.
+        head: vLLM's speculator. Its ``propose`` is replaced by `propose_beside`, which calls it.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, req_states: Any, head: Any) -> None:
         super().__init__(vllm_config, device, req_states)
-        # Beside a head vLLM keeps the texts in the host's memory. They are read in each step.
+        # With a head, vLLM keeps the texts in host memory. Our kernels read them in each step.
         size = (req_states.max_num_reqs, req_states.max_model_len)
         req_states.all_token_ids = StagedWriteTensor(size, torch.int32, device)
         self.is_on = False
-        """Whether the engine core keeps sessions; it says so with the first requests."""
+        """Whether the engine core keeps sessions, as it says with the first requests."""
         num_reqs, num_drafts = req_states.max_num_reqs, self.num_speculative_steps
         self.both = torch.zeros(num_reqs, 2, num_drafts, dtype=torch.int32, device=device)
         self.chosen = torch.zeros(num_reqs, num_drafts, dtype=torch.int64, device=device)
@@ -69,7 +69,7 @@ class LookupBesideHead(LookupSpeculator):
         *more: Any,
         **named: Any,
     ) -> torch.Tensor:
-        """The drafts for a step, in the place of the head's.
+        """Propose the drafts for a step. This replaces the head's ``propose``.
 
         Returns:
             int64, shape ``[num_reqs, num_speculative_tokens]``, in the order of the batch.
@@ -83,7 +83,7 @@ class LookupBesideHead(LookupSpeculator):
         num_drafts = named.get("num_speculative_tokens")
         num_drafts = self.num_speculative_steps if num_drafts is None else num_drafts
         self._weigh(num_reqs, states, num_sampled)
-        if num_drafts == 0:  # for a large batch nothing is drafted
+        if num_drafts == 0:  # vLLM drafts nothing for a large batch
             self.table[states.long(), 2:] = 0
             return drafts
         self.propose(*given, *verdicts)
@@ -92,7 +92,7 @@ class LookupBesideHead(LookupSpeculator):
     def observe_verification(
         self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_rejected: torch.Tensor
     ) -> None:
-        """vLLM's, without the requests of which not the head's draft was verified."""
+        """Call vLLM's, counting only requests for which the head's draft was verified."""
         assert self._observe is not None
         if self._head.acceptance_estimator is not None:
             is_head = self.taken[idx_mapping.long()] == 0
@@ -137,10 +137,11 @@ class LookupBesideHead(LookupSpeculator):
 
 
 def prior_margins(num_drafts: int) -> torch.Tensor:
-    """By how many tokens a draft that was looked up is better: int32, shape ``[MAX_MATCH + 1]``.
+    """By how many tokens a looked-up draft is assumed to be better than a head's.
 
-    By the length of its match, for ``PRIOR_DRAFTS`` drafts; whole numbers, so that every rank of a
-    tensor-parallel group adds up to the same.
+    Returns:
+        The sum over ``PRIOR_DRAFTS`` drafts, by the length of the match: int32, shape
+        ``[MAX_MATCH + 1]``. Whole numbers make all ranks of a tensor-parallel group get equal sums.
     """
     chances = np.array([0.0, *ACCEPTED] + [SURE] * (MAX_MATCH + num_drafts))
     found = [chances[match : match + num_drafts].cumprod().sum() for match in range(MAX_MATCH + 1)]

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts looked up on the device: small Triton kernels, no token leaves the GPU.
+"""Looks up drafts on the device, in small Triton kernels. No token leaves the GPU.
 
-The longest match of the end of a text wins, in the text itself or in what its agent answered
-before; of matches of one length the one in the text itself, and there the newest. What follows it
-is drafted. Each drafted token has a chance, by the length of the match that it goes on from,
-learned from what was verified. Beside a drafting head two more kernels compare both drafts with
-what came and choose (`speculate/beside_head.py` says how).
+The kernels search the text itself and the earlier answers of its agent for the longest match with
+the end of the text. Of matches with the same length, one in the text itself wins, and the newest of
+those. The tokens that follow the match are drafted. The chance of a drafted token depends on the
+length of the match that it continues, and is learned from what was verified. With a drafting head,
+two more kernels compare both drafts with the tokens that came, and choose one of them
+(`speculate/beside_head.py` says how).
 
-Sources: prompt lookup decoding (Saxena 2023); the scan over blocks of a text of vLLM
-``v1/worker/gpu/spec_decode/ngram/speculator.py``; SuffixDecoding (arXiv:2411.04975) for the other
-answers of an agent.
+Sources: prompt lookup decoding (Saxena 2023); for the scan over blocks of a text, vLLM's
+``v1/worker/gpu/spec_decode/ngram/speculator.py``; for the other answers of an agent, SuffixDecoding
+(arXiv:2411.04975).
 """
 
 from vllm.triton_utils import tl, triton
@@ -18,14 +19,15 @@ BLOCK = 256
 """Places that one program compares."""
 
 MAX_PLACES = 1 << 25
-"""A match is packed into 31 bits: its length above, its place below."""
+"""The most places of a text. A match is packed into 31 bits: its place in the low 25, its length
+above."""
 
 _PLACE_BITS = tl.constexpr(25)
 _PLACE_MASK = tl.constexpr(MAX_PLACES - 1)
 
 NUM_COLUMNS = 4
-"""Columns of the table of requests: where the answers of its agent start, how many tokens these
-have, how long the match of the last draft was, how many tokens that draft had."""
+"""Columns of the table of requests: the start of the answers of its agent, the number of their
+tokens, the length of the match of the last draft, and the number of tokens of that draft."""
 
 
 @triton.jit
@@ -44,7 +46,7 @@ def find_kernel(
     MAX_MATCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The longest match that ends in a block of places, the newest of several."""
+    """Find the longest match that ends in a block of places; of several, the newest."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     out = best_ptr + row * best_stride + column + block
@@ -99,7 +101,7 @@ def draft_kernel(
     COLUMNS_BLOCK: tl.constexpr,
     MAX_MATCH: tl.constexpr,
 ):
-    """What follows the best match; where nothing does, the last token with no chance at all."""
+    """Draft what follows the best match. Where nothing follows, repeat the last token, chance 0."""
     row = tl.program_id(0).to(tl.int64)
     state = tl.load(states_ptr + row).to(tl.int64)
     columns = tl.arange(0, COLUMNS_BLOCK)
@@ -111,8 +113,8 @@ def draft_kernel(
     match = best >> _PLACE_BITS
     place = best & _PLACE_MASK
 
-    # A match that overlaps the end of the text goes on in circles. (Scalars are compared with, not
-    # combined with masks: Triton's interpreter cannot.)
+    # A match that overlaps the end of the text repeats itself. (Scalars are compared with masks and
+    # not combined with them, which Triton's interpreter cannot do.)
     index = tl.arange(0, K_BLOCK)
     num_own = tl.where(is_own & (match > 0), K, 0)
     period = tl.maximum(tl.load(lengths_ptr + state) - place, 1)
@@ -147,7 +149,7 @@ def learn_kernel(
     K_BLOCK: tl.constexpr,
     MAX_MATCH: tl.constexpr,
 ):
-    """Counts what was verified of last drafts: what was accepted, and the first that was not."""
+    """Count the verified tokens of the last drafts: those accepted, and the first that was not."""
     row = tl.program_id(0).to(tl.int64)
     state = tl.load(states_ptr + row).to(tl.int64)
     num_sampled = tl.load(num_sampled_ptr + row)
@@ -176,7 +178,7 @@ def weigh_kernel(
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,
 ):
-    """Compares the last drafts, verified or not, with the tokens that came."""
+    """Add to the margins how the last drafts, verified or not, compare with what came."""
     row = tl.program_id(0).to(tl.int64)
     state = tl.load(states_ptr + row).to(tl.int64)
     num_sampled = tl.load(num_sampled_ptr + row)
@@ -205,13 +207,16 @@ def choose_kernel(
     head_ptr,  # int64 [num_reqs, K]
     head_stride,
     out_ptr,  # int64 [num_reqs, K]
-    chances_ptr,  # float32 [num_reqs, K]: of the head's tokens
+    chances_ptr,  # float32 [num_reqs, K]: the chances of the head's tokens
     taken_ptr,  # int32 [max_num_reqs]
     num_drafts,  # of this step; the others of K are not verified
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,
 ):
-    """What was looked up where that was right more often, and behind it what the head has there."""
+    """Choose the looked-up draft if drafts like it were right more often, else the head's draft.
+
+    A chosen draft that is shorter than the head's is completed with the head's tokens.
+    """
     row = tl.program_id(0).to(tl.int64)
     state = tl.load(states_ptr + row).to(tl.int64)
     match = tl.load(table_ptr + state * 4 + 2)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's model runner V2 drafts on the device: our look-up in the place of its ``ngram_gpu``.
+"""Looks up drafts on the device, for model runner V2, instead of vLLM's ``ngram_gpu``.
 
-Nothing waits for the host, so async scheduling and full CUDA graphs stay. What the same agent
-answered before comes from the engine core (`scheduler_lookup`), a few hundred tokens when a turn
-ends. With ``enable_adaptive_verification`` vLLM verifies only the drafts whose chance is worth
-their cost, by costs that it measures at its start.
+Nothing waits for the host, so async scheduling and full CUDA graphs stay in use. The earlier
+answers of the same agent come from the engine core (`scheduler_lookup`): a few hundred tokens when
+a turn ends. With ``enable_adaptive_verification``, vLLM verifies only drafts whose chance is worth
+their cost. It measures these costs when it starts.
 
 Source: vLLM ``v1/worker/gpu/spec_decode/ngram/speculator.py`` and ``adaptive_verification.py``.
 """
@@ -42,25 +42,25 @@ logger = init_logger("vllm.stateful")
 
 ACCEPTED = (0.24, 0.45, 0.59, 0.71, 0.74, 0.76, 0.80, 0.83, 0.83, 0.83, 0.84, 0.86, 0.88, 0.90)
 """How often a token behind a match of 1, 2, ... tokens was right in recorded agent text
-(``benchmarks/README.md``, drafts on recorded text); longer ones as the last but `SURE`."""
+(``benchmarks/README.md``, drafts on recorded text). For longer matches it is `SURE`."""
 
 SURE = 0.94
 PRIOR_TOKENS = 32.0
-"""How many verified tokens what is known beforehand counts like."""
+"""The number of verified tokens that these shares count as, for each length of the match."""
 
 MEMBER = "stateful_beside"
 """The attribute of a head's speculator that holds the `LookupBesideHead` beside it."""
 
 FORGET_STEPS = 4096
-"""After so many steps what was learned counts half."""
+"""Steps after which everything learned counts half."""
 
 
 class LookupSpeculator(BaseSpeculator):  # type: ignore[misc]
-    """``ngram_gpu`` with the longest match, also in other answers of the same agent.
+    """Like ``ngram_gpu``, but with the longest match, also in earlier answers of the same agent.
 
     Args:
-        vllm_config: vLLM's; ``num_speculative_tokens`` are drafted for every request.
-        device: of the model.
+        vllm_config: vLLM's configuration. ``num_speculative_tokens`` are drafted for each request.
+        device: the device of the model.
         req_states: the runner's table of requests, with all their tokens.
     """
 
@@ -90,17 +90,17 @@ class LookupSpeculator(BaseSpeculator):  # type: ignore[misc]
         self._num_steps = 0
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """Nothing of ours is captured."""
+        """Do nothing: our kernels are not captured."""
 
     def capture(self) -> None:
-        """Nothing of ours is captured."""
+        """Do nothing: our kernels are not captured."""
 
     def begin(self, names: list[str], update: LookupUpdate | None) -> None:
-        """Requests were added, and the engine core says where they may look.
+        """Take new requests, and what the engine core says about where requests may look.
 
         Args:
-            names: of the requests that were added.
-            update: None: nothing is new.
+            names: the ids of the requests that were added.
+            update: what the engine core sent; None if nothing is new.
         """
         spans = {} if update is None else update.spans
         for start, tokens in () if update is None else update.writes:
@@ -129,7 +129,7 @@ class LookupSpeculator(BaseSpeculator):  # type: ignore[misc]
         dummy_run: bool = False,
         **__: Any,
     ) -> torch.Tensor:
-        """Drafts for the requests of a step.
+        """Propose drafts for the requests of a step.
 
         Returns:
             int64, shape ``[num_reqs, num_speculative_tokens]``, in the order of the batch.
@@ -196,7 +196,11 @@ class LookupSpeculator(BaseSpeculator):  # type: ignore[misc]
 
 
 def prior() -> torch.Tensor:
-    """What is known before anything was verified: float32, shape ``[2, MAX_MATCH + 1]``."""
+    """The assumed counts of drafted and accepted tokens, by the length of the match.
+
+    Returns:
+        float32, shape ``[2, MAX_MATCH + 1]``.
+    """
     tried = torch.full((MAX_MATCH + 1,), PRIOR_TOKENS)
     sure = [SURE] * (MAX_MATCH - len(ACCEPTED))
     return torch.stack([tried, tried * torch.tensor([0.0, *ACCEPTED, *sure])])
@@ -205,7 +209,7 @@ def prior() -> torch.Tensor:
 def make_speculator(
     stock: Callable[..., Any], vllm_config: Any, device: Any, req_states: Any
 ) -> Any:
-    """Hook of ``worker-speculator``: ours for ``ngram_gpu`` and beside a head, else vLLM's."""
+    """Hook of ``worker-speculator``: ours for ``ngram_gpu`` or beside a head, else vLLM's."""
     is_beside_head = has_head(vllm_config) and not why_not_beside_head(vllm_config, load_config())
     if not is_beside_head and not is_looked_up(vllm_config):
         return stock(vllm_config, device, req_states)
@@ -222,7 +226,7 @@ def make_speculator(
 
 
 def note_requests(runner: Any, scheduler_output: Any) -> None:
-    """A step begins, its new requests have their rows."""
+    """Pass what a step brings to our speculator, when its new requests have rows."""
     found = runner.speculator
     lookup = found if isinstance(found, LookupSpeculator) else getattr(found, MEMBER, None)
     step = of_step(scheduler_output)

@@ -17,7 +17,7 @@ def row_kernel(
     count,
     BLOCK: tl.constexpr,
 ):
-    """``table[index, start : start + count] = ids``, a block for each program."""
+    """Do ``table[index, start : start + count] = ids``, one block per program."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = table_ptr + tl.cast(index, tl.int64) * stride + start
     tl.store(row + place, tl.load(ids_ptr + place, mask=place < count), mask=place < count)

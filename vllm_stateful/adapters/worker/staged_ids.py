@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt's ids from an array into a row of model runner V2's table."""
+"""Writes a prompt's ids from an array into a row of model runner V2's table."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vllm_stateful.types import TokenArray
 
 
 def write_ids(table: Any, index: int, start: int, ids: TokenArray) -> None:
-    """Hook of ``staged-ids``: ids into a row of a ``StagedWriteTensor``, in the stream's order.
+    """Hook of ``staged-ids``: write ids into a row of a ``StagedWriteTensor``, in stream order.
 
     Args:
-        table: of int32.
-        index: of the row.
-        start: column of the first id.
+        table: the int32 table.
+        index: the index of the row.
+        start: the column of the first id.
         ids: int32, shape ``[num_ids]``.
     """
     if not len(ids):

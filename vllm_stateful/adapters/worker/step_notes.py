@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step of the engine core brings to model runner V2 beside vLLM's own."""
+"""Gives model runner V2 what the plugin's scheduler sends to the workers with a step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from vllm_stateful.adapters.worker.lookup_speculator import note_requests
 
 
 def note_step(runner: Any, scheduler_output: Any) -> None:
-    """Hook of ``worker-requests``: a step begins, its new requests have their rows."""
+    """Hook of ``worker-requests``: called when a step begins and its new requests have rows."""
     note_requests(runner, scheduler_output)
     note_ends(runner, scheduler_output)

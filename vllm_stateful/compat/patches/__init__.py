@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches, by the process that they run in.
+"""The patches, in one module for each process or purpose.
 
-All fit every series of vLLM that is supported. What differs between two series is what adapters use
+All patches fit every supported series of vLLM. Only what the adapters use differs between series
 (``compat/v*/shapes.json``).
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrapped in the API server: from the HTTP request to the engine's client, and back.
+"""Patches for the API server: from the HTTP request to the engine's client, and back.
 
-Each wrapper gets vLLM's function and ours (`Hook`), and returns what stands in vLLM's place.
+Each wrapper gets vLLM's function and our hooks (`Hook`), and returns the replacement.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from vllm_stateful.compat.patch import Patch
 
 
 def _cli_flags(original: Callable[..., Any], extend: Hook) -> Callable[..., Any]:
-    """``vllm serve --plugin stateful``: flags of a general plugin on vLLM's command line.
+    """Add the plugin's options to vLLM's command line, as in ``vllm serve --plugin stateful``.
 
-    ``extend``: gets each parser that vLLM has put its engine arguments on, to add more.
+    ``extend``: gets each parser to which vLLM has added its engine arguments, and adds ours.
     """
 
     def add_cli_args(parser: Any) -> Any:
@@ -26,9 +26,9 @@ def _cli_flags(original: Callable[..., Any], extend: Hook) -> Callable[..., Any]
 
 
 def _session_identity(original: Callable[..., Any], identify: Hook) -> Callable[..., Any]:
-    """Session ids that agents send under other names than vLLM reads.
+    """Read session ids that agents send under names that vLLM does not read.
 
-    ``identify``: gets the parsed request, the raw HTTP request (may be None) and the id vLLM
+    ``identify``: gets the parsed request, the raw HTTP request (may be None) and the id that vLLM
     found; returns the id to use. Runs once per request in the API server, before the prompt
     reaches the engine.
     """
@@ -41,12 +41,12 @@ def _session_identity(original: Callable[..., Any], identify: Hook) -> Callable[
 
 
 def _request_identity(original: Callable[..., Any], stamp: Hook) -> Callable[..., Any]:
-    """Who sent a request, carried to the engine: the last stop before it leaves the API process.
+    """Put onto a request who sent it, just before it leaves the API process.
 
-    ``InputProcessor.process_inputs_async`` is this same function in a thread pool: the bound
-    method is taken when an InputProcessor is built, so this patch must be applied before that,
-    and there the caller's context variables are not visible. HTTP requests arrive rendered and
-    do not use it.
+    ``InputProcessor.process_inputs_async`` runs this same function in a thread pool. An
+    InputProcessor takes the bound method when it is built, so this patch must be applied before.
+    The caller's context variables are not visible in the thread pool, but HTTP requests arrive
+    rendered and do not use it.
 
     ``stamp``: gets the finished EngineCoreRequest; may change it, and returns the one to send.
     """
@@ -58,10 +58,10 @@ def _request_identity(original: Callable[..., Any], stamp: Hook) -> Callable[...
 
 
 def _message_parsing(original: Callable[..., Any], parse: Hook) -> Callable[..., Any]:
-    """Every turn parses all messages of the conversation again.
+    """Parse only the new messages; stock vLLM parses all messages of a conversation each turn.
 
-    ``parse``: gets the original function, then its arguments; awaitable, returns what that
-    returns.
+    ``parse``: gets the original function, then its arguments; is awaited, and returns what the
+    original function returns.
     """
 
     async def parse_chat_messages_async(
@@ -78,11 +78,10 @@ def _message_parsing(original: Callable[..., Any], parse: Hook) -> Callable[...,
 
 
 def _anthropic_usage(original: Callable[..., Any], with_usage: Hook) -> Callable[..., Any]:
-    """What an Anthropic client is told about how long its conversation is kept.
+    """Tell an Anthropic client how long its conversation is kept.
 
-    ``with_usage``: gets the raw HTTP request (may be None) and vLLM's answer to it (a
-    response, an error, or the events of a stream as an async generator); returns the answer to
-    send.
+    ``with_usage``: gets the raw HTTP request (may be None) and vLLM's answer to it (a response, an
+    error, or the events of a stream as an async generator); returns the answer to send.
     """
 
     async def create_messages(self: Any, request: Any, raw_request: Any | None = None) -> Any:
@@ -92,10 +91,10 @@ def _anthropic_usage(original: Callable[..., Any], with_usage: Hook) -> Callable
 
 
 def _detokenizer_prompt(original: Callable[..., Any], with_tail: Hook) -> Callable[..., Any]:
-    """The detokenizer decodes the whole prompt when the first token arrives.
+    """Prime the detokenizer with the end of the prompt; stock vLLM makes it decode all of it.
 
-    ``with_tail``: gets the tokenizer and the EngineCoreRequest; returns the one whose prompt
-    primes it.
+    ``with_tail``: gets the tokenizer and the EngineCoreRequest; returns the request with whose
+    prompt the detokenizer is primed.
     """
 
     def __init__(self: Any, tokenizer: Any, request: Any) -> None:
@@ -105,7 +104,7 @@ def _detokenizer_prompt(original: Callable[..., Any], with_tail: Hook) -> Callab
 
 
 def _reasoning_end(original: Callable[..., Any], look_up: Hook) -> Callable[..., Any]:
-    """Whether reasoning had ended is looked for through the whole prompt, from its end.
+    """Look up whether reasoning has ended; stock vLLM searches the whole prompt from its end.
 
     ``look_up``: gets the reasoning parser and the token ids; returns the answer, or None to
     search.
@@ -119,10 +118,9 @@ def _reasoning_end(original: Callable[..., Any], look_up: Hook) -> Callable[...,
 
 
 def _finished_answer(original: Callable[..., Any], note: Hook) -> Callable[..., Any]:
-    """What the model generated is forgotten; the next turn renders and computes it again.
+    """Note the ids of a finished answer, so that the next turn can keep them.
 
-    ``note``: gets the state of a request that was answered to its end (not one that was
-    aborted).
+    ``note``: gets the state of a request that was answered to its end and not aborted.
     """
 
     def _finish_request(self: Any, req_state: Any) -> None:
@@ -133,10 +131,10 @@ def _finished_answer(original: Callable[..., Any], note: Hook) -> Callable[..., 
 
 
 def _request_state(original: Callable[..., Any], maker_of: Hook) -> Callable[..., Any]:
-    """A turn goes on behind its last allowed tool call, or in a call that is already invalid.
+    """End a turn behind its last allowed tool call, or in a call that is already invalid.
 
-    ``maker_of``: gets vLLM's class of request states and an EngineCoreRequest; returns what
-    makes its state, that class or something with the same parameters.
+    ``maker_of``: gets vLLM's class of request states and an EngineCoreRequest; returns what makes
+    the request's state: that class, or something with the same parameters.
     """
 
     def from_new_request(

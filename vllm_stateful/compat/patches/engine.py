@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrapped in the engine core.
+"""Patches for the engine core.
 
-Each wrapper gets vLLM's function and ours (`Hook`), and returns what stands in vLLM's place.
+Each wrapper gets vLLM's function and our hooks (`Hook`), and returns the replacement.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,9 @@ from vllm_stateful.compat.patch import Patch
 
 
 def _scheduler_class(original: Callable[..., Any], choose: Hook) -> Callable[..., Any]:
-    """A plugin's scheduler as the default, for both sync and async scheduling.
+    """Make our scheduler the default, for both sync and async scheduling.
 
-    ``choose``: gets the resolved SchedulerConfig and the class vLLM chose; returns the class
-    to use.
+    ``choose``: gets the class that vLLM chose; returns the class to use.
     """
 
     def get_scheduler_cls(self: Any) -> type[Any]:
@@ -26,17 +25,17 @@ def _scheduler_class(original: Callable[..., Any], choose: Hook) -> Callable[...
 
 
 def _engine_utility(_original: None, answer: Hook) -> Callable[..., Any]:
-    """``await engine_core.call_utility_async("stateful", operation, arguments)``.
+    """Add the utility method ``stateful`` to the engine core.
 
-    vLLM looks utility methods up by name on the engine core and runs them on its thread,
-    between two steps. Arguments and result travel as msgpack, so keep both to plain types:
-    dict, list, str, int, float, bool, bytes, None. An error comes back to the caller as its
-    message.
+    It is called by ``await engine_core.call_utility_async("stateful", operation, arguments)``. vLLM
+    finds utility methods by name on the engine core and runs them on its thread, between two steps.
+    Arguments and result are sent as msgpack, so use only plain types: dict, list, str, int, float,
+    bool, bytes, None. Of an error, the caller gets the message.
 
     ``answer``: gets the EngineCore, the operation and its arguments; returns the result.
     """
 
-    # Annotations are real types: vLLM decodes arguments whose annotation is a msgspec.Struct.
+    # The annotations must be real types: vLLM decodes arguments annotated with a msgspec.Struct.
     def stateful(self: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Run an operation of vllm_stateful on the engine core's thread."""
         result: dict[str, Any] = answer(self, operation, arguments)
@@ -46,10 +45,10 @@ def _engine_utility(_original: None, answer: Hook) -> Callable[..., Any]:
 
 
 def _worker_ids(original: Callable[..., Any], ids_of: Hook) -> Callable[..., Any]:
-    """Every prompt goes to the workers as a list of Python integers.
+    """Send prompts to the workers as arrays; stock vLLM sends lists of Python integers.
 
-    ``ids_of``: gets the request, all of its ids where it goes to model runner V2 (else None),
-    and whether the model uses M-RoPE; returns the ids to send, of the prompt and all.
+    ``ids_of``: gets the request, all of its ids for model runner V2 (else None), and whether the
+    model uses M-RoPE; returns the ids of the prompt and all ids, as they are sent.
     """
 
     def from_request(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrapped in the API server to answer a request without the engine (response cache).
+"""Patches for the API server that answer a request without the engine (response cache).
 
-Each wrapper gets vLLM's function and ours (`Hook`), and returns what stands in vLLM's place.
+Each wrapper gets vLLM's function and our hooks (`Hook`), and returns the replacement.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from vllm_stateful.compat.patch import Patch
 
 
 def _response_request(original: Callable[..., Any], is_answered: Hook) -> Callable[..., Any]:
-    """The same request is computed again each time, and as often as it is in flight.
+    """Send a request to the engine only if it is not answered from memory or by one in flight.
 
-    ``is_answered``: gets the client of the engine core and the request; whether it is answered
-    without the engine.
+    ``is_answered``: gets the client of the engine core and the request; returns whether the request
+    is answered without the engine.
     """
 
     async def add_request_async(self: Any, request: Any) -> None:
@@ -26,10 +26,10 @@ def _response_request(original: Callable[..., Any], is_answered: Hook) -> Callab
 
 
 def _response_abort(original: Callable[..., Any], left_to_abort: Hook) -> Callable[..., Any]:
-    """One client has gone, and others wait for the same answer.
+    """Abort a request only if no other client waits for the same answer.
 
-    ``left_to_abort``: gets the client of the engine core and the ids of requests that nobody
-    waits for; returns those that the engine may end.
+    ``left_to_abort``: gets the client of the engine core and the ids of the requests to abort;
+    returns those that the engine may end.
     """
 
     async def abort_requests_async(self: Any, request_ids: list[str]) -> None:
@@ -41,12 +41,13 @@ def _response_abort(original: Callable[..., Any], left_to_abort: Hook) -> Callab
 def _response_outputs(
     original: Callable[..., Any], with_followers: Hook, stopped: Hook
 ) -> Callable[..., Any]:
-    """What the engine answers, seen before it becomes text, and what a stop string ended.
+    """Add outputs for following requests to those of the engine, before they become text.
 
-    ``with_followers``: gets outputs of the engine; returns them with those for other requests.
+    ``with_followers``: gets the outputs of the engine; returns them together with the outputs for
+    other requests.
 
-    ``stopped``: gets the ids of requests that a stop string ended, before the engine is told
-    to abort them.
+    ``stopped``: gets the ids of requests that a stop string ended, before the engine is told to
+    abort them.
     """
 
     def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,12 +61,12 @@ def _response_outputs(
 
 
 def _response_forget(original: Callable[..., Any], begins: Hook, done: Hook) -> Callable[..., Any]:
-    """New weights, another adapter, an emptied cache: what was answered before no longer holds.
+    """Watch calls to the engine core that may make earlier answers wrong: new weights, for example.
 
-    ``begins``: gets the client and the name of what the engine core is asked to do, before it
-    is.
+    ``begins``: gets the client and the name of the call, before the call is made.
 
-    ``done``: gets the same and the engine, once it is done; the caller waits for this too.
+    ``done``: gets the client, the name of the call and the engine, after the call. The caller waits
+    for it, too.
     """
 
     async def _call_utility_async(self: Any, method: str, *args: Any, engine: Any) -> Any:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrapped on both ends of the way of a prompt to the engine core.
+"""Patches for both ends of the transport, which sends prompts to the engine core.
 
-Each wrapper gets vLLM's function and ours (`Hook`), and returns what stands in vLLM's place.
+Each wrapper gets vLLM's function and our hooks (`Hook`), and returns the replacement.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from vllm_stateful.compat.patch import Patch
 
 
 def _prompt_send(original: Callable[..., Any], pack: Hook) -> Callable[..., Any]:
-    """Every turn sends the whole conversation to the engine core again.
+    """Send only the new part of a prompt to the engine core; stock vLLM sends all of it each turn.
 
     ``pack``: gets the client, the message type, the message and the engine; returns what to
     encode.
@@ -26,9 +26,9 @@ def _prompt_send(original: Callable[..., Any], pack: Hook) -> Callable[..., Any]
 
 
 def _prompt_answers(original: Callable[..., Any], take_misses: Hook) -> Callable[..., Any]:
-    """The engine's answer that it does not hold the base of a prompt, kept from the client.
+    """Send a prompt again whose base the engine core does not hold, unseen by the client.
 
-    ``take_misses``: gets the client and the engine's outputs, takes misses out of them, and
+    ``take_misses``: gets the client and the engine's outputs, takes the misses out of them, and
     returns the requests to send again.
     """
 
@@ -42,9 +42,9 @@ def _prompt_answers(original: Callable[..., Any], take_misses: Hook) -> Callable
 
 
 def _prompt_abort(original: Callable[..., Any], note: Hook) -> Callable[..., Any]:
-    """An abort of a request whose prompt is about to be sent again, with several engine cores.
+    """Note aborts, so that the prompt of an aborted request is not sent again.
 
-    ``note``: gets the client and the ids of the requests that are aborted.
+    ``note``: gets the client (for several engine cores) and the ids of the aborted requests.
     """
 
     async def abort_requests_async(self: Any, request_ids: list[str]) -> None:
@@ -55,10 +55,10 @@ def _prompt_abort(original: Callable[..., Any], note: Hook) -> Callable[..., Any
 
 
 def _prompt_handover(original: Callable[..., Any], receive: Hook) -> Callable[..., Any]:
-    """Every turn's prompt is decoded, hashed and converted from its first token on.
+    """Process only the new part of a prompt; stock vLLM decodes, hashes and converts all of it.
 
-    ``receive``: gets the engine core, the request and the original method; returns what that
-    returns.
+    ``receive``: gets the engine core, the request and the original method; returns what the
+    original method returns.
     """
 
     def preprocess_add_request(self: Any, request: Any) -> Any:
@@ -68,10 +68,10 @@ def _prompt_handover(original: Callable[..., Any], receive: Hook) -> Callable[..
 
 
 def _prompt_miss(original: Callable[..., Any], answer: Hook) -> Callable[..., Any]:
-    """A prompt whose base the engine core does not hold: an answer in band, not an error.
+    """Answer in band, not by an error, if the engine core does not hold the base of a prompt.
 
-    ``answer``: gets the engine core and the request, while the exception is being handled;
-    returns whether it answered the client.
+    ``answer``: gets the engine core and the request while the exception is handled; returns whether
+    it has answered the client.
     """
 
     def _handle_request_preproc_error(self: Any, request: Any) -> None:

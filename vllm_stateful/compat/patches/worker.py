@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrapped in the workers.
+"""Patches for the workers.
 
-Each wrapper gets vLLM's function and ours (`Hook`), and returns what stands in vLLM's place.
+Each wrapper gets vLLM's function and our hooks (`Hook`), and returns the replacement.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from vllm_stateful.compat.patch import Patch
 
 
 def _staged_ids(original: Callable[..., Any], write: Hook) -> Callable[..., Any]:
-    """Model runner V2 takes the ids of a prompt as a list of Python integers only.
+    """Let model runner V2 take the ids of a prompt as an array, not only as a list of integers.
 
-    ``write``: gets the table, a row, a column and an int32 array that belongs there.
+    ``write``: gets the table, a row, a column and the int32 array to write there.
     """
 
     def stage_write(self: Any, index: int, start: int, x: Any) -> None:
@@ -29,7 +29,7 @@ def _staged_ids(original: Callable[..., Any], write: Hook) -> Callable[..., Any]
 
 
 def _worker_speculator(original: Callable[..., Any], make: Hook) -> Callable[..., Any]:
-    """Model runner V2 drafts with vLLM's own speculators only.
+    """Let model runner V2 draft with our speculator, not only with vLLM's own ones.
 
     ``make``: gets vLLM's function, its configuration, the device and the table of requests;
     returns the speculator.
@@ -42,9 +42,9 @@ def _worker_speculator(original: Callable[..., Any], make: Hook) -> Callable[...
 
 
 def _worker_requests(original: Callable[..., Any], note: Hook) -> Callable[..., Any]:
-    """A speculator is not told which requests come, nor what the scheduler has for it.
+    """Tell our speculator which requests are new, and what the scheduler sends to it.
 
-    ``note``: gets the model runner and the SchedulerOutput; its new requests have their rows.
+    ``note``: gets the model runner and the SchedulerOutput, when new requests have their rows.
     """
 
     def add_requests(self: Any, scheduler_output: Any) -> None:
@@ -55,9 +55,10 @@ def _worker_requests(original: Callable[..., Any], note: Hook) -> Callable[..., 
 
 
 def _worker_batch(original: Callable[..., Any], note: Hook) -> Callable[..., Any]:
-    """An attention backend is not told which requests it attends from.
+    """Tell our attention backend which requests are in the batch of a step.
 
-    ``note``: gets the InputBatch of a step, requests in their order, and its SchedulerOutput.
+    ``note``: gets the InputBatch of a step, which has the order of the requests, and its
+    SchedulerOutput.
     """
 
     def prepare_inputs(
