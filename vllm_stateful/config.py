@@ -7,7 +7,7 @@ every process (API server, engine core, worker) builds the same frozen ``Statefu
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class StatefulConfig:
     attention: str = "auto"
     drafts: str = "auto"
     explain: str = "places"
+    admin_key: str = field(default="", repr=False)
     disable: frozenset[str] = frozenset()
     strict: bool = False
     check_invariants: bool = False
@@ -94,6 +95,12 @@ def _one_of(*choices: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def _key(text: str) -> str:
+    if not text.strip():
+        raise ValueError(text)
+    return text.strip()
 
 
 def _bytes(text: str) -> int:
@@ -245,6 +252,13 @@ OPTIONS: tuple[Option, ...] = (
         "What is remembered of each turn, to explain what it computed: places says where a history "
         "changed (token, message, kind), and nothing of what was said; text adds a few words of "
         "both histories; off remembers nothing. Default: places.",
+    ),
+    Option(
+        "admin_key",
+        _key,
+        "a key",
+        "One of the server's API keys (--api-key), whose holder sees the sessions and turns of all "
+        "tenants. Better given as VLLM_STATEFUL_ADMIN_KEY. Default: nobody does.",
     ),
     Option(
         "disable",

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DELETE /v1/sessions/{id}`: what the engines are asked, and what the client reads."""
+"""`/v1/sessions` and `/v1/turns`: what the engines are asked, and what the client reads."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from recorded_engine import HISTORY, Engine
+from simulated_engine import SimulatedEngine
 
-from vllm_stateful.adapters.frontend import endpoint
+from vllm_stateful.adapters.frontend import session_routes
 from vllm_stateful.adapters.frontend.identity import salt_of
+from vllm_stateful.config import process_config
 
 SENT = "0a1b2c3d-session-of-mine"
 KEY = {"Authorization": "Bearer a-key"}
@@ -27,7 +31,7 @@ def answered(*answers: dict[str, Any]) -> tuple[TestClient, list[tuple[str, dict
         return list(answers)
 
     app = FastAPI()
-    app.include_router(endpoint.router)
+    app.include_router(session_routes.router)
     core = SimpleNamespace(call_utility_all_async=call)
     app.state.engine_client = SimpleNamespace(engine_core=core)
     return TestClient(app), asked
@@ -62,3 +66,115 @@ def test_an_error_has_the_form_of_vllms(
     error = answer.json()["error"]
     assert answer.status_code == error["code"] == status
     assert said in error["message"]
+
+
+OPERATOR = {"Authorization": "Bearer the-operators-key"}
+
+
+def served(*engines: SimulatedEngine) -> TestClient:
+    """A client of an app over the schedulers of these engines."""
+
+    async def call(method: str, operation: str, arguments: dict[str, Any]) -> list[Any]:
+        return [engine.scheduler.stateful(operation, arguments) for engine in engines]
+
+    app = FastAPI()
+    app.include_router(session_routes.router)
+    core = SimpleNamespace(call_utility_all_async=call)
+    app.state.engine_client = SimpleNamespace(engine_core=core)
+    return TestClient(app)
+
+
+@pytest.fixture
+def operator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("VLLM_STATEFUL_ADMIN_KEY", "the-operators-key")
+    process_config.cache_clear()
+    yield
+    process_config.cache_clear()
+
+
+def salt(headers: dict[str, str]) -> str | None:
+    return salt_of({name.lower(): value for name, value in headers.items()}, None)
+
+
+def test_a_session_is_shown_with_its_turns() -> None:
+    engine = Engine(num_blocks=41)
+    history = engine.turn("chatcmpl-1", HISTORY, f"codex:{SENT}", cache_salt=salt(KEY))
+    engine.turn("chatcmpl-2", [*history[:18], 77, 1], f"codex:{SENT}", cache_salt=salt(KEY))
+    client = served(engine)
+    (listed,) = client.get("/v1/sessions", headers=KEY).json()["sessions"]
+    shown = client.get(f"/v1/sessions/{SENT}", headers=KEY).json()
+    assert shown == listed
+    assert (shown["turns"], shown["state"]) == (2, "waits_for_user")
+    second, first = client.get(f"/v1/sessions/{SENT}/turns", headers=KEY).json()["turns"]
+    assert (first["request_id"], second["request_id"]) == ("chatcmpl-1", "chatcmpl-2")
+    assert (second["missed"]["cause"], second["missed"]["token"]) == ("changed", 18)
+    assert client.get("/v1/turns/chatcmpl-2", headers=KEY).json() == second
+    assert client.get("/v1/turns", headers=KEY).json()["turns"] == [second, first]
+
+
+def test_nobody_sees_what_has_another_key(operator: None) -> None:
+    """Nor learns that it exists. The operator sees all."""
+    engine = Engine(num_blocks=81)
+    other = {"x-api-key": "planted-key"}
+    engine.turn("planted-request", HISTORY, "planted-session", cache_salt=salt(other))
+    engine.turn("mine-1", [7, *HISTORY], "session-of-mine", cache_salt=salt(KEY))
+    client = served(engine)
+    asked = [
+        "/v1/sessions",
+        "/v1/turns",
+        "/v1/sessions/session-of-mine",
+        "/v1/sessions/session-of-mine/turns",
+        "/v1/turns/mine-1",
+    ]
+    for headers in (KEY, {}):
+        for path in asked:
+            assert "planted" not in client.get(path, headers=headers).text
+        for path in ("sessions/planted-session", "sessions/planted-session/turns"):
+            assert client.get(f"/v1/{path}", headers=headers).status_code == 404
+        assert client.get("/v1/turns/planted-request", headers=headers).status_code == 404
+    assert client.get("/v1/sessions", headers={}).json() == {"sessions": []}
+    assert client.get("/v1/turns/planted-request", headers=OPERATOR).status_code == 200
+    sessions = client.get("/v1/sessions", headers=OPERATOR).json()["sessions"]
+    assert {each["session_id"] for each in sessions} == {"planted-session", "session-of-mine"}
+
+
+def test_without_an_operators_key_no_key_sees_all() -> None:
+    engine = Engine(num_blocks=81)
+    engine.turn("first", HISTORY, "session-of-one", cache_salt=salt(KEY))
+    for headers in (OPERATOR, {}, {"Authorization": "Bearer "}):
+        assert served(engine).get("/v1/sessions", headers=headers).json() == {"sessions": []}
+
+
+def test_sessions_of_several_engines_are_listed_in_pages() -> None:
+    engines = [Engine(num_blocks=81), Engine(num_blocks=81)]
+    for number in range(6):
+        engines[number % 2].now = float(number)
+        name = f"session-{number:03}"
+        engines[number % 2].turn(f"turn-{number}", [number, *HISTORY], name)
+    for engine in engines:
+        engine.now = 10.0
+    client = served(*engines)
+    names = []
+    for skip in range(0, 8, 2):
+        page = client.get("/v1/sessions", params={"limit": 2, "skip": skip}).json()["sessions"]
+        names += [each["session_id"] for each in page]
+    assert names == [f"session-{number:03}" for number in range(5, -1, -1)]
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1001, "many"])
+def test_a_limit_that_is_none_is_refused(limit: Any) -> None:
+    assert served().get("/v1/sessions", params={"limit": limit}).status_code == 422
+
+
+def test_an_engine_that_keeps_no_sessions_says_so() -> None:
+    client, _ = answered({"off": "no caching"})
+    for path in ("sessions", "turns", "sessions/x-session", "turns/x", "sessions/x-session/turns"):
+        answer = client.get(f"/v1/{path}")
+        assert (answer.status_code, answer.json()["error"]["message"]) == (501, "off: no caching")
+
+
+def test_the_routes_have_types() -> None:
+    app = FastAPI()
+    app.include_router(session_routes.router)
+    schemas = app.openapi()["components"]["schemas"]
+    assert {"Sessions", "Session", "Turns", "Turn", "Missed", "Closed"} <= schemas.keys()

@@ -27,6 +27,7 @@ PURE_PACKAGES = [
     "vllm_stateful.answer",
     "vllm_stateful.speculate",
     "vllm_stateful.observe",
+    "vllm_stateful.session",
     "vllm_stateful.render",
     "vllm_stateful.answer",
     "vllm_stateful.transport",

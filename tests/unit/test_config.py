@@ -42,6 +42,8 @@ def test_an_empty_environment_gives_the_defaults() -> None:
 def test_defaults_are_allowed_values() -> None:
     for option in OPTIONS:
         default = getattr(StatefulConfig(), option.field)
+        if default == "":  # not given
+            continue
         text = ",".join(default) if isinstance(default, frozenset) else str(default)
         assert option.read(text, option.env) == default
 

@@ -78,7 +78,7 @@ _REQUESTS = (
         "num_preemptions block_hashes cache_salt lora_request session_id kv_hints mm_features "
         "sampling_params pooling_params prompt_embeds resumable skip_reading_prefix_cache status "
         "num_in_flight_tokens arrival_time spec_token_ids kv_cache_report_mode is_finished "
-        "is_prefill_chunk priority",
+        "is_prefill_chunk priority get_finished_reason",
     ),
     Use(
         "vllm.v1.request:RequestStatus",
@@ -258,7 +258,12 @@ _OFFLOAD = (
     ),
     Use(_POLICIES, "offload", "engine", "order_request_keys ChunkStatus"),
     Use(f"{_OFFLOADING}:SchedulerOffloadConfig", "offload", "engine", "kv_group_configs"),
-    Use(f"{_OFFLOADING}:GroupOffloadConfig", "offload", "engine", "tokens_per_chunk"),
+    Use(
+        f"{_OFFLOADING}:GroupOffloadConfig",
+        "offload",
+        "engine",
+        "tokens_per_chunk sliding_window_size_in_chunks",
+    ),
     Use("vllm.v1.kv_offload.base", "offload", "engine", "OffloadKey"),
     Use("vllm.v1.kv_offload.base:ReqContext", "offload", "engine", "req_id kv_transfer_params"),
     Use(

@@ -221,7 +221,7 @@ def tenant_of(headers: Mapping[str, str]) -> str:
     The API key is read from `Authorization: Bearer`, then `x-api-key`, then `api-key`. vLLM checks
     only the first of these, so it comes first. The key itself is never returned or kept.
     """
-    key = _api_key(headers)
+    key = key_of_client(headers)
     if not key:
         return ""
     return _sha256_hex(b"tenant:" + _to_bytes(key))[:TENANT_HEX_CHARS]
@@ -388,7 +388,8 @@ def _entry(container: object, name: str) -> object:
     return container.get(name) if isinstance(container, Mapping) else None
 
 
-def _api_key(headers: Mapping[str, str]) -> str:
+def key_of_client(headers: Mapping[str, str]) -> str:
+    """The API key that a request was sent with; "" without one. Not to be kept or logged."""
     authorization: object = headers.get("authorization")
     if isinstance(authorization, str):
         scheme, _, credentials = authorization.strip().partition(" ")

@@ -1,41 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP: ``DELETE /v1/sessions/{id}``, and the metrics poll (``vllm.endpoint_plugins``).
-
-There is no listing route: sessions cannot be enumerated, and a client reaches its own tenant's
-sessions only.
-"""
+"""What vLLM adds to its server for us (``vllm.endpoint_plugins``): routes and a metrics poll."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from argparse import Namespace
-from http import HTTPStatus
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI
 from starlette.datastructures import State
-from starlette.responses import JSONResponse
-from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.logger import init_logger
 
 from vllm_stateful.adapters import fit
 from vllm_stateful.adapters.frontend import session_affinity
 from vllm_stateful.adapters.frontend.identity import (
     TenantMiddleware,
-    salt_of,
     stand_aside,
     tenant_isolation,
 )
 from vllm_stateful.adapters.frontend.metrics_exporter import MetricsExporter
 from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
+from vllm_stateful.adapters.frontend.session_routes import ask_all, router
 from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.config import is_enabled, load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
-from vllm_stateful.request.session_identity import ids_of_client
 
 logger = init_logger("vllm.stateful")
 
@@ -44,47 +36,6 @@ ASK_SECONDS = 30.0
 
 POLL_SECONDS, MOST_POLL_SECONDS = 1.0, 60.0
 """Between two questions to the engine, and where it does not answer them."""
-
-router = APIRouter()
-
-
-@router.delete("/v1/sessions/{session_id:path}")
-async def close_session(
-    session_id: str, raw_request: Request, cache_salt: str | None = None
-) -> Any:
-    """Release what a session keeps; its next turn starts cold.
-
-    Args:
-        session_id: As the client named it, in whichever header or field. A sub-agent of Claude
-            Code is ``ROOT/AGENT``.
-        cache_salt: What the session's requests have in the field of that name.
-
-    Returns:
-        How many branches were dropped; or an error of vLLM's form: 404, nothing is kept; 501, the
-        engine serves as stock vLLM, and why. Not raised: vLLM logs those with their stack.
-    """
-    salt = salt_of(raw_request.headers, cache_salt)
-    arguments = {"session_ids": ids_of_client(session_id), "cache_salt": salt}
-    client = raw_request.app.state.engine_client
-    results = await _ask_all(client, "close", arguments)
-    reasons = [result["off"] for result in results if "off" in result]
-    if results and len(reasons) == len(results):
-        return _error(HTTPStatus.NOT_IMPLEMENTED, f"off: {reasons[0]}")
-    closed = sum(result.get("closed", 0) for result in results)
-    if closed == 0:
-        return _error(HTTPStatus.NOT_FOUND, f"no resident session {session_id!r}")
-    return {"session_id": session_id, "closed": closed}
-
-
-def _error(status: HTTPStatus, message: str) -> JSONResponse:
-    error = ErrorInfo(message=message, type=status.phrase, code=status)
-    return JSONResponse(ErrorResponse(error=error).model_dump(), status_code=status)
-
-
-async def _ask_all(engine_client: Any, operation: str, arguments: dict[str, Any]) -> list[Any]:
-    """One answer per engine core; several with data parallelism."""
-    core = engine_client.engine_core
-    return list(await core.call_utility_all_async("stateful", operation, arguments))
 
 
 class StatefulEndpoint:
@@ -133,7 +84,7 @@ async def _learn_whether_engines_are_off(engine_client: Any) -> bool:
         Whether they have answered.
     """
     try:
-        answers = await asyncio.wait_for(_ask_all(engine_client, "stats", {}), ASK_SECONDS)
+        answers = await asyncio.wait_for(ask_all(engine_client, "stats", {}), ASK_SECONDS)
     except Exception as error:  # whatever the engine answers; asked again by `_poll`
         logger.warning("stateful: the engine did not say whether sessions are kept: %r", error)
         return False
@@ -164,7 +115,7 @@ async def _poll(
         )
         try:
             if asks_engine and time.monotonic() >= ask_at:
-                exporter.update(await _ask_all(engine_client, "stats", {}))
+                exporter.update(await ask_all(engine_client, "stats", {}))
                 pause = POLL_SECONDS
         except Exception as error:  # whatever the engine answers
             if pause == POLL_SECONDS:

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP: the sessions of a client, and what became of their turns.
+
+A client sees sessions with its own API key and ``cache_salt`` only; the salt is a parameter.
+Whoever has the operator's key (``--stateful-admin-key``) sees those of all tenants. That key must
+be one of the server's own (``--api-key``), which vLLM checks before any of these routes.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from secrets import compare_digest
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel
+from starlette.responses import JSONResponse
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+
+from vllm_stateful.adapters.frontend.identity import salt_of
+from vllm_stateful.config import process_config
+from vllm_stateful.request.session_identity import ids_of_client, key_of_client
+
+router = APIRouter(tags=["sessions"])
+
+MAX_LIMIT = 1000
+Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
+
+
+class Missed(BaseModel):
+    """Why a turn computed what an earlier turn had computed (``session.Missed``)."""
+
+    cause: str
+    num_tokens: int
+    num_behind_snapshot: int = 0
+    token: int | None = None
+    message: int | None = None
+    kind: str | None = None
+    why_gone: str | None = None
+    gone_s: float | None = None
+    idle_s: float | None = None
+    before: str | None = None
+    now: str | None = None
+
+
+class Turn(BaseModel):
+    """One turn; durations in seconds (``session.TurnRecord``)."""
+
+    request_id: str
+    session_id: str
+    session: str
+    tenant: str
+    arrived_at: float
+    outcome: str
+    prompt_tokens: int
+    reused_tokens: int
+    loaded_tokens: int
+    computed_tokens: int
+    output_tokens: int
+    accepted_draft_tokens: int
+    missed: Missed
+    waited_for: str | None
+    waited_s: float | None
+    queue_s: float | None
+    lookup_s: float
+    first_token_s: float | None
+    decode_s: float | None
+    ended: str | None
+    kept: bool
+
+
+class Session(BaseModel):
+    """One session; durations in seconds."""
+
+    session_id: str
+    session: str
+    tenant: str
+    lora: str | None
+    state: str
+    waits_for: str | None
+    turns: int
+    running: int
+    age_s: float
+    idle_s: float
+    tokens: int
+    blocks: int
+    branches: int
+    resume_points: int
+    returns: float | None
+    parent: str | None
+    children: list[str]
+    given_back: str | None
+    last_turn: Turn | None
+
+
+class Sessions(BaseModel):
+    """Sessions, the one with the last turn first."""
+
+    sessions: list[Session]
+
+
+class Turns(BaseModel):
+    """Turns, the newest first."""
+
+    turns: list[Turn]
+
+
+class Closed(BaseModel):
+    """How many branches of a session were dropped."""
+
+    session_id: str
+    closed: int
+
+
+@router.get("/v1/sessions", response_model=Sessions)
+async def list_sessions(
+    raw_request: Request, cache_salt: str | None = None, limit: Limit = 100, skip: int = 0
+) -> Any:
+    """The client's sessions, the one with the last turn first.
+
+    Args:
+        cache_salt: What the sessions' requests have in the field of that name.
+        limit: Sessions of one answer.
+        skip: Sessions that an earlier answer had.
+    """
+    found = await _ask(raw_request, "sessions", cache_salt, limit=max(0, skip) + limit)
+    if isinstance(found, JSONResponse):
+        return found
+    listed = sorted(_joined(found, "sessions"), key=lambda each: each["idle_s"])
+    return {"sessions": listed[max(0, skip) : max(0, skip) + limit]}
+
+
+@router.get("/v1/sessions/{session_id:path}/turns", response_model=Turns)
+async def list_turns(
+    session_id: str, raw_request: Request, cache_salt: str | None = None, limit: Limit = 100
+) -> Any:
+    """The turns of a session that are remembered, the newest first."""
+    asked = {"session_ids": ids_of_client(session_id), "limit": limit}
+    found = await _ask(raw_request, "turns", cache_salt, **asked)
+    if isinstance(found, JSONResponse):
+        return found
+    turns = sorted(_joined(found, "turns"), key=lambda each: -each["arrived_at"])
+    return {"turns": turns[:limit]} if turns else _unknown("session", session_id)
+
+
+@router.get("/v1/sessions/{session_id:path}", response_model=Session)
+async def show_session(session_id: str, raw_request: Request, cache_salt: str | None = None) -> Any:
+    """One session: its state, what it keeps, where it came from, and its last turn.
+
+    Args:
+        session_id: As the client named it, in whichever header or field. A sub-agent of Claude
+            Code is ``ROOT/AGENT``.
+        cache_salt: What the session's requests have in the field of that name.
+    """
+    ids = ids_of_client(session_id)
+    found = await _ask(raw_request, "session", cache_salt, session_ids=ids)
+    if isinstance(found, JSONResponse):
+        return found
+    sessions = sorted(_joined(found, "sessions"), key=lambda each: each["idle_s"])
+    return sessions[0] if sessions else _unknown("session", session_id)
+
+
+@router.get("/v1/turns", response_model=Turns)
+async def list_all_turns(
+    raw_request: Request, cache_salt: str | None = None, limit: Limit = 100
+) -> Any:
+    """The client's turns that are remembered, the newest first."""
+    found = await _ask(raw_request, "turns", cache_salt, limit=limit)
+    if isinstance(found, JSONResponse):
+        return found
+    turns = sorted(_joined(found, "turns"), key=lambda each: -each["arrived_at"])
+    return {"turns": turns[:limit]}
+
+
+@router.get("/v1/turns/{request_id}", response_model=Turn)
+async def show_turn(request_id: str, raw_request: Request, cache_salt: str | None = None) -> Any:
+    """One turn: what it reused, why not more, and how long each part took.
+
+    Args:
+        request_id: The ``id`` of the answer, or the request's id in vLLM's log.
+        cache_salt: What the request had in the field of that name.
+    """
+    found = await _ask(raw_request, "turn", cache_salt, request_id=request_id)
+    if isinstance(found, JSONResponse):
+        return found
+    turns = _joined(found, "turns")
+    return turns[0] if turns else _unknown("turn", request_id)
+
+
+@router.delete("/v1/sessions/{session_id:path}", response_model=Closed)
+async def close_session(
+    session_id: str, raw_request: Request, cache_salt: str | None = None
+) -> Any:
+    """Release what a session keeps; its next turn starts cold.
+
+    Args:
+        session_id: As for ``GET``.
+        cache_salt: As for ``GET``.
+
+    Returns:
+        How many branches were dropped; or an error of vLLM's form: 404, nothing is kept; 501, the
+        engine serves as stock vLLM, and why. Not raised: vLLM logs those with their stack.
+    """
+    salt = salt_of(raw_request.headers, cache_salt)
+    arguments = {"session_ids": ids_of_client(session_id), "cache_salt": salt}
+    results = await _ask_engines(raw_request, "close", arguments)
+    if isinstance(results, JSONResponse):
+        return results
+    closed = sum(result["closed"] for result in results)
+    if closed == 0:
+        return _error(HTTPStatus.NOT_FOUND, f"no resident session {session_id!r}")
+    return {"session_id": session_id, "closed": closed}
+
+
+async def _ask(
+    raw_request: Request, operation: str, cache_salt: str | None, **arguments: Any
+) -> list[dict[str, Any]] | JSONResponse:
+    """What all engine cores answer to whoever sent the request."""
+    arguments["cache_salt"] = salt_of(raw_request.headers, cache_salt)
+    arguments["sees_all"] = _is_operator(raw_request)
+    return await _ask_engines(raw_request, operation, arguments)
+
+
+async def _ask_engines(
+    raw_request: Request, operation: str, arguments: dict[str, Any]
+) -> list[dict[str, Any]] | JSONResponse:
+    """The answers of those that keep sessions; an error where none does."""
+    client = raw_request.app.state.engine_client
+    results = await ask_all(client, operation, arguments)
+    live = [result for result in results if "off" not in result]
+    if results and not live:
+        return _error(HTTPStatus.NOT_IMPLEMENTED, f"off: {results[0]['off']}")
+    return live
+
+
+async def ask_all(engine_client: Any, operation: str, arguments: dict[str, Any]) -> list[Any]:
+    """One answer per engine core; several with data parallelism."""
+    core = engine_client.engine_core
+    return list(await core.call_utility_all_async("stateful", operation, arguments))
+
+
+def _is_operator(raw_request: Request) -> bool:
+    expected = process_config().admin_key
+    sent = key_of_client(raw_request.headers)
+    return bool(expected) and compare_digest(sent.encode(), expected.encode())
+
+
+def _joined(answers: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    return [each for answer in answers for each in answer[key]]
+
+
+def _unknown(what: str, name: str) -> JSONResponse:
+    return _error(HTTPStatus.NOT_FOUND, f"no {what} {name!r} is remembered")
+
+
+def _error(status: HTTPStatus, message: str) -> JSONResponse:
+    error = ErrorInfo(message=message, type=status.phrase, code=status)
+    return JSONResponse(ErrorResponse(error=error).model_dump(), status_code=status)
