@@ -50,7 +50,7 @@ INSIDE = {
     "  find text": "vllm_stateful.render.text_memory:TextMemory.find",
     "  keep text": "vllm_stateful.render.text_memory:TextMemory.keep",
     "  list of ids": "vllm_stateful.render.incremental_tokenizer:IncrementalTokenizer._continue",
-    "tools of the response cache": "vllm_stateful.adapters.frontend.asked:note_tools",
+    "tools of the response cache": "vllm_stateful.adapters.frontend.identity:digest_of_tools",
     "name of the conversation": "vllm_stateful.adapters.frontend.session_affinity:opening",
     "wish": "vllm_stateful.adapters.frontend.identity:wish_of",
     "choice of the engine core": "vllm_stateful.adapters.frontend.session_affinity:choose",
@@ -211,9 +211,9 @@ class HostPath:
         stage = self.clock.stage
         headers = Headers({"authorization": "Bearer a-key"})
         if self.is_ours:
-            from vllm_stateful.adapters.frontend import asked, response_key
+            from vllm_stateful.adapters.frontend import response_key, turn_context
 
-            asked.note_headers(headers)
+            turn_context.begin("", turn_context.CacheControl.of(headers))
         with stage("JSON of the body"):
             value = json.loads(body)
         with stage("validation"):
@@ -235,7 +235,7 @@ class HostPath:
         if self.is_ours:
             rank, made.data_parallel_rank = made.data_parallel_rank, None
             with stage("key of the response cache"):
-                assert isinstance(response_key.key_of(made, asked.current()), bytes)
+                assert isinstance(response_key.key_of(made, turn_context.current()), bytes)
             made.data_parallel_rank = rank
         with stage("send"):
             engine = ENGINES[made.data_parallel_rank or 0]

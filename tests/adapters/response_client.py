@@ -20,8 +20,9 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_stateful.adapters.engine.engine_utility import answer_epoch
-from vllm_stateful.adapters.frontend import asked, response_cache
+from vllm_stateful.adapters.frontend import response_cache, turn_context
 from vllm_stateful.adapters.frontend.response_cache import Responses
+from vllm_stateful.adapters.frontend.turn_context import CacheControl, TurnContext
 from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.compat.patch import apply_all
 from vllm_stateful.observe.response_counts import ResponseCounts
@@ -95,10 +96,11 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[ResponseCounts]:
     made = ResponseCounts()
     monkeypatch.setattr(response_cache, "RESPONSE_COUNTS", made)
     apply_all(PATCHES, strict=True, log=logging.getLogger(__name__))
-    token = asked._asked.set(asked.Asked(True, True))
+    over_http = TurnContext(cache_control=CacheControl(is_stored=True, is_looked_up=True))
+    token = turn_context._current.set(over_http)
     response_cache._all.clear()
     yield made
-    asked._asked.reset(token)
+    turn_context._current.reset(token)
     for patch in reversed(PATCHES):
         patch.undo()
 

@@ -12,8 +12,8 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
 from vllm_stateful.adapters.engine.turn import session_of
-from vllm_stateful.adapters.frontend.asked import Asked
 from vllm_stateful.adapters.frontend.response_key import key_of
+from vllm_stateful.adapters.frontend.turn_context import CacheControl, TurnContext
 from vllm_stateful.adapters.model_input import identity_of
 
 ADAPTER = LoRARequest("ad", 1, "/v1", base_model_name="base")
@@ -41,7 +41,7 @@ def keys(fields: dict[str, Any]) -> list[Any]:
     request = request_of(
         prompt(40, 1), session_id="a session of mine", sampling_params=greedy, **fields
     )
-    answer = key_of(request, Asked(is_stored=True, is_looked_up=True))
+    answer = key_of(request, TurnContext(cache_control=CacheControl(True, is_looked_up=True)))
     assert isinstance(answer, bytes)
     return [identity_of(request), session_of(stock_request(request)), answer]
 

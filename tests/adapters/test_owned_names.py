@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from vllm.renderers.hf import HfRenderer
 
-from vllm_stateful.adapters.frontend import identity
+from vllm_stateful.adapters.frontend import identity, turn_context
 from vllm_stateful.adapters.frontend.renderer import StatefulHfRenderer
+from vllm_stateful.adapters.frontend.turn_context import TurnContext
 
 
 @pytest.fixture
@@ -28,10 +29,10 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def ask(tenant: str, given: Any, salt: str | None = None) -> Any:
         prompt: Any = {"prompt_token_ids": [1], "multi_modal_uuids": given, "cache_salt": salt}
-        token = identity._tenant.set(tenant)
+        token = turn_context._current.set(TurnContext(tenant))
         asyncio.run(renderer._process_tokens_async(prompt))
         renderer._process_tokens(prompt)
-        identity._tenant.reset(token)
+        turn_context._current.reset(token)
         assert prompt["multi_modal_uuids"] is given
         at_once, behind = reached[-2:]
         assert at_once == behind

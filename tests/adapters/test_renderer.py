@@ -17,7 +17,7 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 
 from benchmarks.models import CACHE
 from vllm_stateful.adapters import activation
-from vllm_stateful.adapters.frontend import identity, renderer
+from vllm_stateful.adapters.frontend import renderer, turn_context
 from vllm_stateful.adapters.frontend.renderer import StatefulHfRenderer
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, PromptCounts
 from vllm_stateful.transport.prompt_ids import PromptTokenIds
@@ -135,7 +135,7 @@ def test_tenants_and_salts_never_share(config: Any) -> None:
     ours = make(config)
 
     async def ask(tenant: str, salt: str | None) -> PromptTokenIds:
-        identity._tenant.set(tenant)
+        turn_context.begin(tenant, None)
         extras = {} if salt is None else {"cache_salt": salt}
         prompts = [{"prompt": long_text(4)}]
         (prompt,) = await ours.render_cmpl_async(prompts, PARAMS, prompt_extras=extras)

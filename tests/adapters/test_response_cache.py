@@ -16,7 +16,8 @@ from vllm.v1.engine import (
 )
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from vllm_stateful.adapters.frontend import asked, response_cache
+from vllm_stateful.adapters.frontend import response_cache
+from vllm_stateful.adapters.frontend.turn_context import CacheControl, begin
 from vllm_stateful.observe.response_counts import ResponseCounts
 from vllm_stateful.transport.wire import BASE_MISS
 
@@ -224,11 +225,11 @@ def test_no_store_leaves_no_trace_and_no_cache_asks_the_engine(
 ) -> None:
     async def main() -> None:
         client = Client()
-        asked._asked.set(asked.Asked(not no_store, is_looked_up=False))
+        begin("", CacheControl(not no_store, is_looked_up=False))
         for name in "ab":
             await client.ask(name)
             await client.say(name, 5, last=STOP)
-        asked._asked.set(asked.Asked(True, True))
+        begin("", CacheControl(True, is_looked_up=True))
         await client.ask("c")
         assert client.added == added
 

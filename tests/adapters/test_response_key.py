@@ -10,12 +10,17 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
-from vllm_stateful.adapters.frontend.asked import Asked
 from vllm_stateful.adapters.frontend.response_key import HANDED_OUT, SESSION, Uncached, key_of
+from vllm_stateful.adapters.frontend.turn_context import (
+    NOTHING_KNOWN,
+    CacheControl,
+    TurnContext,
+)
 from vllm_stateful.transport.prompt_ids import PromptTokenIds
 from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION
 
-ASKED = Asked(is_stored=True, is_looked_up=True, tools=b"tools")
+KEPT = CacheControl(is_stored=True, is_looked_up=True)
+TURN = TurnContext(cache_control=KEPT, tools=b"tools")
 
 
 def request_of(**changes: Any) -> EngineCoreRequest:
@@ -35,8 +40,8 @@ def request_of(**changes: Any) -> EngineCoreRequest:
     return EngineCoreRequest(**{**fields, **changes})
 
 
-def key(request: EngineCoreRequest | None = None, asked: Asked | None = ASKED) -> bytes | Uncached:
-    return key_of(request or request_of(), asked)
+def key(request: EngineCoreRequest | None = None, turn: TurnContext = TURN) -> bytes | Uncached:
+    return key_of(request or request_of(), turn)
 
 
 def test_equal_requests_have_one_key_whoever_sends_them() -> None:
@@ -128,7 +133,7 @@ def test_each_part_of_an_adapter_counts() -> None:
 
 
 def test_other_tools_or_another_choice_miss() -> None:
-    assert key(asked=Asked(True, True, b"others")) != key()
+    assert key(turn=TurnContext(cache_control=KEPT, tools=b"others")) != key()
 
 
 def test_the_order_of_a_schema_counts_as_it_makes_another_grammar() -> None:
@@ -171,8 +176,9 @@ def test_what_is_not_known_to_be_safe_goes_to_the_engine(
 
 
 def test_without_a_known_source_or_with_no_store_nothing_is_kept() -> None:
-    assert key(asked=None) is Uncached.SOURCE
-    assert key(asked=Asked(False, False)) is Uncached.NO_STORE
+    refused = CacheControl(is_stored=False, is_looked_up=False)
+    assert key(turn=NOTHING_KNOWN) is Uncached.SOURCE
+    assert key(turn=TurnContext(cache_control=refused)) is Uncached.NO_STORE
 
 
 def test_a_long_prompt_has_the_key_of_its_ids_whatever_it_continues() -> None:

@@ -2,19 +2,19 @@
 """API process: which session and tenant a request belongs to, carried to the engine.
 
 vLLM asks for a session id once per HTTP request, just before it hands the prompt to the engine.
-What is found then rides on the answer (a ``str`` that knows its ``TurnIdentity``), and is put on
-the ``EngineCoreRequest`` as that is made: the session in ``session_id``, the tenant folded into
-``cache_salt`` (so that vLLM's own block hashes keep tenants apart too), the end of a session and
-the wish to keep it as KV hints. A context variable set there would not do: vLLM runs a handler in a
-task of its own, and the request of a streamed response is made in another. Routes that never ask
-for a session id (token-in-token-out and others) get their tenant from ``TenantMiddleware``, which
-is outside both.
+What is found then rides on the answer: a ``str`` that knows its `TurnContext`. As the
+``EngineCoreRequest`` is made, it is put on that: the session in ``session_id``, the tenant folded
+into ``cache_salt`` (so that vLLM's own block hashes keep tenants apart too), the end of a session
+and the wish to keep it as KV hints. A context variable set where vLLM asks would not do: vLLM runs
+a handler in a task of its own, and the request of a streamed response is made in another. Routes
+that never ask for a session id (token-in-token-out and others) get their tenant from
+``TenantMiddleware``, which is outside both.
 """
 
 from __future__ import annotations
 
 import hashlib
-from contextvars import ContextVar
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,14 +22,20 @@ from starlette.datastructures import Headers
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
-from vllm_stateful.adapters.frontend import asked, session_affinity
-from vllm_stateful.adapters.frontend.sent_body import sent_body, wish_of
-from vllm_stateful.adapters.frontend.tool_call_plan import ToolCallPlan, carry, plan_of
+from vllm_stateful.adapters.frontend import session_affinity
+from vllm_stateful.adapters.frontend.sent_body import digest_of_tools, sent_body, wish_of
+from vllm_stateful.adapters.frontend.tool_call_plan import plan_of
+from vllm_stateful.adapters.frontend.turn_context import (
+    NOTHING_KNOWN,
+    CacheControl,
+    TurnContext,
+    begin,
+    current,
+    enter,
+)
 from vllm_stateful.config import load_config, process_config
 from vllm_stateful.request import (
     ResponseChain,
-    RetentionWish,
-    TurnIdentity,
     resolve_turn,
     scoped_salt,
     tenant_of,
@@ -49,34 +55,14 @@ _responses = ResponseChain()
 class IdentifiedSession(str):
     """A session id on its way through vLLM's API process; empty when there is none."""
 
-    __slots__ = ("identity", "opening", "tool", "tool_calls", "wish")
-    identity: TurnIdentity
-    wish: RetentionWish | None
-    tool_calls: ToolCallPlan | None
-    opening: str | None
-    tool: str | None
-    """The one that the answer must call."""
+    __slots__ = ("turn",)
+    turn: TurnContext
 
     @classmethod
-    def of(
-        cls,
-        session_id: str | None,
-        identity: TurnIdentity,
-        wish: RetentionWish | None,
-        tool_calls: ToolCallPlan | None = None,
-        opening: str | None = None,
-        tool: str | None = None,
-    ) -> IdentifiedSession:
+    def of(cls, session_id: str | None, turn: TurnContext) -> IdentifiedSession:
         made = cls(session_id or "")
-        made.identity = identity
-        made.wish = wish
-        made.tool_calls = tool_calls
-        made.opening = opening
-        made.tool = tool
+        made.turn = turn
         return made
-
-
-_tenant: ContextVar[str] = ContextVar("stateful_tenant", default="")
 
 
 class TenantMiddleware:
@@ -88,24 +74,16 @@ class TenantMiddleware:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass everything on untouched."""
         if scope["type"] in ("http", "websocket"):
-            headers = Headers(scope=scope)
-            asked.note_headers(headers)
-            if tenant_isolation():
-                _tenant.set(tenant_of(headers))
+            begin_http(Headers(scope=scope))
         await self.app(scope, receive, send)
 
 
-_salt: ContextVar[str] = ContextVar("stateful_prompt_salt", default="")
-
-
-def note_salt(cache_salt: str | None) -> None:
-    """Remember, for the prompt that is being rendered, the cache salt of its request."""
-    _salt.set(cache_salt or "")
-
-
-def prompt_owner() -> tuple[str, str]:
-    """Tenant and cache salt of the prompt that is being rendered: who may share its memory."""
-    return (_tenant.get(), _salt.get())
+def begin_http(headers: Headers) -> None:
+    """An HTTP request begins: read from its headers whose it is and what it allows."""
+    begin(
+        tenant_of(headers) if tenant_isolation() else "",
+        CacheControl.of(headers) if process_config().response_cache_bytes else None,
+    )
 
 
 def owned_name(name: str, cache_salt: str | None) -> str:
@@ -118,7 +96,7 @@ def owned_name(name: str, cache_salt: str | None) -> str:
         name: any text.
         cache_salt: of the request.
     """
-    owner = None if _engine_off is not None else scoped_salt(_tenant.get(), cache_salt)
+    owner = None if _engine_off is not None else scoped_salt(current().tenant, cache_salt)
     if owner is None:
         return name
     parts = (f"{len(owner)}:{owner}", name)
@@ -157,7 +135,6 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
     as_sent = stock
     headers = {} if raw_request is None else raw_request.headers
     body = sent_body(raw_request)
-    asked.note_tools(body)
 
     def field(name: str) -> object:
         value = getattr(request, name, None)
@@ -173,14 +150,19 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
         )
     if identity.session_id is None and stock is not None and id_fault(stock) is None:
         stock = None  # a gateway's cookie: it names a server
-    return IdentifiedSession.of(
-        (identity.session_id or stock) if _engine_off is None else as_sent,
-        identity,
-        wish_of(raw_request),
-        plan_of(request, raw_request),
-        session_affinity.opening(raw_request),
-        _forced_tool(getattr(request, "tool_choice", None)),
+    here = current()
+    turn = replace(
+        here,
+        identity=identity,
+        wish=wish_of(raw_request),
+        plan=plan_of(request, raw_request),
+        tools=b"" if here.cache_control is None else digest_of_tools(body),
+        opening=session_affinity.opening(raw_request),
+        forced_tool=_forced_tool(getattr(request, "tool_choice", None)),
+        request_id="",
     )
+    session_id = (identity.session_id or stock) if _engine_off is None else as_sent
+    return IdentifiedSession.of(session_id, turn)
 
 
 def _forced_tool(choice: Any) -> str | None:
@@ -199,38 +181,35 @@ def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     Hints that it has already, from the client's own process, are kept as they are.
     """
     found = request.session_id
-    carry(request.request_id, getattr(found, "tool_calls", None))
-    tenant = found.identity.tenant if isinstance(found, IdentifiedSession) else _tenant.get()
+    identified = found.turn if isinstance(found, IdentifiedSession) else NOTHING_KNOWN
+    turn = enter(identified, request.request_id)
+    tenant = turn.tenant if turn.identity is None else turn.identity.tenant
     if _engine_off is not None:
         request.session_id = str(found) if found else None
         if process_config().response_cache_bytes:  # its answers belong to a tenant
             request.cache_salt = scoped_salt(tenant, request.cache_salt)
         return request
     request.session_id = str(found) if found else _offline_session_id(request)
-    if not isinstance(found, IdentifiedSession):
-        request.cache_salt = scoped_salt(tenant, request.cache_salt)
-        session_affinity.choose(request, None)
-        return request
     request.cache_salt = scoped_salt(tenant, request.cache_salt)
     if request.kv_hints is None:
-        request.kv_hints = _hints(found, request.request_id)
-    session_affinity.choose(request, found.opening)
+        request.kv_hints = _hints(turn)
+    session_affinity.choose(request, turn.opening)
     return request
 
 
-def _hints(found: IdentifiedSession, message_id: str) -> KvHintsEnvelope | None:
+def _hints(turn: TurnContext) -> KvHintsEnvelope | None:
     said: list[tuple[str, dict[str, Any]]] = []
-    if found.identity.final:
+    if turn.identity is not None and turn.identity.final:
         said.append((CLOSE_ACTION, {}))
-    if found.wish is not None:
-        said.append((RETAIN_ACTION, {"seconds": found.wish.seconds}))
-    if found.tool is not None:
-        said.append((TOOL_ACTION, {"name": found.tool}))
+    if turn.wish is not None:
+        said.append((RETAIN_ACTION, {"seconds": turn.wish.seconds}))
+    if turn.forced_tool is not None:
+        said.append((TOOL_ACTION, {"name": turn.forced_tool}))
     actions = [
         KvHintAction(str(number), action, "1", payload)
         for number, (action, payload) in enumerate(said)
     ]
-    return KvHintsEnvelope(HINTS_PROTOCOL, message_id, actions) if actions else None
+    return KvHintsEnvelope(HINTS_PROTOCOL, turn.request_id, actions) if actions else None
 
 
 def salt_of(headers: Any, cache_salt: str | None) -> str | None:

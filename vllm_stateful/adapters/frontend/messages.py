@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_stateful.adapters.frontend.identity import prompt_owner
+from vllm_stateful.adapters.frontend.turn_context import prompt_owner
 from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Rendered
 from vllm_stateful.render.append_only import is_append_only

@@ -27,8 +27,9 @@ from vllm.renderers.params import TokenizeParams
 from vllm.utils.async_utils import make_async
 
 from vllm_stateful.adapters.frontend.detokenizer import try_tail_decoding
-from vllm_stateful.adapters.frontend.identity import note_salt, owned_name, prompt_owner
+from vllm_stateful.adapters.frontend.identity import owned_name
 from vllm_stateful.adapters.frontend.messages import ChatRenderer
+from vllm_stateful.adapters.frontend.turn_context import note_salt, prompt_owner
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Tokenized, Verified
 from vllm_stateful.render.incremental_tokenizer import Encode, IncrementalTokenizer

@@ -27,9 +27,9 @@ from vllm.v1.engine import (
 )
 from vllm.v1.metrics.stats import PrefillStats
 
-from vllm_stateful.adapters.frontend import asked
 from vllm_stateful.adapters.frontend.response_epoch import Epochs
 from vllm_stateful.adapters.frontend.response_key import Uncached, key_of
+from vllm_stateful.adapters.frontend.turn_context import current
 from vllm_stateful.answer.response_cache import Answer, Flight, Flights, ResponseCache
 from vllm_stateful.config import load_config
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS, Response
@@ -88,14 +88,14 @@ class Responses:
         """Whether a request is answered from here; else it goes to the engine."""
         if self._flights.led_by(request.request_id) is not None:
             return False  # sent again, as the engine had lost what the prompt continues
-        found = asked.current()
-        key = key_of(request, found)
+        turn = current()
+        key = key_of(request, turn)
         if isinstance(key, Uncached):
             RESPONSE_COUNTS.uncached(str(key))
             return False
-        assert found is not None
+        assert turn.cache_control is not None
         name = request.request_id
-        if found.is_looked_up and self._is_known(key, request):
+        if turn.cache_control.is_looked_up and self._is_known(key, request):
             return True
         self._begin(key, name)
         RESPONSE_COUNTS.responded(Response.MISS)

@@ -11,7 +11,7 @@ import msgspec
 from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.engine import EngineCoreRequest
 
-from vllm_stateful.adapters.frontend.asked import Asked
+from vllm_stateful.adapters.frontend.turn_context import TurnContext
 from vllm_stateful.adapters.model_input import identity_of
 from vllm_stateful.transport.prompt_ids import digest_of
 from vllm_stateful.transport.wire import RETAIN_ACTION, TOOL_ACTION
@@ -49,24 +49,24 @@ SESSION = "session_id"
 """Key of ``extra_args``: whose turn it is."""
 
 
-def key_of(request: EngineCoreRequest, asked: Asked | None) -> bytes | Uncached:
+def key_of(request: EngineCoreRequest, turn: TurnContext) -> bytes | Uncached:
     """A digest of 32 bytes that only equal requests share, or why there is none.
 
     A field that a later vLLM adds to its sampling parameters is part of it without further ado.
 
     Args:
         request: as it goes to the engine, with the tenant in its ``cache_salt``.
-        asked: the HTTP request that it came with.
+        turn: the turn that it belongs to.
     """
-    if asked is None:
+    if turn.cache_control is None:
         return Uncached.SOURCE
     reason = _refused(request)
     if reason is not None:
         return reason
-    if not asked.is_stored:
+    if not turn.cache_control.is_stored:
         return Uncached.NO_STORE
     others = (
-        asked.tools,
+        turn.tools,
         identity_of(request),
         request.reasoning_ended,
         request.reasoning_parser_kwargs,

@@ -8,9 +8,14 @@ of this, and starlette keeps what it read: nothing is parsed a second time here.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
+from vllm_stateful.render.message_memory import exact_image
 from vllm_stateful.request import RetentionWish, retention_wish
+
+TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call")
+"""Fields of a chat, responses or Anthropic request that say which tools there are."""
 
 _WISH = "stateful_retention_wish"
 
@@ -34,3 +39,10 @@ def wish_of(raw_request: Any | None) -> RetentionWish | None:
         setattr(raw_request.state, _WISH, retention_wish(body))
     wish: RetentionWish | None = getattr(raw_request.state, _WISH)
     return wish
+
+
+def digest_of_tools(body: dict[str, Any]) -> bytes:
+    """A digest of the tools in a body, and of how they may be chosen."""
+    said = {name: body[name] for name in TOOL_FIELDS if name in body}
+    image = exact_image(said) or repr(said).encode()
+    return hashlib.blake2b(image, digest_size=16).digest()

@@ -16,7 +16,8 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
 from vllm.v1.engine.output_processor import RequestState
 
-from vllm_stateful.adapters.frontend.tool_call_plan import carried, mode
+from vllm_stateful.adapters.frontend.tool_call_plan import mode
+from vllm_stateful.adapters.frontend.turn_context import plan_of_request
 from vllm_stateful.answer.tool_call_stream import COMPLETE, ToolCallStream, Verdict
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
 
@@ -25,7 +26,7 @@ logger = init_logger("vllm.stateful")
 
 def state_maker(stock: type[RequestState], request: EngineCoreRequest) -> Callable[..., Any]:
     """Hook of ``request-state``: what makes the state of a request."""
-    plan = carried(request.external_req_id)
+    plan = plan_of_request(request.external_req_id)
     if plan is None or request.resumable:
         return stock
     calls = plan.stream(strict=mode() == "strict", reasoning_ended=bool(request.reasoning_ended))

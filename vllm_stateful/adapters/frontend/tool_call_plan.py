@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """API process: what a request says of its tool calls, and how they will stand in the text.
 
-It is read where a request's session is identified, and goes on to the request's state in vLLM's
-output processor.
+It is read where a request's session is identified. `TurnContext` takes it to the request's state in
+vLLM's output processor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -190,23 +189,3 @@ def _compile_elsewhere(schema: Any) -> Future[CompiledSchema] | None:
 @lru_cache(maxsize=16)
 def _say_unknown(name: str) -> None:
     logger.warning("stateful: tool calls are not checked: tool parser %s is not known", name)
-
-
-_plan_of_request: ContextVar[tuple[str, ToolCallPlan | None]] = ContextVar(
-    "stateful_tool_call_plan", default=("", None)
-)
-
-
-def carry(request_id: str, plan: ToolCallPlan | None) -> None:
-    """Remember the plan of the request that is being made, until its state is made.
-
-    Both happen in one task, and neither ``EngineCoreRequest`` nor its parameters can hold it: they
-    are copied for each of several answers.
-    """
-    _plan_of_request.set((request_id, plan))
-
-
-def carried(request_id: str | None) -> ToolCallPlan | None:
-    """The plan of the request that the client named so; None when there is none."""
-    found, plan = _plan_of_request.get()
-    return plan if found == request_id else None
