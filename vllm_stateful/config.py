@@ -2,7 +2,8 @@
 """Every option: its name, its environment variable, what is allowed, and what it does.
 
 The command line writes the options to the environment. Child processes inherit the environment, and
-every process (API server, engine core, worker) builds the same frozen ``StatefulConfig`` from it.
+every process (API server, engine core, worker) builds the same frozen ``StatefulConfig`` from it,
+once.
 """
 
 import os
@@ -319,8 +320,20 @@ def load_config(environ: Mapping[str, str] = os.environ) -> StatefulConfig:
 
 @lru_cache(maxsize=1)
 def process_config() -> StatefulConfig:
-    """The options of this process, read once. For code that runs at every request.
+    """The options of this process. The environment is read once.
 
-    A test that changes the environment calls ``process_config.cache_clear()``.
+    Whoever changes the environment later calls ``process_config.cache_clear()``, as `write_option`
+    does.
     """
     return load_config()
+
+
+def write_option(option: Option, text: str) -> None:
+    """Set an option for this process and for the processes that it starts.
+
+    Args:
+        option: which one.
+        text: a value that is allowed.
+    """
+    os.environ[option.env] = text
+    process_config.cache_clear()

@@ -18,16 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from recorded_engine import Engine
 from response_client import counts as counts
 
-from vllm_stateful.config import process_config
-
-
-@pytest.fixture(autouse=True)
-def _options_are_read_anew() -> Iterator[None]:
-    """Each test may have an environment of its own."""
-    process_config.cache_clear()
-    yield
-    process_config.cache_clear()
-
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
 def options(request: pytest.FixtureRequest) -> dict[str, Any]:

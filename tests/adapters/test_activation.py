@@ -22,7 +22,7 @@ from vllm_stateful.adapters.engine.scheduler import StatefulAsyncScheduler, Stat
 from vllm_stateful.compat import probe
 from vllm_stateful.compat.ledger import PATCHES, patch_of
 from vllm_stateful.compat.patch import Patch
-from vllm_stateful.config import FEATURES
+from vllm_stateful.config import FEATURES, process_config
 from vllm_stateful.errors import ConfigError, UnsupportedError
 
 SESSIONS = {patch.name for patch in PATCHES if patch.feature == "sessions"}
@@ -302,6 +302,7 @@ def test_an_engine_takes_deltas_when_both_of_its_patches_are_in_place(
     assert ready()
     undo_all()
     monkeypatch.setenv("VLLM_STATEFUL_DISABLE", "transport")
+    process_config.cache_clear()
     activation.activate()
     assert not ready()
 

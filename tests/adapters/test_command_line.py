@@ -22,7 +22,7 @@ from vllm_stateful.adapters.frontend import command_line
 from vllm_stateful.adapters.frontend.command_line import _allow_endpoint_plugin
 from vllm_stateful.compat import probe
 from vllm_stateful.compat.ledger import PATCHES
-from vllm_stateful.config import OPTIONS, StatefulConfig, load_config
+from vllm_stateful.config import OPTIONS, StatefulConfig, process_config
 
 HOOKS = [hook for patch in PATCHES for hook in patch.calls]
 Parse = Callable[..., argparse.Namespace]
@@ -151,7 +151,7 @@ def test_options_reach_the_configuration_of_every_process(parse: Parse) -> None:
         *("--stateful-tenant", "cache-salt", "--stateful-strict", "--stateful-check-invariants"),
     )
     assert os.environ["VLLM_STATEFUL_PIN_FRACTION"] == "0.3"
-    assert load_config() == StatefulConfig(
+    assert process_config() == StatefulConfig(
         pin_fraction=0.3,
         idle_seconds=60.0,
         tenant="cache-salt",
@@ -163,7 +163,7 @@ def test_options_reach_the_configuration_of_every_process(parse: Parse) -> None:
 
 def test_options_may_come_before_the_plugin_and_be_written_with_underscores(parse: Parse) -> None:
     parse("--stateful_pin_fraction", "0.3", "--plugin", "stateful")
-    assert load_config().pin_fraction == 0.3
+    assert process_config().pin_fraction == 0.3
 
 
 @pytest.mark.parametrize("plugin_first", [True, False])
@@ -184,7 +184,16 @@ def test_options_may_come_from_vllms_config_file(parse: Parse, tmp_path: Path) -
     file.write_text("plugin: stateful\nstateful-pin-fraction: 0.3\nstateful-strict: true\n")
     parse("--config", str(file))
     assert os.environ["VLLM_STATEFUL"] == "1"
-    assert load_config() == StatefulConfig(pin_fraction=0.3, strict=True)
+    assert process_config() == StatefulConfig(pin_fraction=0.3, strict=True)
+
+
+def test_an_option_counts_where_the_options_were_read_before_it(
+    parse: Parse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not process_config().strict
+    parse("--plugin", "stateful", "--stateful-pin-fraction", "0.3")
+    assert process_config().pin_fraction == 0.3
+    refused(parse, capsys, "--stateful-strict", "--plugin", "nosuch")
 
 
 def test_the_hook_adds_its_flags_once() -> None:

@@ -22,7 +22,6 @@ from vllm_stateful.adapters.frontend.identity import (
     salt_of,
     stamp,
 )
-from vllm_stateful.config import process_config
 from vllm_stateful.request import ResponseChain
 from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION
 from vllm_stateful.types import SALT_PREFIX
@@ -34,13 +33,10 @@ FINAL = {"x-dynamo-session-id": SESSION, "x-dynamo-session-final": "true"}
 
 
 @pytest.fixture(autouse=True)
-def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("VLLM_STATEFUL")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(identity, "_responses", ResponseChain())
-    identity.tenant_isolation.cache_clear()
-    yield
-    identity.tenant_isolation.cache_clear()
 
 
 def http(headers: dict[str, str], sent: Any = None) -> SimpleNamespace:
@@ -236,10 +232,8 @@ def test_an_id_from_http_wins_over_the_sampling_parameters() -> None:
 @pytest.fixture
 def _engine_off() -> Iterator[None]:
     identity.stand_aside("an unsupported model")
-    process_config.cache_clear()
     yield
     identity.stand_aside(None)
-    process_config.cache_clear()
 
 
 @pytest.mark.usefixtures("_engine_off")
@@ -253,7 +247,6 @@ def test_requests_reach_an_engine_without_sessions_as_they_came(stock: str | Non
 @pytest.mark.usefixtures("_engine_off")
 def test_kept_answers_belong_to_a_tenant_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_STATEFUL_RESPONSE_CACHE_BYTES", "1M")
-    process_config.cache_clear()
     salts = {sent({"authorization": f"Bearer {key}"}).cache_salt for key in ("one", "two")}
     assert len(salts) == 2
     assert None not in salts

@@ -18,6 +18,7 @@ from benchmarks.models import CACHE
 from vllm_stateful.adapters.frontend import messages as adapter
 from vllm_stateful.adapters.frontend.renderer import StatefulHfRenderer
 from vllm_stateful.compat.ledger import patch_of
+from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PromptCounts
 from vllm_stateful.render.message_memory import MessageMemory
 
@@ -35,9 +36,15 @@ LOOKS_AHEAD = (
 
 @pytest.fixture(scope="module")
 def renderers() -> tuple[Any, Any]:
-    """Stock and ours."""
+    """Stock and ours, nothing verified."""
+    return make_renderers(verified_share="0")
+
+
+def make_renderers(verified_share: str) -> tuple[Any, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_STATEFUL_VERIFY_TOKENS", verified_share)
+        process_config.cache_clear()
         config = EngineArgs(model=str(MODEL), dtype="float32").create_engine_config()
         tokenizer = cached_tokenizer_from_config(config.model_config)
         return HfRenderer(config, tokenizer), StatefulHfRenderer(config, tokenizer)
@@ -45,8 +52,7 @@ def renderers() -> tuple[Any, Any]:
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[PromptCounts]:
-    """The patch applied, nothing remembered, nothing counted, nothing verified."""
-    monkeypatch.setenv("VLLM_STATEFUL_VERIFY_TOKENS", "0")
+    """The patch applied, nothing remembered, nothing counted."""
     fresh = PromptCounts()
     monkeypatch.setattr(adapter, "PROMPT_COUNTS", fresh)
     monkeypatch.setattr(adapter, "_memory", MessageMemory())
@@ -163,11 +169,9 @@ def test_other_salts_find_nothing(renderers: tuple[Any, Any], counts: PromptCoun
     assert rendered(counts) == {"incremental": 2, "full": 2}
 
 
-def test_one_difference_turns_it_off(
-    renderers: tuple[Any, Any], counts: PromptCounts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The full text is what is used, and what is used from then on. The last test: it stays off."""
-    monkeypatch.setenv("VLLM_STATEFUL_VERIFY_TOKENS", "1")
+def test_one_difference_turns_it_off(counts: PromptCounts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The full text is what is used, and what is used from then on."""
+    renderers = make_renderers(verified_share="1")
     monkeypatch.setattr(adapter, "continued_text", lambda *_: "something else")
     messages = [{"role": "user", "content": str(i)} for i in range(20)]
     for _ in range(4):

@@ -40,13 +40,11 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[ToolCallCounts]:
     made = ToolCallCounts()
     for module in (tool_call_plan, tool_call_check):
         monkeypatch.setattr(module, "TOOL_CALL_COUNTS", made)
-    tool_call_plan.mode.cache_clear()
     patch_of("request-state").apply()
     patch_of("request-state").calls[0].set(state_maker)
     yield made
     patch_of("request-state").undo()
     patch_of("request-state").calls[0].clear()
-    tool_call_plan.mode.cache_clear()
 
 
 def http(tool_parser: str | None = "hermes", reasoning: str | None = None, **more: Any) -> Any:
@@ -280,7 +278,6 @@ def test_without_strict_only_the_last_call_ends_it(
     monkeypatch: pytest.MonkeyPatch, counts: ToolCallCounts
 ) -> None:
     monkeypatch.setenv("VLLM_STATEFUL_TOOL_CALL_CHECK", "end")
-    tool_call_plan.mode.cache_clear()
     turn = Turn(chat()).play(f"{BAD}{GOOD} and")
     assert (turn.text, turn.last.finish_reason) == (f"{BAD}{GOOD} and", "length")
     assert counts.snapshot()["tool_calls_checked"] == {"invalid": 1, "valid": 1}

@@ -17,6 +17,7 @@ from vllm_stateful.config import (
     load_config,
     parse_bool,
     process_config,
+    write_option,
 )
 from vllm_stateful.errors import ConfigError, StatefulError, UnsupportedError
 from vllm_stateful.plugin import _asks_for_cli
@@ -212,11 +213,17 @@ def test_only_a_command_line_that_may_name_our_options_installs_them(
 
 
 def test_a_process_reads_its_options_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    process_config.cache_clear()
     monkeypatch.setenv("VLLM_STATEFUL_VERIFY_TOKENS", "0.5")
     assert process_config().verify_tokens == 0.5
     monkeypatch.setenv("VLLM_STATEFUL_VERIFY_TOKENS", "0.25")
     assert process_config().verify_tokens == 0.5
     process_config.cache_clear()
     assert process_config().verify_tokens == 0.25
-    process_config.cache_clear()
+
+
+def test_an_option_that_is_written_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    option = BY_FIELD["verify_tokens"]
+    monkeypatch.setenv(option.env, "0.5")
+    assert process_config().verify_tokens == 0.5
+    write_option(option, "0.25")
+    assert process_config().verify_tokens == 0.25

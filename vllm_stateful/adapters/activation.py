@@ -21,7 +21,7 @@ from vllm_stateful.adapters.fit import (
 from vllm_stateful.compat import uses
 from vllm_stateful.compat.ledger import PATCHES, patch_of
 from vllm_stateful.compat.patch import CompatError, Patch, Process, apply_all
-from vllm_stateful.config import ENABLE_ENV, OPTIONS, load_config
+from vllm_stateful.config import ENABLE_ENV, OPTIONS, StatefulConfig, process_config
 from vllm_stateful.errors import UnsupportedError
 
 logger = init_logger("vllm.stateful")
@@ -50,7 +50,7 @@ def activate() -> None:
         ConfigError: an option has a value that is not allowed.
         UnsupportedError: strict, and the vLLM version or a patched symbol is not supported.
     """
-    strict = load_config().strict
+    config = process_config()
     _announce_variables()
     if OFF_ENV in os.environ:  # said by the process that started this one
         return
@@ -63,14 +63,17 @@ def activate() -> None:
         if "api" in processes and _is_serving():
             processes = frozenset()  # it holds neither an API server nor an engine: it starts both
         elif "engine" in processes and "api" not in processes:
-            _say_what_rust_leaves()
-    wanted = _patches_of(processes)
+            _say_what_rust_leaves(config)
+    wanted = _patches_of(processes, config)
     try:
         for patch in reversed(PATCHES):
             if patch not in wanted and patch is not COMMAND_LINE:
                 patch.undo()
         applied = apply_all(
-            wanted, strict=strict, log=logger, check=lambda feature: check(feature, processes)
+            wanted,
+            strict=config.strict,
+            log=logger,
+            check=lambda feature: check(feature, processes),
         )
     except CompatError as error:
         add_problem(str(error))
@@ -81,7 +84,7 @@ def activate() -> None:
     if "api" in processes:
         _register_renderer()
     if processes:
-        _choose_attention(processes)
+        _choose_attention(processes, config.attention)
 
 
 def _processes(name: str) -> frozenset[Process]:
@@ -123,21 +126,19 @@ def _drift_of_identity(processes: frozenset[Process]) -> str | None:
     return None
 
 
-def _say_what_rust_leaves() -> None:
+def _say_what_rust_leaves(config: StatefulConfig) -> None:
     """Once in each engine core.
 
     Raises:
         UnsupportedError: strict, and API keys were to separate tenants.
     """
-    config = load_config()
     if config.strict and config.tenant == "api-key":
         raise UnsupportedError(f"{_BEHIND_RUST} Strict, it needs --stateful-tenant cache-salt")
     logger.warning("stateful: %s", _BEHIND_RUST)
 
 
-def _patches_of(runs_here: frozenset[Process]) -> list[Patch]:
+def _patches_of(runs_here: frozenset[Process], config: StatefulConfig) -> list[Patch]:
     """The patches that a process needs."""
-    config = load_config()
     off = set(config.disable)
     off |= set() if config.history == "generated" else {"history"}
     off |= set() if config.response_cache_bytes else {"responses"}
@@ -147,9 +148,8 @@ def _patches_of(runs_here: frozenset[Process]) -> list[Patch]:
     return [patch for patch in usable if patch.process in runs_here]
 
 
-def _choose_attention(processes: frozenset[Process]) -> None:
+def _choose_attention(processes: frozenset[Process], choice: str) -> None:
     """Where it is asked for, or was before."""
-    choice = load_config().attention
     if choice == "off" and "vllm_stateful.adapters.attention_choice" not in sys.modules:
         return
     from vllm_stateful.adapters.attention_choice import choose_attention

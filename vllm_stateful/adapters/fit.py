@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 
 from vllm_stateful.compat import probe, uses
 from vllm_stateful.compat.patch import CompatError, Process, off_line
-from vllm_stateful.config import load_config
+from vllm_stateful.config import process_config
 from vllm_stateful.errors import UnsupportedError
 
 logger = init_logger("vllm.stateful")
@@ -42,7 +42,7 @@ def report_problem(text: str) -> None:
         UnsupportedError: the plugin is strict.
     """
     add_problem(text)
-    if load_config().strict:
+    if process_config().strict:
         raise UnsupportedError(text)
     logger.warning("stateful: off, serving as stock vLLM: %s", text)
 
@@ -86,7 +86,7 @@ def is_fit(feature: str, process: Process) -> bool:
         return True
     line = off_line([feature], drift)
     add_problem(line)
-    if load_config().strict:
+    if process_config().strict:
         raise UnsupportedError(line)
     if drift not in _said:
         _said.add(drift)

@@ -27,7 +27,7 @@ from vllm.v1.request import Request
 
 from vllm_stateful.adapters.model_input import identity_of
 from vllm_stateful.adapters.slots import on_request
-from vllm_stateful.config import load_config
+from vllm_stateful.config import process_config
 from vllm_stateful.prefix.residency import PromptBase
 from vllm_stateful.transport.bases import Base, BaseStore, Prompt
 from vllm_stateful.transport.header import ACTION, NO_VERSION, BaseMissError, PromptHeader
@@ -42,7 +42,7 @@ class PromptReceiver:
     """The bases of one engine core, and the block hasher that makes use of them."""
 
     def __init__(self, core: Any) -> None:
-        config = load_config()
+        config = process_config()
         vocab_size = core.vllm_config.model_config.get_vocab_size()
         self.bases = BaseStore(config.base_bytes, vocab_size)
         self._hash_block_size = getattr(core.scheduler, "hash_block_size", None)

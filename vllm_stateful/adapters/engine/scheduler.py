@@ -46,7 +46,7 @@ from vllm_stateful.adapters.speculation import (
     is_looked_up,
     why_not_beside_head,
 )
-from vllm_stateful.config import StatefulConfig, load_config
+from vllm_stateful.config import StatefulConfig, process_config
 from vllm_stateful.errors import UnsupportedError
 from vllm_stateful.prefix.boundaries import BoundaryRules
 from vllm_stateful.types import SessionKey
@@ -133,7 +133,7 @@ class _StatefulMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.config = load_config()
+        self.config = process_config()
         self.tier = tier_of(self.connector)
         self.ending: deque[tuple[int, Request]] = deque()
         self.stateful_off = unsupported_reason(self)

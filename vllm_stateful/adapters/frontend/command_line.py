@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 
 from vllm_stateful.adapters.activation import activate
 from vllm_stateful.adapters.fit import off_reason, problems, report_problem
-from vllm_stateful.config import ENABLE_ENV, OPTIONS, Option, is_enabled
+from vllm_stateful.config import ENABLE_ENV, OPTIONS, Option, is_enabled, write_option
 from vllm_stateful.errors import ConfigError, StatefulError
 
 logger = init_logger("vllm.stateful")
@@ -128,7 +128,7 @@ class _SetOption(argparse.Action):
             parser.error(str(error))
         if self.option.field != "strict" and off_reason() is not None:
             return
-        os.environ[self.option.env] = values
+        write_option(self.option, values)
         if is_enabled() and not problems():  # what is patched may depend on it
             _guarded(parser, activate)
 

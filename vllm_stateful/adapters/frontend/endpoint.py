@@ -24,7 +24,7 @@ from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
 from vllm_stateful.adapters.frontend.session_routes import ask_all, router
 from vllm_stateful.compat.ledger import patch_of
-from vllm_stateful.config import is_enabled, load_config
+from vllm_stateful.config import is_enabled, process_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
@@ -49,7 +49,7 @@ class StatefulEndpoint:
         if _is_on():
             app.include_router(router)
             app.add_middleware(TenantMiddleware)
-            if "messages" not in load_config().disable:
+            if "messages" not in process_config().disable:
                 validate_plain_messages(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -33,7 +32,7 @@ from vllm_stateful.adapters.frontend.turn_context import (
     current,
     enter,
 )
-from vllm_stateful.config import load_config, process_config
+from vllm_stateful.config import process_config
 from vllm_stateful.request import (
     ResponseChain,
     resolve_turn,
@@ -117,10 +116,9 @@ def stand_aside(reason: str | None) -> None:
     _engine_off = reason
 
 
-@lru_cache(maxsize=1)
 def tenant_isolation() -> bool:
     """Whether the API key separates tenants (``--stateful-tenant``)."""
-    return load_config().tenant == "api-key"
+    return process_config().tenant == "api-key"
 
 
 def identify(request: Any, raw_request: Any | None, stock: str | None) -> IdentifiedSession:

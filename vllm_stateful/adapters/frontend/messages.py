@@ -10,7 +10,6 @@ from typing import Any
 from vllm.logger import init_logger
 
 from vllm_stateful.adapters.frontend.turn_context import prompt_owner
-from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Rendered
 from vllm_stateful.render.append_only import is_append_only
 from vllm_stateful.render.continued_text import continued_text, generation_prompt
@@ -72,11 +71,18 @@ class ChatRenderer:
     Args:
         render: vLLM's ``safe_apply_chat_template``.
         resolve: the source of the template that it will use.
+        verified_share: share of the conversations that are rendered in full as well.
     """
 
-    def __init__(self, render: Callable[..., Any], resolve: Callable[..., str | None]) -> None:
+    def __init__(
+        self,
+        render: Callable[..., Any],
+        resolve: Callable[..., str | None],
+        verified_share: float,
+    ) -> None:
         self._render = render
         self._resolve = resolve
+        self._verified_share = verified_share
         self._off = False
 
     def __call__(self, model_config: Any, tokenizer: Any, conversation: Any, **options: Any) -> Any:
@@ -151,7 +157,7 @@ class ChatRenderer:
         self, text: str, model_config: Any, tokenizer: Any, conversation: Any, options: Any
     ) -> str:
         """Render a share of the conversations in full as well; that is what is used then."""
-        if random.random() >= process_config().verify_tokens:
+        if random.random() >= self._verified_share:
             return text
         full = self._render(model_config, tokenizer, list(conversation), **options)
         if full != text:

@@ -18,7 +18,7 @@ from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
 from vllm_stateful.adapters.frontend.identity import HINTS_PROTOCOL
 from vllm_stateful.adapters.frontend.session_affinity import went
-from vllm_stateful.config import load_config
+from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Sent
 from vllm_stateful.transport.header import ACTION, checksum
 from vllm_stateful.transport.prompt_ids import PromptTokenIds
@@ -58,7 +58,7 @@ class PromptSender:
         """Requests that are about to be sent a second time."""
         self._engines: dict[Hashable, _Readiness] = {}
         self._asking: set[asyncio.Task[None]] = set()
-        self._has_checksums = load_config().check_invariants
+        self._has_checksums = process_config().check_invariants
 
     def may_send_deltas(self, client: Any, engine: Any) -> bool:
         """Whether that engine core said that it takes deltas; asks it the first time.

@@ -30,7 +30,7 @@ from vllm_stateful.adapters.frontend.detokenizer import try_tail_decoding
 from vllm_stateful.adapters.frontend.identity import owned_name
 from vllm_stateful.adapters.frontend.messages import ChatRenderer
 from vllm_stateful.adapters.frontend.turn_context import note_salt, prompt_owner
-from vllm_stateful.config import load_config
+from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Tokenized, Verified
 from vllm_stateful.render.incremental_tokenizer import Encode, IncrementalTokenizer
 from vllm_stateful.render.probe import count_leading, unsafe_reason
@@ -50,7 +50,7 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._stateful_config = load_config()
+        self._stateful_config = process_config()
         self._tokenizer_off: str | None = None
         self._incremental = self._make_incremental()
         backend: Any = getattr(self.tokenizer, "_tokenizer", None)
@@ -65,7 +65,11 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         self._tokenize_prompt_async = self._tokenize_prompt_in_context
         if "messages" not in self._stateful_config.disable:
             self._apply_chat_template_async = make_async(
-                ChatRenderer(safe_apply_chat_template, resolve_chat_template),
+                ChatRenderer(
+                    safe_apply_chat_template,
+                    resolve_chat_template,
+                    self._stateful_config.verify_tokens,
+                ),
                 executor=self._executor,
             )
 

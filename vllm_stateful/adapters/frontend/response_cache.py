@@ -31,7 +31,7 @@ from vllm_stateful.adapters.frontend.response_epoch import Epochs
 from vllm_stateful.adapters.frontend.response_key import Uncached, key_of
 from vllm_stateful.adapters.frontend.turn_context import current
 from vllm_stateful.answer.response_cache import Answer, Flight, Flights, ResponseCache
-from vllm_stateful.config import load_config
+from vllm_stateful.config import process_config
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS, Response
 from vllm_stateful.transport.wire import BASE_MISS
 
@@ -305,7 +305,7 @@ def responses_of(client: Any) -> Responses:
     """The answers kept for one client of the engine core."""
     made: Responses | None = getattr(client, "stateful_responses", None)
     if made is None:
-        made = client.stateful_responses = Responses(client, load_config().response_cache_bytes)
+        made = client.stateful_responses = Responses(client, process_config().response_cache_bytes)
     return made
 
 

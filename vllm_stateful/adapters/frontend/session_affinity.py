@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_stateful.adapters.frontend.sent_body import sent_body
-from vllm_stateful.config import load_config
+from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.request import opening_of
 from vllm_stateful.transport.session_affinity import Choice, SessionAffinity
@@ -80,7 +80,7 @@ def watch(client: Any, sees_sent: bool) -> None:
     _chooser = None
     if not hasattr(client, "lb_engines") or not hasattr(client, "engine_inflight"):
         return
-    if "session-affinity" in load_config().disable:
+    if "session-affinity" in process_config().disable:
         return
     if not sees_sent:
         logger.warning("stateful: no session affinity: it needs the transport of prompts")

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm_stateful.answer.compiled_schema import CompiledSchema, compile_schema
 from vllm_stateful.answer.tool_call_stream import Form, ToolCallStream, Unchecked
 from vllm_stateful.answer.tool_schemas import ToolSchemas
-from vllm_stateful.config import load_config
+from vllm_stateful.config import process_config
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
 
 logger = init_logger("vllm.stateful")
@@ -74,10 +74,9 @@ class ToolCallPlan(NamedTuple):
         )
 
 
-@lru_cache(maxsize=1)
 def mode() -> str:
     """``--stateful-tool-call-check``: off, end or strict."""
-    return load_config().tool_call_check
+    return process_config().tool_call_check
 
 
 def plan_of(request: Any, raw_request: Any | None) -> ToolCallPlan | None:

@@ -25,7 +25,7 @@ from vllm_stateful.adapters.slots import of_step
 from vllm_stateful.adapters.speculation import has_head, is_looked_up, why_not_beside_head
 from vllm_stateful.adapters.worker import lookup_kernels
 from vllm_stateful.adapters.worker.lookup_kernels import BLOCK, MAX_PLACES, NUM_COLUMNS
-from vllm_stateful.config import load_config
+from vllm_stateful.config import process_config
 from vllm_stateful.speculate.answer_buffer import (
     BUFFER_TOKENS,
     END,
@@ -210,7 +210,9 @@ def make_speculator(
     stock: Callable[..., Any], vllm_config: Any, device: Any, req_states: Any
 ) -> Any:
     """Hook of ``worker-speculator``: ours for ``ngram_gpu`` or beside a head, else vLLM's."""
-    is_beside_head = has_head(vllm_config) and not why_not_beside_head(vllm_config, load_config())
+    is_beside_head = has_head(vllm_config) and not why_not_beside_head(
+        vllm_config, process_config()
+    )
     if not is_beside_head and not is_looked_up(vllm_config):
         return stock(vllm_config, device, req_states)
     if req_states.max_model_len > MAX_PLACES:
