@@ -14,7 +14,12 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_stateful.adapters.engine.turn import forced_tool, is_final, retention_wish
+from vllm_stateful.adapters.engine.turn import (
+    forced_tool,
+    is_final,
+    retention_wish,
+    said_of_turn,
+)
 from vllm_stateful.adapters.frontend import identity
 from vllm_stateful.adapters.frontend.identity import (
     TenantMiddleware,
@@ -23,7 +28,8 @@ from vllm_stateful.adapters.frontend.identity import (
     stamp,
 )
 from vllm_stateful.request import ResponseChain
-from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION
+from vllm_stateful.session import Said
+from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION, TURN_ACTION
 from vllm_stateful.types import SALT_PREFIX
 
 SESSION = "0d3a9c52-6f1e-4b7a-8a55-2f6d0c9e7b11"
@@ -259,13 +265,44 @@ def test_the_last_turn_carries_a_hint_that_the_engine_understands() -> None:
     request = sent(FINAL)
     assert request.session_id == f"dynamo:{SESSION}"
     assert request.kv_hints is not None
-    assert [action.action_type for action in request.kv_hints.actions] == [CLOSE_ACTION]
+    assert hints_of(request) == [CLOSE_ACTION, TURN_ACTION]
     assert is_final(request)  # type: ignore[arg-type]
 
 
-def test_other_turns_carry_no_hint() -> None:
+def hints_of(request: Any) -> list[str]:
+    return [action.action_type for action in request.kv_hints.actions]
+
+
+def test_other_turns_carry_no_such_hint() -> None:
+    assert hints_of(sent({"x-dynamo-session-id": SESSION})) == [TURN_ACTION]
+    assert hints_of(sent({**FINAL, "x-dynamo-session-final": "false"})) == [TURN_ACTION]
+    assert sent({}).kv_hints is None
+
+
+def test_what_a_client_says_of_its_turn_reaches_the_record() -> None:
+    parent = "11111111-2222-3333-4444-555555555555"
+    headers = {
+        "thread-id": SESSION,
+        "x-codex-parent-thread-id": parent,
+        "x-codex-turn-metadata": '{"request_kind": "compaction"}',
+        "x-codex-window-id": f"{SESSION}:3",
+        "x-stainless-retry-count": "2",
+    }
+    said = said_of_turn(sent(headers, prompt_cache_key="default"))  # type: ignore[arg-type]
+    assert said == Said("codex", f"codex:{parent}", compaction=True, retry=2, window=3)
+    rejected = said_of_turn(sent({"x-session-id": "abc"}))  # type: ignore[arg-type]
+    assert rejected == Said(rejected="x-session-id: too short")
+
+
+@pytest.mark.parametrize("count", ["", "-1", "1e9", "9999", "two"])
+def test_a_count_that_is_none_says_nothing(count: str) -> None:
+    request = sent({"x-stainless-retry-count": count, "x-codex-window-id": count})
+    assert request.kv_hints is None
+
+
+def test_with_explain_off_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_STATEFUL_EXPLAIN", "off")
     assert sent({"x-dynamo-session-id": SESSION}).kv_hints is None
-    assert sent({**FINAL, "x-dynamo-session-final": "false"}).kv_hints is None
 
 
 def test_hints_of_somebody_else_are_kept() -> None:
@@ -370,7 +407,7 @@ def test_a_wish_reaches_the_engine_as_a_hint() -> None:
 
 def test_a_last_turn_may_carry_a_wish_too() -> None:
     request = over_the_wire(wished(FINAL, DAY))
-    assert [action.action_id for action in request.kv_hints.actions] == ["0", "1"]
+    assert [action.action_id for action in request.kv_hints.actions] == ["0", "1", "2"]
     assert is_final(request)
     assert retention_wish(request) == 86_400
 

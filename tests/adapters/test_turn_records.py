@@ -10,6 +10,7 @@ from simulated_groups import MARKERS
 from simulated_tier import offloading
 from test_offload_steps import forget_free_blocks
 
+from vllm_stateful.config import process_config
 from vllm_stateful.types import Demotion
 
 IM_START, THINK, THINK_END, TOOL_CALL = range(VOCAB - len(MARKERS), VOCAB)
@@ -85,6 +86,7 @@ def test_text_of_both_histories_is_kept_only_where_asked_for(
     assert missed["before"].startswith("word18 word19")
     assert missed["now"] == "word77 word1 "
     monkeypatch.setenv("VLLM_STATEFUL_EXPLAIN", "places")
+    process_config.cache_clear()
     quiet = Engine(**options, has_markers=True)
     history = quiet.turn("first", HISTORY)
     quiet.turn("second", [*history[:18], 77, 1])

@@ -30,6 +30,7 @@ from vllm_stateful.adapters.frontend.anthropic_usage import with_cache_creation
 from vllm_stateful.adapters.frontend.identity import identify, stamp
 from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
 from vllm_stateful.compat.ledger import patch_of
+from vllm_stateful.transport.wire import RETAIN_ACTION
 
 HOUR = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 FIVE_MINUTES = {"cache_control": {"type": "ephemeral"}}
@@ -199,7 +200,9 @@ def test_a_wish_reaches_the_engine(
     server: Server, path: str, body: dict[str, Any], seconds: float | None
 ) -> None:
     assert server.wish_for(path, body) == seconds
-    assert (server.engine.seen[-1].kv_hints is None) == (seconds is None)
+    hints = server.engine.seen[-1].kv_hints
+    said = [] if hints is None else [action.action_type for action in hints.actions]
+    assert (RETAIN_ACTION in said) == (seconds is not None)
 
 
 def test_a_streamed_request_has_its_wish_too(server: Server) -> None:

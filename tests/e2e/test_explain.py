@@ -103,8 +103,8 @@ def with_message(place: int, **changes: Any) -> Callable[[list[Any]], None]:
     return change
 
 
-def renamed(messages: list[Any]) -> None:
-    messages[4] = call('{"path":"a.txt"}')
+def read_otherwise(messages: list[Any]) -> None:
+    messages[4] = call('{"path": "b.txt"}')
 
 
 CHANGES: dict[str, tuple[Callable[[list[Any]], Any], int, str]] = {
@@ -118,7 +118,7 @@ CHANGES: dict[str, tuple[Callable[[list[Any]], Any], int, str]] = {
     "an answer": (with_message(2, content="I shall look at it."), 2, "assistant"),
     "reasoning, stripped": (with_message(2, reasoning_content=None), 2, "assistant"),
     "a later question": (with_message(3, content="Please open it, then."), 3, "user"),
-    "arguments, serialized otherwise": (renamed, 4, "assistant"),
+    "a call's arguments": (read_otherwise, 4, "assistant"),
     "a tool's result": (with_message(5, content="fifty lines of text"), 5, "tool_result"),
     "a message that was taken out": (lambda messages: messages.pop(1), 1, "user"),
     "a message that was put in": (
@@ -140,7 +140,8 @@ def test_a_changed_history_is_told_by_message_and_kind(url: str, name: str) -> N
     missed = turn["missed"]
     assert missed["cause"] == "changed", turn
     assert (missed["message"], missed["kind"]) == (message, kind), turn
-    assert 0 < missed["token"] == turn["reused_tokens"]
+    assert missed["token"] > 0
+    assert turn["reused_tokens"] in (0, missed["token"])  # 0: too little to be worth a copy
     assert missed["num_tokens"] > 0
 
 
@@ -206,7 +207,7 @@ def test_another_key_or_salt_is_told_to_whom_it_concerns(url: str) -> None:
 
 
 def test_nothing_of_anothers_is_in_any_answer(url: str) -> None:
-    """Ids, tools and texts are planted by one tenant, and looked for in all that others can read."""
+    """One tenant plants ids, tools and texts. They are looked for in all that others can read."""
     planted = Agent(url, "planted-tenant", f"planted-{uuid.uuid4().hex}")
     secret = [tool("planted_tool")]
     messages = [{"role": "system", "content": "planted words " * 30}, *HISTORY[1:4]]
@@ -242,9 +243,10 @@ def test_a_session_is_followed_from_its_first_turn_to_its_end(url: str) -> None:
 
 def test_a_fork_names_its_parent(url: str) -> None:
     parent = Agent(url)
-    parent.says(HISTORY)
+    history = [{"role": "system", "content": f"{parent.session}. {SYSTEM}"}, *HISTORY[1:]]
+    parent.says(history)
     child = Agent(url)
-    turn = child.turn(child.says([*HISTORY, {"role": "user", "content": "You are a helper."}]))
+    turn = child.turn(child.says([*history, {"role": "user", "content": "You are a helper."}]))
     assert turn["outcome"] == "forked"
     assert child.get(f"sessions/{child.session}").json()["parent"] == parent.session
     assert child.session in parent.get(f"sessions/{parent.session}").json()["children"]

@@ -112,6 +112,9 @@ class TurnIdentity:
     compaction: whether the client said that this turn summarizes its own history.
     rejected: why ids that were present are unusable, as "source: reason" joined by "; ". Never
         contains what the client sent.
+    retry: how often the client's library had sent the same request before; 0 for the first time.
+    window: the number of the context window, where the client counts them (Codex); it grows by one
+        with each compaction.
     """
 
     session_id: str | None
@@ -121,6 +124,8 @@ class TurnIdentity:
     final: bool = False
     compaction: bool = False
     rejected: str | None = None
+    retry: int = 0
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +155,8 @@ def resolve_turn(
     Raises nothing for any header or body value.
     """
     tenant = tenant_of(headers) if tenant_isolation else ""
-    compaction = _is_compaction(headers)
+    compaction, retry = _is_compaction(headers), _retry_count(headers)
+    window = _window_number(headers)
     reasons: list[str] = []
     for claim in _claims(headers, field):
         if claim.value is None or claim.value == "":
@@ -168,6 +174,8 @@ def resolve_turn(
             final=_is_final(headers, raw_id),
             compaction=compaction,
             rejected="; ".join(reasons) or None,
+            retry=retry,
+            window=window,
         )
     return TurnIdentity(
         session_id=None,
@@ -176,6 +184,8 @@ def resolve_turn(
         final=_is_final(headers, None),
         compaction=compaction,
         rejected="; ".join(reasons) or None,
+        retry=retry,
+        window=window,
     )
 
 
@@ -353,6 +363,19 @@ def _is_compaction(headers: Mapping[str, str]) -> bool:
         return True
     metadata = _json_object(headers.get("x-codex-turn-metadata"))
     return metadata.get("request_kind") == "compaction"
+
+
+def _retry_count(headers: Mapping[str, str]) -> int:
+    """What OpenAI's and Anthropic's libraries count in a header; 0 where it is no small number."""
+    count: object = headers.get("x-stainless-retry-count")
+    return int(count) if isinstance(count, str) and re.fullmatch(r"[0-9]{1,3}", count) else 0
+
+
+def _window_number(headers: Mapping[str, str]) -> int | None:
+    """The number in Codex's ``<thread>:<window>``."""
+    window: object = headers.get("x-codex-window-id")
+    found = re.fullmatch(r".{1,256}:([0-9]{1,6})", window) if isinstance(window, str) else None
+    return int(found.group(1)) if found else None
 
 
 def _is_true(value: object) -> bool:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_stateful.types import SessionKey
 
@@ -69,6 +70,39 @@ class Missed:
     now: str | None = None
 
 
+class Said(NamedTuple):
+    """What the client said of its turn. Nothing is decided by it.
+
+    Attributes:
+        source: where it named its session (``request.session_identity``).
+        parent: the session id of the agent that started this one, as the engine knows it.
+        compaction: whether the turn summarizes its own history.
+        rejected: why session ids that it sent were not used.
+        retry: how often it had sent the same request before.
+        window: the number of its context window.
+    """
+
+    source: str = "none"
+    parent: str | None = None
+    compaction: bool = False
+    rejected: str | None = None
+    retry: int = 0
+    window: int | None = None
+
+    @classmethod
+    def of(cls, payload: Mapping[str, Any]) -> Said:
+        """Read what came over the wire; fields that are not known are left out."""
+        return cls(**{name: payload[name] for name in cls._fields if name in payload})
+
+    def as_payload(self) -> dict[str, Any]:
+        """For the wire: the fields that say something."""
+        nothing = self._field_defaults
+        return {name: value for name, value in self._asdict().items() if value != nothing[name]}
+
+
+NOTHING_SAID = Said()
+
+
 @dataclass(slots=True)
 class TurnRecord:
     """One turn. Durations are in seconds; what has not happened yet is None.
@@ -92,6 +126,7 @@ class TurnRecord:
         num_accepted: tokens of the answer that were proposed as drafts, and were right.
         ended: ``stop``, ``length``, ``abort``, ... as vLLM calls the reason.
         is_kept: whether the session keeps its KV.
+        said: what the client said of it.
     """
 
     request_id: str
@@ -112,6 +147,7 @@ class TurnRecord:
     num_accepted: int = 0
     ended: str | None = None
     is_kept: bool = False
+    said: Said = NOTHING_SAID
     since_s: float = field(default=0.0, repr=False)
     """When the part that runs now began, on the engine's clock."""
 
@@ -156,6 +192,7 @@ class TurnRecord:
             "decode_s": self.decode_s,
             "ended": self.ended,
             "kept": self.is_kept,
+            "said": self.said._asdict(),
         }
 
 

@@ -20,11 +20,12 @@ from vllm_stateful.prefix.resume_places import Place
 from vllm_stateful.request.retention_wish import hinted_seconds
 from vllm_stateful.request.session_identity import id_fault
 from vllm_stateful.schedule.waits import Ended
-from vllm_stateful.session import TurnRecord
+from vllm_stateful.session import Said, TurnRecord
 from vllm_stateful.transport.wire import (
     CLOSE_ACTION,
     RETAIN_ACTION,
     TOOL_ACTION,
+    TURN_ACTION,
 )
 from vllm_stateful.types import BlockIds, Bypass, Outcome, SessionKey, TokenArray, token_array
 
@@ -141,6 +142,15 @@ def is_final(request: Request) -> bool:
     """Whether the client said that this is its session's last turn (a KV hint)."""
     hints = request.kv_hints
     return hints is not None and any(a.action_type == CLOSE_ACTION for a in hints.actions)
+
+
+def said_of_turn(request: Request) -> Said:
+    """What the client said of its turn (a KV hint)."""
+    hints = request.kv_hints
+    for action in () if hints is None else hints.actions:
+        if action.action_type == TURN_ACTION:
+            return Said.of(action.payload)
+    return Said()
 
 
 def retention_wish(request: Request) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from vllm_stateful.adapters.engine.turn import Turn, session_of
+from vllm_stateful.adapters.engine.turn import Turn, said_of_turn, session_of
 from vllm_stateful.prefix.matching import Matching
 from vllm_stateful.schedule.gaps import WaitKind
 from vllm_stateful.schedule.waits import Ended
@@ -17,6 +17,7 @@ from vllm_stateful.session import (
     Cause,
     Found,
     Missed,
+    Said,
     SessionBook,
     TurnLog,
     TurnRecord,
@@ -60,11 +61,9 @@ class TurnRecords:
         record.lookup_s = turn.lookup_s
         record.missed = self._missed(turn, record, now_s)
         self._note_wait(record, turn.waited)
-        base = turn.related[0].session if turn.related is not None else None
-        parent = base if base != turn.session else None
         turn.record = record
         self.log.add(record)
-        self.book.admitted(record, parent, now_s)
+        self.book.admitted(record, self._parent(turn, record.said), now_s)
 
     def bypassed(self, request: Request, reason: Bypass) -> None:
         """Stock vLLM serves a request."""
@@ -78,8 +77,16 @@ class TurnRecords:
         record = TurnRecord(request.request_id, session, request.arrival_time, str(outcome))
         record.num_prompt = int(request.num_prompt_tokens)
         record.queue_s = max(0.0, time.time() - request.arrival_time)
-        record.since_s = now_s
+        record.since_s, record.said = now_s, said_of_turn(request)
         return record
+
+    @staticmethod
+    def _parent(turn: Turn, said: Said) -> SessionKey | None:
+        """The session that its client named, else the one on whose KV it begins."""
+        if said.parent is not None:
+            return SessionKey(turn.session.identity, said.parent)
+        base = turn.related[0].session if turn.related is not None else None
+        return base if base != turn.session else None
 
     @staticmethod
     def _note_wait(record: TurnRecord, waited: Ended | None) -> None:

@@ -35,12 +35,19 @@ from vllm_stateful.adapters.frontend.turn_context import (
 from vllm_stateful.config import process_config
 from vllm_stateful.request import (
     ResponseChain,
+    TurnIdentity,
     resolve_turn,
     scoped_salt,
     tenant_of,
 )
 from vllm_stateful.request.session_identity import id_fault
-from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION, TOOL_ACTION
+from vllm_stateful.session import Said
+from vllm_stateful.transport.wire import (
+    CLOSE_ACTION,
+    RETAIN_ACTION,
+    TOOL_ACTION,
+    TURN_ACTION,
+)
 from vllm_stateful.types import SALT_PREFIX
 
 HINTS_PROTOCOL = "vllm-stateful/1"
@@ -203,11 +210,25 @@ def _hints(turn: TurnContext) -> KvHintsEnvelope | None:
         said.append((RETAIN_ACTION, {"seconds": turn.wish.seconds}))
     if turn.forced_tool is not None:
         said.append((TOOL_ACTION, {"name": turn.forced_tool}))
+    told = {} if turn.identity is None else _said(turn.identity).as_payload()
+    if told and process_config().explain != "off":
+        said.append((TURN_ACTION, told))
     actions = [
         KvHintAction(str(number), action, "1", payload)
         for number, (action, payload) in enumerate(said)
     ]
     return KvHintsEnvelope(HINTS_PROTOCOL, turn.request_id, actions) if actions else None
+
+
+def _said(identity: TurnIdentity) -> Said:
+    return Said(
+        identity.source,
+        identity.parent_id,
+        identity.compaction,
+        identity.rejected,
+        identity.retry,
+        identity.window,
+    )
 
 
 def salt_of(headers: Any, cache_salt: str | None) -> str | None:

@@ -43,6 +43,17 @@ class Missed(BaseModel):
     now: str | None = None
 
 
+class Said(BaseModel):
+    """What the client said of its turn (``session.Said``)."""
+
+    source: str
+    parent: str | None
+    compaction: bool
+    rejected: str | None
+    retry: int
+    window: int | None
+
+
 class Turn(BaseModel):
     """One turn; durations in seconds (``session.TurnRecord``)."""
 
@@ -67,6 +78,7 @@ class Turn(BaseModel):
     decode_s: float | None
     ended: str | None
     kept: bool
+    said: Said
 
 
 class Session(BaseModel):
