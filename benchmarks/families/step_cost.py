@@ -5,7 +5,8 @@
 
 No model: `modelless`. Conversations grow by a question and an answer each turn, and their turns end
 one after the other. Scheduling is synchronous, so that the end of a turn is in one call. The sides
-take turns, each with an engine of its own. Medians, in microseconds.
+take turns, each with an engine of its own: stock, the plugin, and the plugin without the records of
+turns (``--stateful-explain off``). Medians, in microseconds.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks.families.modelless import Engine, Setting, Shape
 from benchmarks.families.recorded_turns import STYLES, Text, text_of
 from benchmarks.models import CACHE
 from benchmarks.serving.tables import markdown, ratio
+from vllm_stateful.config import process_config
 
 SHAPES = {"1 full/16": Shape(), "3 state + 1 full/528": Shape(states=3, block=528)}
 LOADS = ((8, 20_000), (1, 150_000))
@@ -34,21 +36,22 @@ MOST_LOAD = 2.5
 PLAIN_IDS = 1000, 40_000
 """Of tokens that are no markers."""
 
+STOCK, PLUGIN, UNEXPLAINED = SIDES = ("stock", "plugin", "unexplained")
 ADMIT, STEP, UPDATE, END = "admission", "schedule()", "update_from_output()", "end of a turn"
 Times = Mapping[str, list[float]]
 
 
-def measure(
-    shape: Shape, text: Text, num: int, length: int, turns: int, *, is_stateful: bool
-) -> Times:
+def measure(shape: Shape, text: Text, num: int, length: int, turns: int, side: str) -> Times:
     """Seconds of each call, by what it did. The first turns, which compute all, are left out."""
+    os.environ["VLLM_STATEFUL_EXPLAIN"] = "off" if side == UNEXPLAINED else "places"
+    process_config.cache_clear()
     random = Random(0)
     num_blocks = 4 * num * (1 + shape.states) * (length // shape.block + 16)
     engine = Engine(
         shape,
         num_blocks,
         Setting(),
-        is_stateful=is_stateful,
+        is_stateful=side != STOCK,
         is_async=False,
         tokenizer=text,
         max_num_seqs=num,
@@ -95,16 +98,16 @@ def rows(text: Text, turns: int, rounds: int) -> list[list[str]]:
     made = []
     for name, shape in SHAPES.items():
         for num, length in LOADS:
-            taken = {side: defaultdict[str, list[float]](list) for side in (False, True)}
+            taken = {side: defaultdict[str, list[float]](list) for side in SIDES}
             for _ in range(rounds):
                 for side, found in taken.items():
-                    times = measure(shape, text, num, length, turns, is_stateful=side)
+                    times = measure(shape, text, num, length, turns, side)
                     for what, seconds in times.items():
                         found[what] += seconds
             for what in (STEP, UPDATE, END, ADMIT):
-                stock, plugin = (1e6 * median(taken[side][what]) for side in (False, True))
-                figures = [f"{stock:.0f}", f"{plugin:.0f}", ratio(plugin, stock)]
-                count = str(len(taken[True][what]))
+                stock, plugin, bare = (1e6 * median(taken[side][what]) for side in SIDES)
+                figures = [f"{stock:.0f}", f"{plugin:.0f}", ratio(plugin, stock), f"{bare:.0f}"]
+                count = str(len(taken[PLUGIN][what]))
                 made.append([name, f"{num} x {length}", what, *figures, count])
     return made
 
@@ -117,7 +120,8 @@ def main() -> None:
     options = parser.parse_args()
     before = os.getloadavg()[0]
     text = text_of(STYLES["qwen3-thinking"], options.model)
-    head = ("groups", "running", "what", "stock us", "plugin us", "plugin / stock", "samples")
+    head = ("groups", "running", "what", "stock us", "plugin us", "plugin / stock")
+    head += ("without records us", "samples")
     print(markdown(head, rows(text, options.turns, options.rounds)))
     after = os.getloadavg()[0]
     noisy = "" if max(before, after) < MOST_LOAD else ": noisy, do not record"

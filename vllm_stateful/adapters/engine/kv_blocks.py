@@ -53,11 +53,10 @@ class StatefulKVCacheManager(KVAdmission):
         super().free(request)
 
     def sampled(self, request_id: str, num_tokens: int) -> None:
-        """A step sampled tokens of a request. Called for every request in every step."""
+        """A step sampled the first token of a request, or several at once."""
         turn = self.turns.get(request_id)
-        record = None if turn is None else turn.record
-        if record is not None and (num_tokens > 1 or record.first_token_s is None):
-            record.sampled(num_tokens, self.store.now_s())
+        if turn is not None and turn.record is not None:
+            turn.record.sampled(num_tokens, self.store.now_s())
 
     def _note_end(self, request: Request, turn: Turn, frontier: int, *, is_kept: bool) -> None:
         if self.records is not None:

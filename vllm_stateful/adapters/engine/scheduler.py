@@ -384,7 +384,8 @@ class _StatefulMixin:
     ) -> Any:
         """vLLM's reading of what a step sampled; notes how much that was."""
         num_sampled = len(new_token_ids)
-        if self.stateful_off is None and num_sampled and not is_stale:
+        is_news = num_sampled > 1 or (num_sampled and request.num_output_tokens == 0)
+        if is_news and not is_stale and self.stateful_off is None:
             self.kv_cache_manager.sampled(request.request_id, num_sampled)
         result = super()._update_request_with_output(  # type: ignore[misc]
             request, new_token_ids, is_stale
