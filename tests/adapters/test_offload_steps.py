@@ -29,7 +29,7 @@ def num_loaded(engine: Engine) -> int:
 def flood(engine: Engine, name: str = "flood") -> None:
     """A turn that needs the whole pool, and is not kept."""
     engine.turn(name, [n * 7 % 100 for n in range(156)], session_id=None, max_tokens=1)
-    engine.manager.store.reset()
+    engine.manager.store.drop_all()
     forget_free_blocks(engine)
 
 
@@ -231,7 +231,7 @@ def test_a_resident_session_of_several_groups_is_resumed(grouped: Engine) -> Non
 def test_a_session_of_several_groups_that_the_gpu_lost_is_restored(grouped: Engine) -> None:
     """What is missing then are the last blocks, of which vLLM stores the fewer the more kinds."""
     history = grouped.turn("first", list(range(50)), max_tokens=4)
-    grouped.manager.store.reset()
+    grouped.manager.store.drop_all()
     forget_free_blocks(grouped)
     history = grouped.turn("second", [*history, 1], max_tokens=4)
     assert num_loaded(grouped) > 0

@@ -139,7 +139,7 @@ def test_a_reset_is_named(engine: Engine) -> None:
 def test_what_the_tier_has_is_not_missed(options: dict[str, Any]) -> None:
     engine = Engine(**options, kv_transfer=offloading(200))
     history = engine.turn("first", list(range(50)))
-    engine.manager.store.reset()
+    engine.manager.store.drop_all()
     forget_free_blocks(engine)
     engine.turn("second", [*history, 1])
     record = turn_of(engine, "second")

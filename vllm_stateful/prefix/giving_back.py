@@ -27,7 +27,7 @@ class GivingBack(ResidencyBook):
         self._forget(residency)
         self._unpin(residency.tables)
         self._give(residency.tables)
-        self._drop_points(residency)
+        self._release_points_of(residency)
         self._count(residency, why, 0)
         return before - self.pins.num_pinned
 
@@ -115,7 +115,7 @@ class GivingBack(ResidencyBook):
             self.tier.closed(session)
         return len(idle)
 
-    def reset(self) -> None:
+    def drop_all(self) -> None:
         """Drop everything; borrowed blocks stay with their turns."""
         for residency in self.residencies():
             if residency.borrower is None:

@@ -161,7 +161,7 @@ class ResidencyBook:
         for point in points:
             self._give(point.tables)
 
-    def _drop_points(self, residency: Residency) -> None:
+    def _release_points_of(self, residency: Residency) -> None:
         """Give back the points that a residency holds, pinned all of them."""
         for point in residency.points:
             self._unpin(point.tables)

@@ -241,7 +241,7 @@ def test_reset_drops_everything_and_running_turns_keep_their_blocks(engine: Fake
     engine.kept(ALICE, HISTORY)
     engine.kept(BOB, WORDS)
     turn = engine.start(ALICE, [*HISTORY, 1])
-    engine.store.reset()
+    engine.store.drop_all()
     assert engine.store.num_sessions == engine.store.num_residencies == engine.store.num_idle == 0
     assert engine.store.demotions[Demotion.RESET] == 2
     engine.check()
@@ -253,7 +253,7 @@ def test_reset_drops_everything_and_running_turns_keep_their_blocks(engine: Fake
 def test_a_turn_that_ends_after_a_reset_can_still_be_kept(engine: FakeEngine) -> None:
     engine.kept(ALICE, HISTORY)
     turn = engine.start(ALICE, [*HISTORY, 1])
-    engine.store.reset()
+    engine.store.drop_all()
     made = engine.finish(turn)
     assert engine.store.residencies() == [made]
     engine.check()

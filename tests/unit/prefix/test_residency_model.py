@@ -193,7 +193,7 @@ class Residencies(RuleBasedStateMachine):
     def reset(self, yes: bool) -> None:
         if not yes:
             return
-        self.store.reset()
+        self.store.drop_all()
         assert self.store.residencies() == []
 
     @invariant()
@@ -216,7 +216,7 @@ class Residencies(RuleBasedStateMachine):
                 assert not any(b is not a and a == b[: len(a)] for b in idle)
 
     def teardown(self) -> None:
-        self.store.reset()
+        self.store.drop_all()
         for turn in list(self.engine.running):
             self.engine.preempt(turn)
         assert self.engine.pool.ref_cnts == {}

@@ -220,7 +220,7 @@ class KVAdmission(KVLookup):
         base = None if offer is None else offer.residency
         if self.store.demote_next(Demotion.PRESSURE, lacking, keep=base) is not None:
             return True
-        if self._drop_points_in_use(lacking):
+        if self._release_points_in_use(lacking):
             return True
         if turn is None or offer is None or not offer.residency.is_idle:
             return False
@@ -229,7 +229,7 @@ class KVAdmission(KVLookup):
         self.store.demote(offer.residency, Demotion.PRESSURE)
         return True
 
-    def _drop_points_in_use(self, lacking: int) -> bool:
+    def _release_points_in_use(self, lacking: int) -> bool:
         """Give back resume points of running turns, until so many blocks are free.
 
         Returns:
@@ -241,11 +241,11 @@ class KVAdmission(KVLookup):
                 break
             num_own = sum(map(self._num_own, turn.points))
             if num_own:
-                self._drop_points(turn)
+                self._release_points(turn)
                 num_given += num_own
         return num_given > 0
 
-    def _drop_points(self, turn: Turn) -> None:
+    def _release_points(self, turn: Turn) -> None:
         self._disown(turn)
         self.store.release_points(turn.points)
         turn.points = []

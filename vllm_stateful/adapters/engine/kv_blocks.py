@@ -47,7 +47,7 @@ class StatefulKVCacheManager(KVAdmission):
             self._keep(request, turn)
             return
         if turn is not None:
-            self._drop_points(turn)
+            self._release_points(turn)
             self._forfeit(turn, self._why_not_kept(request, turn))
             self._note_end(request, turn, 0, is_kept=False)
         super().free(request)
@@ -85,7 +85,7 @@ class StatefulKVCacheManager(KVAdmission):
         if turn is not None:
             turn.is_loading = turn.has_failed = False
             self._unshare(turn)
-            self._drop_points(turn)
+            self._release_points(turn)
             turn.wanted, turn.planned_for = [], None
             self._forfeit(turn, Demotion.PREEMPTED)
 
@@ -110,7 +110,7 @@ class StatefulKVCacheManager(KVAdmission):
             request.request_id, frontier, known, has_state=has_state
         )
         if frontier <= 0:
-            self._drop_points(turn)
+            self._release_points(turn)
             self._note_end(request, turn, 0, is_kept=False)
             return
         num_known = frontier + self.lookahead
@@ -177,7 +177,7 @@ class StatefulKVCacheManager(KVAdmission):
     def reset_prefix_cache(self) -> bool:
         """Drop every residency, then reset as vLLM does. Running turns will not be kept."""
         self.epoch += 1
-        self.store.reset()
+        self.store.drop_all()
         return bool(super().reset_prefix_cache())
 
     def close_session(self, session_id: str, cache_salt: str | None) -> int:
