@@ -48,7 +48,7 @@ def explained(turn: Mapping[str, Any]) -> list[str]:
         turn: one of ``/v1/turns``.
     """
     missed = turn["missed"]
-    sentences = [_summary(turn), _reason(missed)]
+    sentences = [_summary(turn), reason(missed)]
     if missed["num_tokens"]:
         sentences.append(f"{_tokens(missed['num_tokens'])} had been computed before.")
     if missed.get("num_behind_snapshot"):
@@ -72,18 +72,19 @@ def _tokens(count: int) -> str:
     return f"{count:,} token{'' if count == 1 else 's'}"
 
 
-def _reason(missed: Mapping[str, Any]) -> str:
+def reason(missed: Mapping[str, Any]) -> str:
+    """Why a turn did not reuse more, in one sentence. From ``missed`` of a turn."""
     cause = Cause(missed["cause"])
     why = missed.get("why_gone")
     if cause is Cause.CHANGED:
         message = missed.get("message")
-        where = "" if message is None else f" of message {message}"
+        where = "" if message is None else f", in messages[{message}]"
         name = _NAMES.get(missed.get("kind") or "other", "")
         return f"The history changed at token {missed['token']:,}{where}: {name}."
     if cause is Cause.EVICTED:
         when = ""
         if missed.get("gone_s") is not None:
-            gone, idle = _seconds(missed["gone_s"]), _seconds(missed["idle_s"])
+            gone, idle = seconds(missed["gone_s"]), seconds(missed["idle_s"])
             when = f" {gone} ago, {idle} after its last use"
         return f"The KV of the session was given back{when}: {_GONE.get(why or '', why)}."
     if cause is Cause.BYPASSED:
@@ -115,15 +116,16 @@ def _of_client(said: Mapping[str, Any]) -> list[str]:
 def _times(turn: Mapping[str, Any]) -> str:
     parts = []
     if turn["waited_s"] is not None:
-        parts.append(f"waited {_seconds(turn['waited_s'])} for {turn['waited_for']} before it")
+        parts.append(f"waited {seconds(turn['waited_s'])} for {turn['waited_for']} before it")
     names = (("queue_s", "in the queue"), ("first_token_s", "to the first token"))
     for name, label in (*names, ("decode_s", "decoding")):
         if turn[name] is not None:
-            parts.append(f"{_seconds(turn[name])} {label}")
+            parts.append(f"{seconds(turn[name])} {label}")
     return "Times: " + ", ".join(parts) + "."
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """A duration for people."""
     if value < 1:
         return f"{1000 * value:.0f} ms"
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.0f} min"

@@ -25,7 +25,7 @@ def test_a_changed_history() -> None:
     missed.before, missed.now = "Monday", "Tuesday"
     assert explained(record(missed).as_dict()) == [
         "Resumed: of 1,500 tokens, 1,000 reused, 500 computed.",
-        "The history changed at token 1,000 of message 3: a tool's result.",
+        "The history changed at token 1,000, in messages[3]: a tool's result.",
         "400 tokens had been computed before.",
         "The same before that, but without a resume point: 1 token.",
         "Before: 'Monday'",
