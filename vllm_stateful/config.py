@@ -24,6 +24,7 @@ TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 class StatefulConfig:
     """The options of one server, validated."""
 
+    profile: str = "exact"
     pin_fraction: float = 0.5
     idle_seconds: float = 900.0
     resume_points: int = 4
@@ -142,9 +143,24 @@ def parse_bool(text: str) -> bool:
     return lowered in TRUE
 
 
+PROFILES: Mapping[str, Mapping[str, str]] = {
+    "exact": {},
+    "fast": {"history": "generated", "tool_call_check": "end", "drafts": "on"},
+}
+"""What ``--stateful-profile`` sets, where the option itself is not given."""
+
 YEAR_S = 365 * 24 * 3600.0
 
 OPTIONS: tuple[Option, ...] = (
+    Option(
+        "profile",
+        _one_of(*PROFILES),
+        "'exact' or 'fast'",
+        "Sets several options; those that are given themselves win. exact: every prompt has the "
+        "token ids of stock vLLM. fast: --stateful-history generated, --stateful-tool-call-check "
+        "end and --stateful-drafts on, with which vLLM refuses requests with min_p or logit_bias. "
+        "Default: exact.",
+    ),
     Option(
         "pin_fraction",
         _within(0.0, 1.0),
@@ -240,11 +256,11 @@ OPTIONS: tuple[Option, ...] = (
         "drafts",
         _one_of("off", "auto", "on"),
         "'off', 'auto' or 'on'",
-        "Drafts from sessions beside a drafting head (EAGLE, MTP, ...): what a session repeats is "
-        "verified where that was right more often than the head's draft. auto does so in the "
-        "engine core (model runner V1 without async scheduling); on also on the device (model "
-        "runner V2), whose speed was not measured yet; off leaves all drafts to the head. "
-        "Default: auto.",
+        "Drafts from sessions: what a session repeats is verified several tokens at once. on makes "
+        "the right --speculative-config where none is given. Beside a drafting head (EAGLE, MTP, "
+        "...) the draft is taken that was right more often: auto does so in the engine core (model "
+        "runner V1 without async scheduling), on also on the device (model runner V2). The speed "
+        "on a device was not measured yet. off leaves all drafts to the head. Default: auto.",
     ),
     Option(
         "explain",
@@ -315,7 +331,14 @@ def load_config(environ: Mapping[str, str] = os.environ) -> StatefulConfig:
         for key, option in known.items()
         if key in environ
     }
-    return StatefulConfig(**values)
+    return StatefulConfig(**{**PROFILES[values.get("profile", "exact")], **values})
+
+
+def set_by_profile(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What the profile has set: values by the names of the fields, without those that are given."""
+    profile = load_config(environ).profile
+    given = {option.field for option in OPTIONS if option.env in environ}
+    return {name: value for name, value in PROFILES[profile].items() if name not in given}
 
 
 @lru_cache(maxsize=1)

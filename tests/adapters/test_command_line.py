@@ -20,6 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_stateful.adapters import activation, fit
 from vllm_stateful.adapters.frontend import command_line
 from vllm_stateful.adapters.frontend.command_line import _allow_endpoint_plugin
+from vllm_stateful.adapters.speculation import IN_ENGINE_CORE, ON_DEVICE
 from vllm_stateful.compat import probe
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.config import OPTIONS, StatefulConfig, process_config
@@ -398,3 +399,57 @@ def test_every_group_that_vllm_loads_by_name_is_known() -> None:
         if name.endswith("_PLUGINS_GROUP") and isinstance(value, str)
     }
     assert groups <= {*command_line.GENERAL_GROUPS, command_line.ENDPOINT_GROUP}
+
+
+# ---- drafts from sessions, without JSON ------------------------------------------------------
+
+DRAFTING = [
+    ["--plugin", "stateful", "--stateful-drafts", "on"],
+    ["--stateful-drafts", "on", "--plugin", "stateful"],
+    ["--plugin", "stateful", "--stateful-profile", "fast"],
+    ["--stateful-profile", "fast", "--plugin", "stateful"],
+]
+HEAD = '{"method": "mtp", "num_speculative_tokens": 1}'
+
+
+@pytest.mark.parametrize("words", DRAFTING, ids=" ".join)
+def test_drafts_on_makes_the_right_speculative_config(parse: Parse, words: list[str]) -> None:
+    assert parse(*words).speculative_config == IN_ENGINE_CORE
+
+
+@pytest.mark.parametrize("words", DRAFTING, ids=" ".join)
+def test_on_cuda_the_device_drafts(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr(command_line.current_platform, "is_cuda", lambda: True, raising=False)
+    assert parse(*words).speculative_config == ON_DEVICE
+
+
+@pytest.mark.parametrize("words", DRAFTING, ids=" ".join)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_config_of_the_users_own_wins(parse: Parse, words: list[str], is_first: bool) -> None:
+    own = ["--speculative-config", HEAD]
+    arguments = parse(*(own + words if is_first else words + own))
+    assert arguments.speculative_config["method"] == "mtp"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--plugin", "stateful", "--stateful-profile", "fast", "--stateful-drafts", "off"],
+        ["--stateful-drafts", "auto", "--plugin", "stateful", "--stateful-profile", "fast"],
+        ["--plugin", "stateful", "--stateful-profile", "exact"],
+        ["--stateful-drafts", "on"],
+        ["--plugin", "stateful"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_drafted_unasked(parse: Parse, words: list[str]) -> None:
+    assert parse(*words).speculative_config is None
+
+
+def test_drafts_on_in_the_environment_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_STATEFUL", "1")
+    monkeypatch.setenv("VLLM_STATEFUL_PROFILE", "fast")
+    process_config.cache_clear()
+    assert make_parser().parse_args(["some/model"]).speculative_config == IN_ENGINE_CORE

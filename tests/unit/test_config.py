@@ -11,12 +11,14 @@ from vllm_stateful.config import (
     ENABLE_ENV,
     FEATURES,
     OPTIONS,
+    PROFILES,
     Option,
     StatefulConfig,
     is_enabled,
     load_config,
     parse_bool,
     process_config,
+    set_by_profile,
     write_option,
 )
 from vllm_stateful.errors import ConfigError, StatefulError, UnsupportedError
@@ -227,3 +229,19 @@ def test_an_option_that_is_written_counts_at_once(monkeypatch: pytest.MonkeyPatc
     assert process_config().verify_tokens == 0.5
     write_option(option, "0.25")
     assert process_config().verify_tokens == 0.25
+
+
+def test_a_profile_sets_what_is_not_given() -> None:
+    made = load_config({"VLLM_STATEFUL_PROFILE": "fast"})
+    assert (made.history, made.tool_call_check, made.drafts) == ("generated", "end", "on")
+    environ = {"VLLM_STATEFUL_PROFILE": "fast", "VLLM_STATEFUL_DRAFTS": "off"}
+    assert load_config(environ).drafts == "off"
+    assert set_by_profile(environ) == {"history": "generated", "tool_call_check": "end"}
+    assert set_by_profile({}) == set_by_profile({"VLLM_STATEFUL_PROFILE": "exact"}) == {}
+    assert load_config({"VLLM_STATEFUL_PROFILE": "exact"}) == load_config({})
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_what_a_profile_sets_is_allowed(profile: str) -> None:
+    for name, value in PROFILES[profile].items():
+        assert BY_FIELD[name].read(value, name) == value

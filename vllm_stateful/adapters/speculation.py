@@ -29,6 +29,15 @@ from typing import Any
 
 from vllm_stateful.config import StatefulConfig
 
+ON_DEVICE: dict[str, Any] = {
+    "method": "ngram_gpu",
+    "num_speculative_tokens": 8,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 16,
+    "num_speculative_tokens_per_batch_size": [[1, 8, 8], [9, 32, 3], [33, 1024, 0]],
+}
+"""vLLM's ``--speculative-config`` on CUDA."""
+
 
 class SessionDrafter:
     """A ``custom_class`` proposer for vLLM's worker, which leaves drafting to the engine core."""
@@ -45,6 +54,14 @@ class SessionDrafter:
 
 
 NAME = f"{SessionDrafter.__module__}.{SessionDrafter.__qualname__}"
+
+
+IN_ENGINE_CORE: dict[str, Any] = {
+    "method": "custom_class",
+    "num_speculative_tokens": 16,
+    "model": NAME,
+}
+"""vLLM's ``--speculative-config`` elsewhere."""
 
 
 def is_asked_for(vllm_config: Any) -> bool:

@@ -11,16 +11,26 @@ from typing import Any
 
 from vllm import envs
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_stateful.adapters.activation import activate
 from vllm_stateful.adapters.fit import off_reason, problems, report_problem
-from vllm_stateful.config import ENABLE_ENV, OPTIONS, Option, is_enabled, write_option
+from vllm_stateful.adapters.speculation import IN_ENGINE_CORE, ON_DEVICE
+from vllm_stateful.config import (
+    ENABLE_ENV,
+    OPTIONS,
+    Option,
+    is_enabled,
+    process_config,
+    write_option,
+)
 from vllm_stateful.errors import ConfigError, StatefulError
 
 logger = init_logger("vllm.stateful")
 
 PLUGIN_NAME = "stateful"
 USAGE_OPTION = "enable_prompt_tokens_details"
+DRAFTS_OPTION = "speculative_config"
 GENERAL_GROUPS = (
     "vllm.general_plugins",
     "vllm.platform_plugins",
@@ -50,6 +60,10 @@ def extend_parser(parser: argparse.ArgumentParser) -> None:
     _truthful_usage(parser)
     if is_enabled() and off_reason() is None:
         _allow_endpoint_plugin()
+        if process_config().drafts == "on":
+            namespace = argparse.Namespace()
+            _take_drafts(namespace)
+            parser.set_defaults(**vars(namespace))
 
 
 def options_help() -> str:
@@ -83,6 +97,24 @@ def _argument(option: Option) -> dict[str, Any]:
     return {"action": _SetOption, "metavar": "VALUE", **common}
 
 
+class _FromSessions(dict[str, Any]):
+    """A ``--speculative-config`` that is not the user's."""
+
+
+def _take_drafts(namespace: argparse.Namespace) -> None:
+    """``--stateful-drafts on`` without a ``--speculative-config``: make the right one.
+
+    One that is given later on the command line takes its place, and so does a later ``off``.
+    """
+    given = getattr(namespace, DRAFTS_OPTION, None)
+    is_wanted = is_enabled() and process_config().drafts == "on"
+    if is_wanted and given is None:
+        made = ON_DEVICE if current_platform.is_cuda() else IN_ENGINE_CORE
+        setattr(namespace, DRAFTS_OPTION, _FromSessions(made))
+    elif not is_wanted and isinstance(given, _FromSessions):
+        setattr(namespace, DRAFTS_OPTION, None)
+
+
 class _EnablePlugin(argparse.Action):
     """``--plugin NAME``: turn the plugin on in this process and its children."""
 
@@ -106,6 +138,7 @@ class _EnablePlugin(argparse.Action):
         if isinstance(getattr(namespace, USAGE_OPTION, None), _NotGiven):
             setattr(namespace, USAGE_OPTION, True)
         _guarded(parser, activate)
+        _take_drafts(namespace)
 
 
 class _SetOption(argparse.Action):
@@ -129,6 +162,7 @@ class _SetOption(argparse.Action):
         if self.option.field != "strict" and off_reason() is not None:
             return
         write_option(self.option, values)
+        _take_drafts(namespace)
         if is_enabled() and not problems():  # what is patched may depend on it
             _guarded(parser, activate)
 

@@ -24,7 +24,7 @@ from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
 from vllm_stateful.adapters.frontend.session_routes import ask_all, router
 from vllm_stateful.compat.ledger import patch_of
-from vllm_stateful.config import is_enabled, process_config
+from vllm_stateful.config import is_enabled, process_config, set_by_profile
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
@@ -56,6 +56,7 @@ class StatefulEndpoint:
         """Start the metrics' poll. Only the first of several API servers asks the engine."""
         if not _is_on() or engine_client is None:
             return
+        _say_profile()
         _warn_of_shared_media(engine_client)
         asks = getattr(engine_client.engine_core, "client_index", 0) == 0
         is_known = await _learn_whether_engines_are_off(engine_client)
@@ -63,6 +64,14 @@ class StatefulEndpoint:
         session_affinity.watch(engine_client.engine_core, patch_of("prompt-send").is_applied)
         poll = _poll(engine_client, MetricsExporter(), asks, is_known=is_known)
         state.stateful_poll = asyncio.create_task(poll)
+
+
+def _say_profile() -> None:
+    """What ``--stateful-profile`` has set, in one line."""
+    made = set_by_profile()
+    if made:
+        options = ", ".join(f"--stateful-{name.replace('_', '-')} {made[name]}" for name in made)
+        logger.info("stateful: --stateful-profile %s sets %s", process_config().profile, options)
 
 
 def _warn_of_shared_media(engine_client: Any) -> None:
