@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.demo import machine
-from vllm_stateful.adapters.engine.scheduler_prefixes import SchedulerPrefixes
+from vllm_stateful.adapters.engine.shared_prefixes import SchedulerPrefixes
 from vllm_stateful.attention import ops
 from vllm_stateful.attention.choice import Graphs, Layers
 from vllm_stateful.attention.plan import SharedPrefix

@@ -35,8 +35,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_stateful.adapters.engine.answer_ends import AnswerEnds
+from vllm_stateful.adapters.engine.engine_drafts import EngineDrafts
 from vllm_stateful.adapters.engine.scheduler import StatefulAsyncScheduler, StatefulScheduler
-from vllm_stateful.adapters.engine.scheduler_drafts import SchedulerDrafts
 from vllm_stateful.adapters.slots import of_step
 
 VOCAB = 100
@@ -395,7 +395,7 @@ class SimulatedEngine:
             if "state" in names:
                 self.scheduler.ends = AnswerEnds(ends)
         if session_drafts:
-            self.scheduler.speculation = SchedulerDrafts(
+            self.scheduler.engine_drafts = EngineDrafts(
                 self.manager, None, num_drafts, is_beside_head=beside_head
             )
         self.worker = SimulatedWorker(num_blocks, block_size, kinds)
@@ -464,7 +464,7 @@ class SimulatedEngine:
 
     def _propose(self) -> None:
         """Drafts as `ngram` makes them (synchronous scheduling): some right, some wrong."""
-        speculation = self.scheduler.speculation
+        speculation = self.scheduler.engine_drafts
         running = self.scheduler.running if self.num_drafts else ()
         if self.worker.num_own_drafts:
             return

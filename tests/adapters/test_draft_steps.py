@@ -18,7 +18,7 @@ NUM_TOKENS = 16
 def new_engine() -> Engine:
     """Rows are cheap, however busy the machine of the test is."""
     engine = Engine(num_blocks=64, session_drafts=True, num_drafts=8)
-    engine.scheduler.speculation.costs.least_chance = lambda *_: LEAST_CHANCE
+    engine.scheduler.engine_drafts.costs.least_chance = lambda *_: LEAST_CHANCE
     return engine
 
 
@@ -30,9 +30,9 @@ def answered(cache_salt: str | None = None) -> Engine:
 
 
 def num_drafted(engine: Engine, **options: Any) -> int:
-    before = engine.scheduler.speculation.drafts.num_drafted
+    before = engine.scheduler.engine_drafts.drafts.num_drafted
     engine.turn("second", HISTORY, ALICE, max_tokens=NUM_TOKENS, **options)
-    return int(engine.scheduler.speculation.drafts.num_drafted - before)
+    return int(engine.scheduler.engine_drafts.drafts.num_drafted - before)
 
 
 def test_what_an_agent_has_said_before_is_drafted_and_saves_steps() -> None:
@@ -51,7 +51,7 @@ def test_a_request_can_do_without(value: object) -> None:
 @pytest.mark.parametrize(("value", "is_drafted"), [(1, True), ("on", True), (None, False)])
 def test_a_request_can_ask_for_them_where_rows_are_dear(value: object, is_drafted: bool) -> None:
     engine = answered()
-    engine.scheduler.speculation.costs.least_chance = lambda *_: 1.0
+    engine.scheduler.engine_drafts.costs.least_chance = lambda *_: 1.0
     drafted = num_drafted(engine, extra_args={} if value is None else {XARG: value})
     assert (drafted > NUM_TOKENS // 2) == is_drafted
 
@@ -69,8 +69,8 @@ def test_on_a_cpu_nothing_is_verified_beside_a_turn_that_is_not_greedy(
 ) -> None:
     """vLLM's rejection sampler has no temperatures there; the turn may come after the drafts."""
     engine = answered()
-    assert engine.scheduler.speculation.greedy_only  # on this machine
-    engine.scheduler.speculation.greedy_only = greedy_only
+    assert engine.scheduler.engine_drafts.greedy_only  # on this machine
+    engine.scheduler.engine_drafts.greedy_only = greedy_only
     engine.add("greedy", HISTORY, session_id=ALICE, max_tokens=NUM_TOKENS)
     for _ in range(num_steps):
         engine.step()
@@ -88,7 +88,7 @@ def test_on_a_cpu_nothing_is_verified_beside_a_turn_that_is_not_greedy(
 def beside_head(**options: Any) -> Engine:
     """Looks are cheap."""
     engine = Engine(num_blocks=64, session_drafts=True, beside_head=True, num_drafts=4, **options)
-    engine.scheduler.speculation.drafts.beside.pays = lambda *_: True
+    engine.scheduler.engine_drafts.drafts.beside.pays = lambda *_: True
     return engine
 
 
@@ -109,7 +109,7 @@ def test_beside_a_head_a_request_can_do_without_drafts(is_long: bool) -> None:
     """None of the head's either, whether looks pay or rest."""
     engine = beside_head()
     if not is_long:
-        engine.scheduler.speculation._rests = 1000
+        engine.scheduler.engine_drafts._rests = 1000
     engine.turn("first", HISTORY, ALICE, max_tokens=8, extra_args={XARG: 0})
     drafted = [step.scheduled_spec_decode_tokens for step in engine.outputs]
     assert not any(drafted)
@@ -117,7 +117,7 @@ def test_beside_a_head_a_request_can_do_without_drafts(is_long: bool) -> None:
 
 def test_looks_that_do_not_pay_rest_and_the_head_goes_on() -> None:
     engine = beside_head()
-    speculation = engine.scheduler.speculation
+    speculation = engine.scheduler.engine_drafts
     speculation.drafts.beside.pays = lambda *_: False
     engine.turn("first", HISTORY, ALICE, max_tokens=60)
     assert any(step.scheduled_spec_decode_tokens for step in engine.outputs)
@@ -128,9 +128,9 @@ def test_looks_that_do_not_pay_rest_and_the_head_goes_on() -> None:
 
 def test_a_turn_that_ends_while_looks_rest_is_remembered() -> None:
     engine = beside_head()
-    engine.scheduler.speculation._rests = 1000
+    engine.scheduler.engine_drafts._rests = 1000
     engine.turn("first", HISTORY, ALICE, max_tokens=6)
-    assert len(engine.scheduler.speculation.drafts.waiting()) == 1
+    assert len(engine.scheduler.engine_drafts.drafts.waiting()) == 1
 
 
 @pytest.mark.parametrize(("options", "is_chosen"), [({}, True), ({"temperature": 0.5}, False)])
@@ -140,7 +140,7 @@ def test_with_a_seed_only_the_heads_draft_is_verified(
     engine = beside_head()
     for session in ("first", "second", "third"):
         engine.turn(session, HISTORY, ALICE, max_tokens=40, seed=7, **options)
-    assert (engine.scheduler.speculation.drafts.num_drafted > 0) == is_chosen
+    assert (engine.scheduler.engine_drafts.drafts.num_drafted > 0) == is_chosen
 
 
 @pytest.mark.parametrize(

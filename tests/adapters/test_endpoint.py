@@ -145,12 +145,13 @@ def test_without_an_operators_key_no_key_sees_all() -> None:
         assert served(engine).get("/v1/sessions", headers=headers).json() == {"sessions": []}
 
 
-def test_sessions_of_several_engines_are_listed_in_pages() -> None:
-    engines = [Engine(num_blocks=81), Engine(num_blocks=81)]
+@pytest.mark.parametrize("num_engines", [1, 2])
+def test_sessions_are_listed_in_pages(num_engines: int) -> None:
+    engines = [Engine(num_blocks=81) for _ in range(num_engines)]
     for number in range(6):
-        engines[number % 2].now = float(number)
-        name = f"session-{number:03}"
-        engines[number % 2].turn(f"turn-{number}", [number, *HISTORY], name)
+        engine = engines[number % num_engines]
+        engine.now = float(number)
+        engine.turn(f"turn-{number}", [number, *HISTORY], f"session-{number:03}")
     for engine in engines:
         engine.now = 10.0
     client = served(*engines)
@@ -161,9 +162,11 @@ def test_sessions_of_several_engines_are_listed_in_pages() -> None:
     assert names == [f"session-{number:03}" for number in range(5, -1, -1)]
 
 
-@pytest.mark.parametrize("limit", [0, -1, 1001, "many"])
-def test_a_limit_that_is_none_is_refused(limit: Any) -> None:
-    assert served().get("/v1/sessions", params={"limit": limit}).status_code == 422
+@pytest.mark.parametrize(
+    "wrong", [{"limit": 0}, {"limit": -1}, {"limit": 1001}, {"limit": "many"}, {"skip": -1}]
+)
+def test_a_limit_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
+    assert served().get("/v1/sessions", params=wrong).status_code == 422
 
 
 def test_an_engine_that_keeps_no_sessions_says_so() -> None:

@@ -11,7 +11,7 @@ import pytest
 from simulated_engine import SimulatedEngine, expected_answer
 
 from vllm_stateful.adapters import attention_choice
-from vllm_stateful.adapters.engine.scheduler_prefixes import SchedulerPrefixes
+from vllm_stateful.adapters.engine.shared_prefixes import SchedulerPrefixes
 from vllm_stateful.adapters.slots import of_step
 from vllm_stateful.attention import shared_prefixes
 from vllm_stateful.attention.shared_prefixes import SharedKeys

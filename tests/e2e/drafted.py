@@ -148,7 +148,7 @@ def main() -> None:
     stop = said["greedy 0"]["text"][10:14]
     said |= dict(answers(llm, {"stop": {"stop": [stop]}}))
     document: dict[str, Any] = {"answers": said}
-    document["accepted"] = scheduler.speculation.drafts.num_accepted if args.drafts else 0
+    document["accepted"] = scheduler.engine_drafts.drafts.num_accepted if args.drafts else 0
     if args.drafts != "beside-head":  # vLLM on a CPU cannot verify drafts beside drawn tokens
         document["mixed"] = mixed(llm)
     args.out.write_text(json.dumps(document))

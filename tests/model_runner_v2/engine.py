@@ -42,7 +42,7 @@ from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerific
 
 from benchmarks.models.dummy import SHAPES, write_config, write_weights
 from benchmarks.models.tiny import ensure_tiny
-from vllm_stateful.adapters.engine import scheduler_lookup
+from vllm_stateful.adapters.engine import device_drafts
 from vllm_stateful.adapters.slots import on_request
 from vllm_stateful.adapters.worker import lookup_speculator
 from vllm_stateful.compat.ledger import patch_of
@@ -62,7 +62,7 @@ def engine(folder: Path, **options: Any) -> LLM:
     """A small random model."""
     on_host.allow_async_scheduling()
     on_host.skip_overflow_checks()
-    for module in (scheduler_lookup, lookup_speculator):  # fewer programs to interpret
+    for module in (device_drafts, lookup_speculator):  # fewer programs to interpret
         module.BUFFER_TOKENS, module.REGION_TOKENS = 2048, 512
     options = {"num_gpu_blocks_override": 64, "skip_tokenizer_init": True, **options}
     if SIDE in ("drafts", "adaptive", "crowded", "grammar"):

@@ -36,7 +36,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from benchmarks.models import shapes
-from vllm_stateful.adapters.engine import scheduler_lookup
+from vllm_stateful.adapters.engine import device_drafts
 from vllm_stateful.adapters.worker import lookup_speculator
 
 NUM_DRAFTS, TURNS, SYSTEM, ADDED, MOST = 3, 3, 40, 9, 41
@@ -59,7 +59,7 @@ def engine(folder: Path) -> LLM:
     on_host.allow_async_scheduling()
     on_host.skip_overflow_checks()
     shapes.liven()
-    for module in (scheduler_lookup, lookup_speculator):  # fewer programs to interpret
+    for module in (device_drafts, lookup_speculator):  # fewer programs to interpret
         module.BUFFER_TOKENS, module.REGION_TOKENS = 2048, 512
     family = shapes.FAMILIES["qwen3next" if SIDE == "mtp" else "nemotronh"]
     small = {} if SIDE == "mtp" else SMALL

@@ -14,7 +14,7 @@ on by vLLM's own option, without a patch::
 
 vLLM asks its worker for drafts after each step and gives them to the scheduler, which makes the
 next step verify them. With this option the worker proposes nothing, and the scheduler uses the
-session's drafts instead (`scheduler_drafts`, which is imported only then, as its index is
+session's drafts instead (`engine_drafts`, which is imported only then, as its index is
 compiled). The rest is unchanged vLLM: grammars cut drafts, and the rejection sampler keeps the
 distribution.
 

@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from vllm_stateful.cli.server import Server, ServerError, add_options
+from vllm_stateful.cli.client import ServerClient, ServerError, add_options
 from vllm_stateful.session.sentences import explained
 
 
@@ -26,7 +26,7 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace, _: list[str]) -> int:
     """Print the turns, the newest first. 1: the server did not answer; 0 otherwise."""
     try:
-        turns = _turns(Server(options), options)
+        turns = _turns(ServerClient(options), options)
     except ServerError as error:
         print(error, file=sys.stderr)
         return 1
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _turns(server: Server, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _turns(server: ServerClient, options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.request is not None:
         return [server.get(f"turns/{options.request}")]
     path = "turns" if options.session is None else f"sessions/{options.session}/turns"

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from vllm_stateful.cli.server import Server, ServerError, add_options
+from vllm_stateful.cli.client import ServerClient, ServerError, add_options
 from vllm_stateful.session.sentences import reason, seconds
 
 
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    console, server = Console(), Server(options)
+    console, server = Console(), ServerClient(options)
     try:
         if options.once:
             console.print(screen(server, options.rows))
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
         return 0
 
 
-def screen(server: Server, rows: int) -> Any:
+def screen(server: ServerClient, rows: int) -> Any:
     """Both tables, as a renderable of ``rich``."""
     from rich.console import Group
 
@@ -58,8 +58,8 @@ def _sessions(sessions: list[dict[str, Any]]) -> Any:
         state = each["state"].replace("_", " ")
         if each["waits_for"]:
             state = f"waits for {each['waits_for']}"
-        if each["given_back"] and not each["blocks"]:
-            state += f" (given back: {each['given_back']})"
+        if each["demoted"] and not each["blocks"]:
+            state += f" (given back: {each['demoted']})"
         counts = (f"{each[name]:,}" for name in ("turns", "tokens", "blocks", "resume_points"))
         table.add_row(each["session_id"], state, *counts, seconds(each["idle_s"]))
     return table

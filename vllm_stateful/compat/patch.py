@@ -72,7 +72,7 @@ def call_shape(function: Callable[..., Any]) -> str:
     signature = inspect.signature(function, **_UNRESOLVED)
     parameters = [_bare(parameter) for parameter in signature.parameters.values()]
     bare = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
-    return f"{_colour(function)}{bare}"
+    return f"{_async_prefix(function)}{bare}"
 
 
 def _bare(parameter: inspect.Parameter) -> inspect.Parameter:
@@ -82,7 +82,7 @@ def _bare(parameter: inspect.Parameter) -> inspect.Parameter:
     return parameter.replace(annotation=inspect.Parameter.empty, default=default)
 
 
-def _colour(function: Callable[..., Any]) -> str:
+def _async_prefix(function: Callable[..., Any]) -> str:
     if inspect.isasyncgenfunction(function):
         return "async generator "
     return "async " if inspect.iscoroutinefunction(function) else ""
@@ -225,7 +225,7 @@ class Patch:
         replacement = self.wrap(function, *self.calls)
         if replacement is function or not isinstance(replacement, FunctionType):
             raise CompatError(f"patch {self.name!r} must return a new function")
-        if _colour(replacement) != _colour(function):
+        if _async_prefix(replacement) != _async_prefix(function):
             raise CompatError(f"patch {self.name!r} mixes async and plain functions")
         return functools.update_wrapper(replacement, function)
 

@@ -65,7 +65,7 @@ class ResidencyBook:
         self.max_points = max_points
         self.pins = PinLedger(num_blocks, budget_blocks)
         self.demotions = dict.fromkeys(Demotion, 0)
-        self.on_given: Callable[[SessionKey, Demotion, int], None] | None = None
+        self.on_demoted: Callable[[SessionKey, Demotion, int], None] | None = None
         """Told whose KV was given back, why, and how many tokens of it stayed."""
         self._release = release
         self._clock = clock
@@ -187,11 +187,11 @@ class ResidencyBook:
             residency.tree.shorten(residency, frontier)
         return given
 
-    def _count(self, residency: Residency, why: Demotion, num_kept: int) -> None:
+    def _report_demotion(self, residency: Residency, why: Demotion, num_kept: int) -> None:
         """A residency gave blocks back, and keeps so many tokens."""
         self.demotions[why] += 1
-        if self.on_given is not None:
-            self.on_given(residency.session, why, num_kept)
+        if self.on_demoted is not None:
+            self.on_demoted(residency.session, why, num_kept)
 
     # ---- entries -------------------------------------------------------------------------
 

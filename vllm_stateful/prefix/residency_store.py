@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 
 from vllm_stateful.prefix.boundaries import Cuts, Kind
+from vllm_stateful.prefix.demoting import Demoting
 from vllm_stateful.prefix.edits import end_of_question, is_found_in
-from vllm_stateful.prefix.giving_back import GivingBack
 from vllm_stateful.prefix.groups.table import ResumePoint, Tables
 from vllm_stateful.prefix.matching import Matching
 from vllm_stateful.prefix.radix_tree import NO_CUTS, Known, RadixTree
@@ -32,7 +32,7 @@ MAX_BRANCHES = 4
 """Residencies of one session id. Several are needed: sub-agents often share their root's id."""
 
 
-class ResidencyStore(Matching, GivingBack):
+class ResidencyStore(Matching, Demoting):
     """All residencies of one engine core, and the life of each. See `ResidencyBook` for arguments.
 
     Not thread-safe: owned by the scheduler's thread.
@@ -71,7 +71,7 @@ class ResidencyStore(Matching, GivingBack):
             for group, full, held in zip(self.groups, residency.tables, point.tables, strict=True)
         )
 
-    def give_back(self, residency: Residency) -> None:
+    def undo_borrow(self, residency: Residency) -> None:
         """Undo ``borrow`` before the turn appended anything (its allocation was refused)."""
         assert residency.alive
         assert residency.borrower is not None
@@ -86,7 +86,7 @@ class ResidencyStore(Matching, GivingBack):
         assert residency.borrower is not None
         if residency.alive:
             self._forget(residency)
-            self._count(residency, why, 0)
+            self._report_demotion(residency, why, 0)
 
     def finish(self, turn: FinishedTurn) -> Residency | None:
         """Keep what a turn computed, in place of what it makes redundant.

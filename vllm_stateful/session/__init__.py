@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage of the session's story: what its turns reused, and why not more. Decides nothing."""
+"""What is remembered of sessions and turns, to explain why a turn did not reuse more.
+
+It decides nothing. What a session keeps is in ``prefix``, and how its client named it in
+``request``.
+"""
 
 from vllm_stateful.session.session_book import SessionBook, Story
 from vllm_stateful.session.turn_log import TurnLog

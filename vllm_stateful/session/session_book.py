@@ -126,7 +126,7 @@ class SessionBook:
             story.used_s = now_s
             story.frontier = frontier or story.frontier
 
-    def given(self, session: SessionKey, why: Demotion, num_kept: int, now_s: float) -> None:
+    def demoted(self, session: SessionKey, why: Demotion, num_kept: int, now_s: float) -> None:
         """KV of a session was given back.
 
         Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last turns of an engine core, in the order in which they arrived. Bounded."""
+"""The last turns of an engine core, in the order in which they were admitted. Bounded."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ class Missed:
             ``assistant``, ``reasoning``, ``tool_call``, ``tool_result`` or ``other``.
         num_behind_snapshot: tokens before the difference that were the same, but had no resume
             point behind them.
-        why_gone: the reason for `Cause.EVICTED` (``types.Demotion``), and for `Cause.BYPASSED`
-            (``types.Bypass``).
+        why_gone: the reason for `Cause.EVICTED` (``types.Demotion``, or `why.NOT_KEPT`), and for
+            `Cause.BYPASSED` (``types.Bypass``).
         gone_s: seconds since the KV was given back.
         idle_s: seconds for which it had not been used then.
         before: text of the earlier history at the first difference, where asked for.

@@ -19,13 +19,28 @@ TURN_ACTION = "session.turn"
 """What the client said of its turn, for the record only (``session.Said``); the payload has its
 fields, those that are not empty."""
 
-# From the API server to the engine core, as operations of ``EngineCore.stateful``.
+HINTS_PROTOCOL = "vllm-stateful/1"
+"""The protocol version of KV hints that hold these actions."""
+
+# From the API server to the engine core, as operations of the utility call ``stateful``, which the
+# patch `engine-utility` adds. ``adapters.engine.engine_utility`` answers the first two itself, and
+# ``adapters.engine.session_operations`` the others.
 
 TRANSPORT = "transport"
 """Asks whether the engine core rebuilds prompts from a base and the new token ids."""
 
 EPOCH = "epoch"
 """Asks how often the model or its caches have changed."""
+
+STATS, CLOSE, SESSIONS, SESSION, TURNS, TURN = (
+    "stats",
+    "close",
+    "sessions",
+    "session",
+    "turns",
+    "turn",
+)
+"""Asks for all totals; closes sessions; asks for sessions, one of them, turns, one of them."""
 
 # From the engine core to the API server.
 

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from vllm_stateful.prefix import giving_back
+from vllm_stateful.prefix import demoting
 from vllm_stateful.prefix.groups import (
     ChunkGroup,
     FullGroup,
@@ -100,7 +100,7 @@ def test_each_of_several_full_groups_gives_blocks_up_to_a_message(
     start: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A message that begins in the last block is no place to stop: nothing would be given."""
-    monkeypatch.setattr(giving_back, "MIN_GIVEN_TOKENS", 4)
+    monkeypatch.setattr(demoting, "MIN_GIVEN_TOKENS", 4)
     groups = [FullGroup(4), FullGroup(4)]
     store = ResidencyStore(4, 100, 100, lambda _: None, lambda: 0.0, groups=groups)
     parent = SimpleNamespace(values=[], children={0: None})

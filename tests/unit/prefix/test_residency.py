@@ -155,7 +155,7 @@ def test_giving_back_restores_pins_and_moves_to_the_back_of_the_queue(engine: Fa
     made = engine.kept(ALICE, HISTORY)
     other = engine.kept(BOB, WORDS)
     engine.store.borrow(made, "request-a")
-    engine.store.give_back(made)
+    engine.store.undo_borrow(made)
     assert made.is_idle
     engine.check()
     engine.store.demote_next(Demotion.PRESSURE)

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from vllm_stateful.prefix import giving_back, matching, reasoning
+from vllm_stateful.prefix import demoting, matching, reasoning
 from vllm_stateful.prefix.boundaries import BoundaryRules
 from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency, is_anonymous
 from vllm_stateful.prefix.residency_store import MAX_BRANCHES
@@ -164,7 +164,7 @@ class Residencies(RuleBasedStateMachine):
         if idle:
             lent = data.draw(st.sampled_from(idle))
             self.store.borrow(lent, "refused")
-            self.store.give_back(lent)
+            self.store.undo_borrow(lent)
 
     @rule()
     def demote_next(self) -> None:
@@ -225,7 +225,7 @@ class Residencies(RuleBasedStateMachine):
 
 def test_any_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matching, "MIN_SHARED_TOKENS", 1)
-    monkeypatch.setattr(giving_back, "MIN_GIVEN_TOKENS", 1)
+    monkeypatch.setattr(demoting, "MIN_GIVEN_TOKENS", 1)
     monkeypatch.setattr(reasoning, "MIN_TOKENS", 2)
     monkeypatch.setattr(reasoning, "MIN_SEEN", 0)
     run_state_machine_as_test(

@@ -4,7 +4,7 @@
 import pytest
 from fake_pool import BLOCK_SIZE, FakeEngine, array, key
 
-from vllm_stateful.prefix import giving_back
+from vllm_stateful.prefix import demoting
 from vllm_stateful.prefix.boundaries import MAX_MARKERS, BoundaryRules, Kind
 from vllm_stateful.prefix.residency import PromptBase
 from vllm_stateful.types import Demotion, Outcome
@@ -36,7 +36,7 @@ ANSWER = [*words(4000, 30), END]
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    monkeypatch.setattr(giving_back, "MIN_GIVEN_TOKENS", BLOCK_SIZE)
+    monkeypatch.setattr(demoting, "MIN_GIVEN_TOKENS", BLOCK_SIZE)
     return FakeEngine(rules=RULES)
 
 

@@ -51,7 +51,7 @@ def test_the_book_is_a_bounded_list_of_stories(events: list[Any], most: int) -> 
             if session in model:
                 model[session]["frontier"] = value or model[session]["frontier"]
         else:
-            book.given(session, value, 0, float(number))
+            book.demoted(session, value, 0, float(number))
             if session in model and value is not Demotion.SUPERSEDED:
                 model[session]["gone"] = value
     assert len(book) == len(model) <= most
@@ -106,7 +106,7 @@ def test_a_million_turns_take_what_ten_thousand_do() -> None:
         log.add(made)
         book.admitted(made, key(str(number - 1)), float(number))
         book.ended(made.session, 100, float(number))
-        book.given(made.session, Demotion.PRESSURE, 0, float(number))
+        book.demoted(made.session, Demotion.PRESSURE, 0, float(number))
     assert (len(log), len(book), len(book._identities)) == (1000, 1000, 1000)
     size = sum(sys.getsizeof(getattr(made, name)) for name in TurnRecord.__slots__)
     assert size < 2048

@@ -17,7 +17,7 @@ def book(frontier: int = 100, gone: Demotion | None = None) -> SessionBook:
     made.admitted(TurnRecord("request-1", SESSION, 0.0), None, 1.0)
     made.ended(SESSION, frontier, 2.0)
     if gone is not None:
-        made.given(SESSION, gone, 0, 12.0)
+        made.demoted(SESSION, gone, 0, 12.0)
     return made
 
 

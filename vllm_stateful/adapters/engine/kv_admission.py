@@ -58,7 +58,7 @@ class KVAdmission(KVLookup):
                 return self._admit(ask, turn)
             self._take_points(turn, request)
         allocated = self._stock_allocate(ask)
-        while allocated is None and self._may_make_room(ask):
+        while allocated is None and self._try_make_room(ask):
             allocated = self._stock_allocate(ask)
         return allocated
 
@@ -87,7 +87,7 @@ class KVAdmission(KVLookup):
             turn.offer = None  # somebody replaced our answer
         started = time.perf_counter()
         allocated = self._adopt(ask, turn)
-        while allocated is None and turn.can_make_room:
+        while allocated is None and turn.has_made_room:
             allocated = self._adopt(ask, turn)
         turn.lookup_s += time.perf_counter() - started
         if allocated is None:
@@ -131,7 +131,7 @@ class KVAdmission(KVLookup):
         offer = turn.offer
         if offer is None or not self._is_borrowing(turn, offer):
             allocated = self._stock_allocate(ask)
-            turn.can_make_room = allocated is None and self._may_make_room(ask, turn)
+            turn.has_made_room = allocated is None and self._try_make_room(ask, turn)
             return allocated
         return self._allocate_borrowing(ask, turn, offer)
 
@@ -149,13 +149,13 @@ class KVAdmission(KVLookup):
         if allocated is None:
             lacking = self._num_lacking(ask)
             self.request_tables.uninstall(request_id)
-            self.store.give_back(offer.residency)
-            turn.can_make_room = lacking is not None and self._demote_one(lacking, turn)
+            self.store.undo_borrow(offer.residency)
+            turn.has_made_room = lacking is not None and self._demote_one(lacking, turn)
         else:
             turn.borrowed = offer.residency
         return allocated
 
-    def _may_make_room(self, ask: Ask, turn: Turn | None = None) -> bool:
+    def _try_make_room(self, ask: Ask, turn: Turn | None = None) -> bool:
         """Whether room was made for a request that was refused, so that it may ask again."""
         lacking = self._num_lacking(ask)
         return lacking is not None and self._demote_one(lacking, turn)

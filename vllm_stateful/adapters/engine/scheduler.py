@@ -25,6 +25,7 @@ from vllm_stateful.adapters.attention_choice import is_cuda_backend_chosen
 from vllm_stateful.adapters.engine.answer_ends import AnswerEnds, end_ids
 from vllm_stateful.adapters.engine.called_tools import CalledTools
 from vllm_stateful.adapters.engine.connectors import loads_of, tier_of, unsupported_connector
+from vllm_stateful.adapters.engine.device_drafts import DeviceDrafts
 from vllm_stateful.adapters.engine.hash_check import HashCheck
 from vllm_stateful.adapters.engine.invariants import check_pool
 from vllm_stateful.adapters.engine.kv_blocks import StatefulKVCacheManager
@@ -33,9 +34,8 @@ from vllm_stateful.adapters.engine.message_boundaries import boundary_rules
 from vllm_stateful.adapters.engine.prefill_groups import SchedulerPrefills
 from vllm_stateful.adapters.engine.resume_points import ResumePoints
 from vllm_stateful.adapters.engine.running_states import is_only_step_in_flight
-from vllm_stateful.adapters.engine.scheduler_answers import SchedulerAnswers
-from vllm_stateful.adapters.engine.scheduler_lookup import SchedulerLookup
-from vllm_stateful.adapters.engine.scheduler_prefixes import SchedulerPrefixes
+from vllm_stateful.adapters.engine.session_operations import SessionOperations
+from vllm_stateful.adapters.engine.shared_prefixes import SchedulerPrefixes
 from vllm_stateful.adapters.engine.turn import session_of
 from vllm_stateful.adapters.engine.turn_records import TurnRecords, decoder
 from vllm_stateful.adapters.engine.waiting_queue import ServiceQueue
@@ -52,8 +52,8 @@ from vllm_stateful.prefix.boundaries import BoundaryRules
 from vllm_stateful.types import SessionKey
 
 if TYPE_CHECKING:
+    from vllm_stateful.adapters.engine.engine_drafts import EngineDrafts
     from vllm_stateful.adapters.engine.offload_tier import OffloadTier
-    from vllm_stateful.adapters.engine.scheduler_drafts import SchedulerDrafts
 
 logger = init_logger("vllm.stateful")
 
@@ -106,9 +106,9 @@ class _StatefulMixin:
     by_service: ServiceQueue | None = None
     """The waiting queue with ``--stateful-order least-served``."""
     prefills: SchedulerPrefills | None = None
-    speculation: SchedulerDrafts | None = None
+    engine_drafts: EngineDrafts | None = None
     """Drafts from sessions, where vLLM was told to take them."""
-    lookup: SchedulerLookup | None = None
+    device_drafts: DeviceDrafts | None = None
     """What the device looks drafts up in, where it does."""
     prefixes: SchedulerPrefixes | None = None
     """What requests share, where our kernels for CUDA attend."""
@@ -186,7 +186,7 @@ class _StatefulMixin:
         manager.store.tier = self.tier
         if self.config.explain != "off":
             manager.records = TurnRecords(manager.store, decoder(tokenizer, self.config.explain))
-            manager.store.on_given = manager.records.given
+            manager.store.on_demoted = manager.records.demoted
         if self.config.check_invariants and manager.enable_caching:
             algorithm = self.vllm_config.cache_config.prefix_caching_hash_algo
             num_ahead = getattr(self, "num_hash_lookahead_tokens", 0)
@@ -208,15 +208,15 @@ class _StatefulMixin:
             logger.info("stateful: drafts from sessions beside the head: %s", reason or "on")
         on_device = self.vllm_config.use_v2_model_runner
         if is_looked_up(self.vllm_config) or (is_beside_head and on_device):
-            self.lookup = SchedulerLookup(
+            self.device_drafts = DeviceDrafts(
                 self.kv_cache_manager, rules, is_beside_head=is_beside_head
             )
         elif is_asked_for(self.vllm_config) or is_beside_head:
-            from vllm_stateful.adapters.engine.scheduler_drafts import (
-                SchedulerDrafts,  # numba: a second
+            from vllm_stateful.adapters.engine.engine_drafts import (
+                EngineDrafts,  # numba: a second
             )
 
-            self.speculation = SchedulerDrafts(
+            self.engine_drafts = EngineDrafts(
                 self.kv_cache_manager,
                 rules,
                 self.num_spec_tokens,
@@ -254,10 +254,10 @@ class _StatefulMixin:
             self.by_service.ended(request)
         if self.prefills is not None:
             self.prefills.ended(request)
-        if self.speculation is not None:
-            self.speculation.ended(request)
-        if self.lookup is not None:
-            self.lookup.ended(request)
+        if self.engine_drafts is not None:
+            self.engine_drafts.ended(request)
+        if self.device_drafts is not None:
+            self.device_drafts.ended(request)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
@@ -320,10 +320,10 @@ class _StatefulMixin:
         if self.by_service is not None:
             for new in output.scheduled_new_reqs:
                 self.by_service.admitted(self.requests[new.req_id], new.num_computed_tokens)
-        if self.speculation is not None:
-            self.speculation.step_begins(output)
-        if self.lookup is not None:
-            self.lookup.step_begins(output)
+        if self.engine_drafts is not None:
+            self.engine_drafts.step_begins(output)
+        if self.device_drafts is not None:
+            self.device_drafts.step_begins(output)
         if self.prefixes is not None:
             self.prefixes.step_begins(output, self.requests)
         if self.ends is not None:
@@ -338,11 +338,11 @@ class _StatefulMixin:
         vLLM adds up to 16 placeholders to a turn with one token left to compute, and rejects them
         all, to fill a full CUDA graph. Drafts from the engine core run without such graphs.
         """
-        if self.lookup is not None:
-            self.lookup.withdraw(self.requests)
-        if self.speculation is None or self.speculation.is_beside_head:
+        if self.device_drafts is not None:
+            self.device_drafts.withdraw(self.requests)
+        if self.engine_drafts is None or self.engine_drafts.is_beside_head:
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
-        self.speculation.withdraw(self.requests)
+        self.engine_drafts.withdraw(self.requests)
         num, self.num_spec_tokens = self.num_spec_tokens, 0
         try:
             output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
@@ -353,16 +353,16 @@ class _StatefulMixin:
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """vLLM's hand-over of the worker's drafts; those of the sessions take their place."""
-        if self.speculation is not None:
-            draft_token_ids = self.speculation.fill(draft_token_ids, self.requests)
+        if self.engine_drafts is not None:
+            draft_token_ids = self.engine_drafts.fill(draft_token_ids, self.requests)
         super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
         """vLLM's bookkeeping after a step; turns that ended are kept here."""
-        if self.speculation is not None:
-            self.speculation.step_ends()
+        if self.engine_drafts is not None:
+            self.engine_drafts.step_ends()
         if self.ends is not None:
             self._count_steps(scheduler_output, -1)
         if self.stateful_off is None:
@@ -402,12 +402,12 @@ class _StatefulMixin:
                 self.hash_check.check(self.kv_cache_manager, self.requests)
 
     def stateful(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Answer a utility call of the API server (`scheduler_answers`).
+        """Answer a utility call of the API server (`session_operations`).
 
         Raises:
             ValueError: no such operation.
         """
-        return SchedulerAnswers(self).answer(operation, arguments)
+        return SessionOperations(self).answer(operation, arguments)
 
     def make_spec_decoding_stats(
         self,
@@ -418,8 +418,8 @@ class _StatefulMixin:
         **kwargs: Any,
     ) -> Any:
         """vLLM's count of a request's verified drafts."""
-        if self.lookup is not None:
-            self.lookup.verified(num_draft_tokens, num_accepted_tokens)
+        if self.device_drafts is not None:
+            self.device_drafts.verified(num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(  # type: ignore[misc]
             spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
         )

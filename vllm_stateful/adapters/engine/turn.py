@@ -73,7 +73,7 @@ class Turn:
     """The full blocks that it shares with a residency, as the pin ledger was told."""
     only_full_blocks: bool = False
     """Its partial block could not be copied for lack of one free block: align the hit."""
-    can_make_room: bool = False
+    has_made_room: bool = False
     """Its allocation was refused, and somebody gave blocks for it."""
     is_loading: bool = False
     """A KV connector loads what is behind its hit."""

@@ -140,9 +140,9 @@ class TurnRecords:
         record.is_kept = is_kept
         self.book.ended(turn.session, frontier, now_s)
 
-    def given(self, session: SessionKey, why: Demotion, num_kept: int) -> None:
-        """KV of a session was given back (``ResidencyBook.on_given``)."""
-        self.book.given(session, why, num_kept, self._store.now_s())
+    def demoted(self, session: SessionKey, why: Demotion, num_kept: int) -> None:
+        """KV of a session was given back (``ResidencyBook.on_demoted``)."""
+        self.book.demoted(session, why, num_kept, self._store.now_s())
 
 
 def decoder(tokenizer: Any, explain: str) -> Callable[[list[int]], str] | None:

@@ -28,6 +28,7 @@ from vllm_stateful.config import is_enabled, process_config, set_by_profile
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
+from vllm_stateful.transport.wire import STATS
 
 logger = init_logger("vllm.stateful")
 
@@ -53,13 +54,16 @@ class StatefulEndpoint:
                 validate_plain_messages(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Start the metrics' poll. Only the first of several API servers asks the engine."""
+        """Ask the engine what it does, and start the metrics' poll.
+
+        Of several API servers only the first asks for the engine's totals again and again.
+        """
         if not _is_on() or engine_client is None:
             return
         _say_profile()
         _warn_of_shared_media(engine_client)
         asks = getattr(engine_client.engine_core, "client_index", 0) == 0
-        is_known = await _learn_whether_engines_are_off(engine_client)
+        is_known = await _stand_aside_if_all_are_off(engine_client)
         ask_for_deltas(engine_client.engine_core)
         session_affinity.watch(engine_client.engine_core, patch_of("prompt-send").is_applied)
         poll = _poll(engine_client, MetricsExporter(), asks, is_known=is_known)
@@ -86,14 +90,14 @@ def _warn_of_shared_media(engine_client: Any) -> None:
         )
 
 
-async def _learn_whether_engines_are_off(engine_client: Any) -> bool:
+async def _stand_aside_if_all_are_off(engine_client: Any) -> bool:
     """Where all of them serve as stock vLLM, requests go to them as they came.
 
     Returns:
         Whether they have answered.
     """
     try:
-        answers = await asyncio.wait_for(ask_all(engine_client, "stats", {}), ASK_SECONDS)
+        answers = await asyncio.wait_for(ask_all(engine_client, STATS, {}), ASK_SECONDS)
     except Exception as error:  # whatever the engine answers; asked again by `_poll`
         logger.warning("stateful: the engine did not say whether sessions are kept: %r", error)
         return False
@@ -118,13 +122,13 @@ async def _poll(
 ) -> None:
     ask_at, pause = 0.0, POLL_SECONDS
     while not engine_client.errored:
-        is_known = is_known or await _learn_whether_engines_are_off(engine_client)
+        is_known = is_known or await _stand_aside_if_all_are_off(engine_client)
         exporter.update_own(
             PROMPT_COUNTS.snapshot() | RESPONSE_COUNTS.snapshot() | TOOL_CALL_COUNTS.snapshot()
         )
         try:
             if asks_engine and time.monotonic() >= ask_at:
-                exporter.update(await ask_all(engine_client, "stats", {}))
+                exporter.update(await ask_all(engine_client, STATS, {}))
                 pause = POLL_SECONDS
         except Exception as error:  # whatever the engine answers
             if pause == POLL_SECONDS:

@@ -44,13 +44,12 @@ from vllm_stateful.request.session_identity import id_fault
 from vllm_stateful.session import Said
 from vllm_stateful.transport.wire import (
     CLOSE_ACTION,
+    HINTS_PROTOCOL,
     RETAIN_ACTION,
     TOOL_ACTION,
     TURN_ACTION,
 )
 from vllm_stateful.types import SALT_PREFIX
-
-HINTS_PROTOCOL = "vllm-stateful/1"
 
 MAX_TOOL_CHARS = 128
 """A longer name of a tool is not sent on."""

@@ -16,14 +16,13 @@ from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
-from vllm_stateful.adapters.frontend.identity import HINTS_PROTOCOL
 from vllm_stateful.adapters.frontend.session_affinity import went
 from vllm_stateful.config import process_config
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS, Sent
 from vllm_stateful.transport.header import ACTION, checksum
 from vllm_stateful.transport.prompt_ids import PromptTokenIds
 from vllm_stateful.transport.sent_versions import Parcel, SentVersions
-from vllm_stateful.transport.wire import BASE_MISS
+from vllm_stateful.transport.wire import BASE_MISS, HINTS_PROTOCOL
 
 logger = init_logger("vllm.stateful")
 

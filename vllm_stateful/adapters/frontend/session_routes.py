@@ -20,11 +20,13 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm_stateful.adapters.frontend.identity import salt_of
 from vllm_stateful.config import process_config
 from vllm_stateful.request.session_identity import ids_of_client, key_of_client
+from vllm_stateful.transport.wire import CLOSE, SESSION, SESSIONS, TURN, TURNS
 
 router = APIRouter(tags=["sessions"])
 
 MAX_LIMIT = 1000
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
+Skip = Annotated[int, Query(ge=0)]
 
 
 class Missed(BaseModel):
@@ -101,7 +103,7 @@ class Session(BaseModel):
     returns: float | None
     parent: str | None
     children: list[str]
-    given_back: str | None
+    demoted: str | None
     last_turn: Turn | None
 
 
@@ -126,20 +128,27 @@ class Closed(BaseModel):
 
 @router.get("/v1/sessions", response_model=Sessions)
 async def list_sessions(
-    raw_request: Request, cache_salt: str | None = None, limit: Limit = 100, skip: int = 0
+    raw_request: Request, cache_salt: str | None = None, limit: Limit = 100, skip: Skip = 0
 ) -> Any:
     """The client's sessions, the one with the last turn first.
 
     Args:
         cache_salt: What the sessions' requests have in the field of that name.
         limit: Sessions of one answer.
-        skip: Sessions that an earlier answer had.
+        skip: Sessions that an earlier answer had. With several engine cores the first 1,000
+            sessions can be listed.
     """
-    found = await _ask(raw_request, "sessions", cache_salt, limit=max(0, skip) + limit)
+    found = await _ask(raw_request, SESSIONS, cache_salt, limit=limit, skip=skip)
+    if isinstance(found, JSONResponse):
+        return found
+    if len(found) == 1:
+        return found[0]
+    most = min(skip + limit, MAX_LIMIT)  # each engine core may have all that are wanted
+    found = await _ask(raw_request, SESSIONS, cache_salt, limit=most)
     if isinstance(found, JSONResponse):
         return found
     listed = sorted(_joined(found, "sessions"), key=lambda each: each["idle_s"])
-    return {"sessions": listed[max(0, skip) : max(0, skip) + limit]}
+    return {"sessions": listed[skip : skip + limit]}
 
 
 @router.get("/v1/sessions/{session_id:path}/turns", response_model=Turns)
@@ -148,7 +157,7 @@ async def list_turns(
 ) -> Any:
     """The turns of a session that are remembered, the newest first."""
     asked = {"session_ids": ids_of_client(session_id), "limit": limit}
-    found = await _ask(raw_request, "turns", cache_salt, **asked)
+    found = await _ask(raw_request, TURNS, cache_salt, **asked)
     if isinstance(found, JSONResponse):
         return found
     turns = sorted(_joined(found, "turns"), key=lambda each: -each["arrived_at"])
@@ -165,7 +174,7 @@ async def show_session(session_id: str, raw_request: Request, cache_salt: str | 
         cache_salt: What the session's requests have in the field of that name.
     """
     ids = ids_of_client(session_id)
-    found = await _ask(raw_request, "session", cache_salt, session_ids=ids)
+    found = await _ask(raw_request, SESSION, cache_salt, session_ids=ids)
     if isinstance(found, JSONResponse):
         return found
     sessions = sorted(_joined(found, "sessions"), key=lambda each: each["idle_s"])
@@ -177,7 +186,7 @@ async def list_all_turns(
     raw_request: Request, cache_salt: str | None = None, limit: Limit = 100
 ) -> Any:
     """The client's turns that are remembered, the newest first."""
-    found = await _ask(raw_request, "turns", cache_salt, limit=limit)
+    found = await _ask(raw_request, TURNS, cache_salt, limit=limit)
     if isinstance(found, JSONResponse):
         return found
     turns = sorted(_joined(found, "turns"), key=lambda each: -each["arrived_at"])
@@ -192,7 +201,7 @@ async def show_turn(request_id: str, raw_request: Request, cache_salt: str | Non
         request_id: The ``id`` of the answer, or the request's id in vLLM's log.
         cache_salt: What the request had in the field of that name.
     """
-    found = await _ask(raw_request, "turn", cache_salt, request_id=request_id)
+    found = await _ask(raw_request, TURN, cache_salt, request_id=request_id)
     if isinstance(found, JSONResponse):
         return found
     turns = _joined(found, "turns")
@@ -215,7 +224,7 @@ async def close_session(
     """
     salt = salt_of(raw_request.headers, cache_salt)
     arguments = {"session_ids": ids_of_client(session_id), "cache_salt": salt}
-    results = await _ask_engines(raw_request, "close", arguments)
+    results = await _ask_engines(raw_request, CLOSE, arguments)
     if isinstance(results, JSONResponse):
         return results
     closed = sum(result["closed"] for result in results)

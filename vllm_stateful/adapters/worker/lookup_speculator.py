@@ -2,7 +2,7 @@
 """Looks up drafts on the device, for model runner V2, instead of vLLM's ``ngram_gpu``.
 
 Nothing waits for the host, so async scheduling and full CUDA graphs stay in use. The earlier
-answers of the same agent come from the engine core (`scheduler_lookup`): a few hundred tokens when
+answers of the same agent come from the engine core (`device_drafts`): a few hundred tokens when
 a turn ends. With ``enable_adaptive_verification``, vLLM verifies only drafts whose chance is worth
 their cost. It measures these costs when it starts.
 

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class Server:
+class ServerClient:
     """A running server, as one client sees it.
 
     Args:

@@ -36,7 +36,7 @@ LOOK_WEIGHT = 0.05
 """How much the newest step counts in what looks and steps take."""
 
 
-class SchedulerDrafts:
+class EngineDrafts:
     """The drafts of one scheduler's turns.
 
     Args:

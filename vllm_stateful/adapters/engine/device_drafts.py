@@ -29,7 +29,7 @@ from vllm_stateful.speculate.answer_buffer import (
 from vllm_stateful.types import token_array
 
 
-class SchedulerLookup:
+class DeviceDrafts:
     """The earlier answers of one scheduler's agents.
 
     Args:

@@ -14,13 +14,14 @@ from typing import Any
 from vllm_stateful.adapters.attention_choice import STEPS
 from vllm_stateful.schedule.gaps import WaitKind
 from vllm_stateful.session import Cause, Story, TurnRecord, name_of
+from vllm_stateful.transport.wire import CLOSE, SESSION, SESSIONS, STATS, TURN, TURNS
 from vllm_stateful.types import SessionKey
 
 MAX_LISTED = 1000
 """Entries of one answer."""
 
 
-class SchedulerAnswers:
+class SessionOperations:
     """Answers about one scheduler.
 
     Args:
@@ -40,12 +41,12 @@ class SchedulerAnswers:
         if self._scheduler.stateful_off is not None:
             return {"off": self._scheduler.stateful_off}
         operations: dict[str, Callable[..., dict[str, Any]]] = {
-            "stats": self.stats,
-            "close": self.close,
-            "sessions": self.sessions,
-            "session": self.session,
-            "turns": self.turns,
-            "turn": self.turn,
+            STATS: self.stats,
+            CLOSE: self.close,
+            SESSIONS: self.sessions,
+            SESSION: self.session,
+            TURNS: self.turns,
+            TURN: self.turn,
         }
         if operation not in operations:
             raise ValueError(f"stateful: no operation {operation!r}")
@@ -85,8 +86,8 @@ class SchedulerAnswers:
 
     def _draft_stats(self) -> dict[str, int]:
         scheduler = self._scheduler
-        speculation = scheduler.speculation
-        drafts = scheduler.lookup if speculation is None else speculation.drafts
+        speculation = scheduler.engine_drafts
+        drafts = scheduler.device_drafts if speculation is None else speculation.drafts
         return {
             "num_tokens_drafted": 0 if drafts is None else drafts.num_drafted,
             "num_drafts_accepted": 0 if drafts is None else drafts.num_accepted,
@@ -100,8 +101,8 @@ class SchedulerAnswers:
         for request in scheduler.requests.values():
             if request.session_id in session_ids:
                 manager.turn_of(request)  # one that was not looked up yet counts too
-        if scheduler.speculation is not None:
-            scheduler.speculation.closed(
+        if scheduler.engine_drafts is not None:
+            scheduler.engine_drafts.closed(
                 lambda session: (
                     session.session_id in session_ids and session.identity.cache_salt == cache_salt
                 )
@@ -188,7 +189,7 @@ class SchedulerAnswers:
             "returns": max((branch.forecast.returns for branch in branches), default=None),
             "parent": None if story.parent is None else story.parent.session_id,
             "children": [child.session_id for child in story.children],
-            "given_back": None if story.gone is None else str(story.gone.why),
+            "demoted": None if story.gone is None else str(story.gone.why),
             "last_turn": None if story.last is None else _shown(story.last, sees_all=sees_all),
         }
 

@@ -11,7 +11,7 @@ MIN_GIVEN_TOKENS = 256
 """A residency that gives up some of its end gives at least so many tokens."""
 
 
-class GivingBack(ResidencyBook):
+class Demoting(ResidencyBook):
     """Chooses which residency gives blocks, and how many."""
 
     def demote(self, residency: Residency, why: Demotion) -> int:
@@ -28,7 +28,7 @@ class GivingBack(ResidencyBook):
         self._unpin(residency.tables)
         self._give(residency.tables)
         self._release_points_of(residency)
-        self._count(residency, why, 0)
+        self._report_demotion(residency, why, 0)
         return before - self.pins.num_pinned
 
     def demote_next(
@@ -90,7 +90,7 @@ class GivingBack(ResidencyBook):
         self._unpin(given)
         self._idle.shrink(residency, residency.num_blocks)
         self._give(given)
-        self._count(residency, why, residency.frontier)
+        self._report_demotion(residency, why, residency.frontier)
         return before - self.pins.num_pinned
 
     def enforce_budget(self) -> None:
@@ -122,4 +122,4 @@ class GivingBack(ResidencyBook):
                 self.demote(residency, Demotion.RESET)
             else:
                 self._forget(residency)
-                self._count(residency, Demotion.RESET, 0)
+                self._report_demotion(residency, Demotion.RESET, 0)
