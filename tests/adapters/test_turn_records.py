@@ -10,6 +10,7 @@ from simulated_groups import MARKERS
 from simulated_tier import offloading
 from test_offload_steps import forget_free_blocks
 
+from vllm_stateful.adapters.engine.turn_records import decoder
 from vllm_stateful.config import process_config
 from vllm_stateful.types import Demotion
 
@@ -226,3 +227,20 @@ def test_a_session_tells_what_it_waits_for(engine: Engine) -> None:
 def test_a_turn_is_found_by_the_id_that_the_client_knows(engine: Engine) -> None:
     engine.turn("chatcmpl-abc-12345678", HISTORY)
     assert turn_of(engine, "chatcmpl-abc")["request_id"] == "chatcmpl-abc-12345678"
+
+
+def test_text_that_cannot_be_read_ends_nothing() -> None:
+    class Broken:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 1, "b": 2}
+
+        def decode(self, ids: list[int]) -> str:
+            if ids == [2]:
+                raise OverflowError("out of range")
+            return f"{ids}"
+
+    decode = decoder(Broken(), "text")
+    assert decode is not None
+    assert decode([1, -7, 2, 1 << 30]) == "[1, 2]"
+    assert decode([2]) == ""
+    assert decoder(Broken(), "places") is decoder(None, "text") is None

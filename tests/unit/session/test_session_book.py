@@ -97,6 +97,7 @@ def test_the_log_keeps_the_last_turns(numbers: list[int], most: int) -> None:
     for number in range(10):
         assert log.find(f"request-{number}") is model.get(f"request-{number}")
     assert log.find("request") is (next(reversed(model.values())) if model else None)
+    assert len(log._of_client) == bool(model)
 
 
 def test_a_million_turns_take_what_ten_thousand_do() -> None:

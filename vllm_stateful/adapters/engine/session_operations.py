@@ -17,8 +17,8 @@ from vllm_stateful.session import Cause, Story, TurnRecord, name_of
 from vllm_stateful.transport.wire import CLOSE, SESSION, SESSIONS, STATS, TURN, TURNS
 from vllm_stateful.types import SessionKey
 
-MAX_LISTED = 1000
-"""Entries of one answer."""
+MAX_LISTED = 200
+"""Entries of one answer, which are made between two steps."""
 
 
 class SessionOperations:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.engine.turn import Turn, said_of_turn, session_of
@@ -24,6 +25,8 @@ from vllm_stateful.session import (
     why_not_more,
 )
 from vllm_stateful.types import Bypass, Demotion, Outcome, SessionKey, TokenArray
+
+logger = init_logger("vllm.stateful")
 
 EXCERPT_TOKENS = 24
 """Tokens of each of the two texts at a change, with ``--stateful-explain text``."""
@@ -146,7 +149,20 @@ class TurnRecords:
 
 
 def decoder(tokenizer: Any, explain: str) -> Callable[[list[int]], str] | None:
-    """What turns token ids into text, where ``--stateful-explain text`` asks for it."""
+    """What turns token ids into text, where ``--stateful-explain text`` asks for it.
+
+    It never fails: what is not text has ids that no tokenizer knows (``mm_tokens``), and they are
+    left out.
+    """
     if explain != "text" or tokenizer is None:
         return None
-    return lambda ids: str(tokenizer.decode(ids))
+    known = set(tokenizer.get_vocab().values())
+
+    def decode(ids: list[int]) -> str:
+        try:
+            return str(tokenizer.decode([token for token in ids if token in known]))
+        except Exception as error:  # a tokenizer of any kind: the engine goes on without the text
+            logger.warning_once("stateful: a prompt's text cannot be shown: %r", error)
+            return ""
+
+    return decode

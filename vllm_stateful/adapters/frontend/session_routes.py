@@ -24,7 +24,9 @@ from vllm_stateful.transport.wire import CLOSE, SESSION, SESSIONS, TURN, TURNS
 
 router = APIRouter(tags=["sessions"])
 
-MAX_LIMIT = 1000
+MAX_LIMIT = 200
+"""Entries of one answer: the engine core makes them between two steps."""
+
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
 Skip = Annotated[int, Query(ge=0)]
 
@@ -135,7 +137,7 @@ async def list_sessions(
     Args:
         cache_salt: What the sessions' requests have in the field of that name.
         limit: Sessions of one answer.
-        skip: Sessions that an earlier answer had. With several engine cores the first 1,000
+        skip: Sessions that an earlier answer had. With several engine cores the first 200
             sessions can be listed.
     """
     found = await _ask(raw_request, SESSIONS, cache_salt, limit=limit, skip=skip)
