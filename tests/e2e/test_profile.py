@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve MODEL --plugin stateful --stateful-profile fast`, and what it sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from live_server import LiveServer
+from local_models import ROOT, SMOLLM2
+
+pytestmark = pytest.mark.e2e
+
+LINES = "\n".join(f"line {number} of the file: value = {number * 7}" for number in range(12))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    if not (SMOLLM2 / "config.json").exists():
+        pytest.skip("smollm2-135m is not built: run `make model`")
+    log = tmp_path_factory.mktemp("profile") / "server.log"
+    template = ROOT / "benchmarks" / "models" / "smollm2_tools.jinja"
+    options = ["--plugin", "stateful", "--stateful-profile", "fast", "--stateful-check-invariants"]
+    options += ["--served-model-name", "smollm2", "--max-model-len", "2048"]
+    options += ["--chat-template", str(template)]
+    with LiveServer(SMOLLM2, log, *options) as live:
+        yield live
+        assert live.process.poll() is None, live.last_words()
+
+
+def ask(server: LiveServer, messages: list[Any], **options: Any) -> Any:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="a-key", max_retries=0)
+    options = {"max_tokens": 48, "temperature": 0, **options}
+    headers = {"X-Session-ID": "session-of-the-profile"}
+    return client.chat.completions.create(
+        model="smollm2", messages=messages, extra_headers=headers, **options
+    )
+
+
+def test_the_log_says_what_was_set(server: LiveServer) -> None:
+    log = Path(server.log).read_text(errors="replace")
+    assert (
+        "--stateful-profile fast sets --stateful-history generated, "
+        "--stateful-tool-call-check end, --stateful-drafts on"
+    ) in log
+
+
+def test_what_repeats_is_drafted_and_sessions_resume(server: LiveServer) -> None:
+    messages: list[Any] = [{"role": "user", "content": f"Repeat this file.\n{LINES}"}]
+    for _ in range(3):
+        answer = ask(server, messages)
+        messages += [
+            {"role": "assistant", "content": answer.choices[0].message.content},
+            {"role": "user", "content": f"Once more, please.\n{LINES}"},
+        ]
+    cached = answer.usage.prompt_tokens_details.cached_tokens
+    assert cached > len(LINES) // 8
+    assert server.metric("vllm_stateful_drafts_accepted_total") > 0
+
+
+def test_a_request_that_cannot_be_drafted_for_is_refused_in_words(server: LiveServer) -> None:
+    messages = [{"role": "user", "content": "Hello."}]
+    with pytest.raises(openai.BadRequestError, match="min_p and logit_bias"):
+        ask(server, messages, logit_bias={"10": 5})
+    assert ask(server, messages).choices[0].message.content
