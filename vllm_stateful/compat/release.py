@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ class Line(NamedTuple):
     verdict: str
     """``fits``, ``drifted`` or ``gone``."""
     difference: str = ""
+    process: str = "all"
 
 
 @contextmanager
@@ -87,21 +88,24 @@ def compared(root: Path, patches: tuple[Patch, ...], series: str) -> list[Line]:
 
 def _patched(reader: Source, patches: tuple[Patch, ...]) -> Iterator[Line]:
     for patch in patches:
-        owner, name = _parted(patch.target)
-        found = reader.shape(owner, name)
-        found = found if found in (None, ATTRIBUTE, CLASS) else str(found).partition(" -> ")[0]
+        verdict, difference = _verdict(reader, patch)
         member = f"{patch.target} (patched)"
-        if patch.adds and found is not None:
-            yield Line(patch.feature, member, "drifted", "exists already, it was to be added")
-        elif patch.adds:
-            yield Line(patch.feature, member, "fits" if reader.exists(owner) else "gone")
-        elif found is None:
-            yield Line(patch.feature, member, "gone")
-        elif found != patch.signature:
-            difference = f"{patch.signature} became {found}"
-            yield Line(patch.feature, member, "drifted", difference)
-        else:
-            yield Line(patch.feature, member, "fits")
+        yield Line(patch.feature, member, verdict, difference, patch.process)
+
+
+def _verdict(reader: Source, patch: Patch) -> tuple[str, str]:
+    owner, name = _parted(patch.target)
+    found = reader.shape(owner, name)
+    found = found if found in (None, ATTRIBUTE, CLASS) else str(found).partition(" -> ")[0]
+    if patch.adds and found is not None:
+        return "drifted", "exists already, it was to be added"
+    if patch.adds:
+        return ("fits" if reader.exists(owner) else "gone"), ""
+    if found is None:
+        return "gone", ""
+    if found != patch.signature:
+        return "drifted", f"{patch.signature} became {found}"
+    return "fits", ""
 
 
 def _parted(target: str) -> tuple[str, str]:
@@ -117,13 +121,12 @@ def _used(reader: Source, series: str) -> Iterator[Line]:
         for name in use.members:
             drift = drifted.get((use, name))
             member = f"{use.owner}{'.' if ':' in use.owner else ':'}{name}"
-            if drift is None:
-                yield Line(use.feature, member, "fits")
-            elif drift.found == uses.GONE:
-                yield Line(use.feature, member, "gone")
-            else:
-                difference = f"{drift.expected} became {drift.found}"
-                yield Line(use.feature, member, "drifted", difference)
+            verdict, difference = "fits", ""
+            if drift is not None and drift.found == uses.GONE:
+                verdict = "gone"
+            elif drift is not None:
+                verdict, difference = "drifted", f"{drift.expected} became {drift.found}"
+            yield Line(use.feature, member, verdict, difference, use.process)
 
 
 def nearest(version: str) -> str:
@@ -147,11 +150,16 @@ def report(version: str, series: str, lines: list[Line], *, everything: bool = F
         if everything or line.verdict != "fits":
             rows.append(f"{line.verdict:8} {line.feature:18} {line.member}")
             rows += [f"{'':27} {line.difference}"] if line.difference else []
-    changed = {line.feature for line in lines if line.verdict != "fits"}
-    off = sorted(changed | {name for name, needs in uses.NEEDS.items() if changed & set(needs)})
+    off = features_off(line for line in lines if line.verdict != "fits")
     if off:
         rows += ["", f"Features that would be off: {', '.join(off)}."]
     return "\n".join(rows).rstrip() + "\n"
+
+
+def features_off(drifted: Iterable[Line]) -> list[str]:
+    """The features whose code needs what does not fit."""
+    changed = {line.feature for line in drifted}
+    return sorted(changed | {name for name, needs in uses.NEEDS.items() if changed & set(needs)})
 
 
 VERDICTS = ("fits", "drifted", "gone")
