@@ -3,7 +3,8 @@
 
     python -m benchmarks.gpu.as_installed FOLDER
 
-writes the entry points of pyproject.toml as a distribution's metadata; FOLDER goes on the path.
+writes what pyproject.toml names for others to call as a distribution's metadata; FOLDER goes on the
+path.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def write_metadata(folder: Path) -> Path:
     made.mkdir(parents=True, exist_ok=True)
     (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     groups = configparser.ConfigParser(delimiters=("=",))
-    groups.read_dict(project["entry-points"])
+    groups.read_dict({**project["entry-points"], "console_scripts": project["scripts"]})
     with (made / "entry_points.txt").open("w") as file:
         groups.write(file)
     return made

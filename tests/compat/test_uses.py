@@ -20,6 +20,8 @@ import os
 import queue
 import re
 import sys
+import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -73,6 +75,7 @@ OTHERS: tuple[Any, ...] = (
     *(tokenizers.Tokenizer, threading.Lock(), types.CodeType, os.environ, sys, HTTPStatus.OK),
     *(torch.nn, msgspec.Struct, contextlib.ExitStack, collections.namedtuple("Any", "x")),
     *(argparse.ArgumentParser(), argparse.Action([], "any")),
+    *(tempfile, textwrap, sys.stdout),
 )
 """Whose attributes are not vLLM's."""
 
@@ -81,6 +84,8 @@ UNSEEN = {
     *("environment_variables", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_RUST_FRONTEND"),  # envs
     *("_q_scale", "_k_scale", "_v_scale"),  # set on a layer by a function
     "engine_client",  # of the app's state
+    *("get_connector_class", "_get_connector_classes_and_configs"),  # they return an alias
+    *("model_tag", "chat_template"),  # of vLLM's command line
 }
 """Attributes that no class tells of."""
 

@@ -32,6 +32,7 @@ PURE_PACKAGES = [
     "vllm_stateful.render",
     "vllm_stateful.answer",
     "vllm_stateful.transport",
+    "vllm_stateful.cli",
 ]
 
 IMPORT_EACH = """

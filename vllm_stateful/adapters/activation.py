@@ -28,7 +28,7 @@ logger = init_logger("vllm.stateful")
 
 _RENDERER = ("vllm_stateful.adapters.frontend.renderer", "StatefulHfRenderer")
 
-_BEHIND_RUST = (
+BEHIND_RUST = (
     "behind the Rust frontend sessions are told by session id, cache_salt and content. "
     "API keys do not separate tenants, prompts are sent whole, and there are no routes and no "
     "metrics of the plugin."
@@ -133,8 +133,8 @@ def _say_what_rust_leaves(config: StatefulConfig) -> None:
         UnsupportedError: strict, and API keys were to separate tenants.
     """
     if config.strict and config.tenant == "api-key":
-        raise UnsupportedError(f"{_BEHIND_RUST} Strict, it needs --stateful-tenant cache-salt")
-    logger.warning("stateful: %s", _BEHIND_RUST)
+        raise UnsupportedError(f"{BEHIND_RUST} Strict, it needs --stateful-tenant cache-salt")
+    logger.warning("stateful: %s", BEHIND_RUST)
 
 
 def _patches_of(runs_here: frozenset[Process], config: StatefulConfig) -> list[Patch]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_stateful import __version__
-from vllm_stateful.cli import explain, top
+from vllm_stateful.cli import doctor, explain, top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for each in (explain, top):
+    for each in (doctor, explain, top):
         each.add_command(commands)
     options, others = parser.parse_known_args(words)
     if others and not options.takes_others:

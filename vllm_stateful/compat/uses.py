@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_stateful.compat import probe, used_by_api, used_by_engine, used_by_worker
+from vllm_stateful.compat import probe, used_by_api, used_by_doctor, used_by_engine, used_by_worker
 from vllm_stateful.compat.patch import CompatError, Process, UseDriftError
 from vllm_stateful.compat.shapes import Live, Reader
 from vllm_stateful.compat.use import Use
@@ -26,7 +26,12 @@ GONE = "gone"
 FIRST = "0.32"
 """The series whose shapes are recorded in full."""
 
-USES = (*used_by_api.USES, *used_by_engine.USES, *used_by_worker.USES)
+USES = (
+    *used_by_api.USES,
+    *used_by_engine.USES,
+    *used_by_worker.USES,
+    *used_by_doctor.USES,
+)
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "endpoint": ("sessions", "transport", "requests"),
@@ -39,6 +44,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "device-drafts": ("sessions", "worker-ids"),
     "detokenize": ("sessions",),
     "tool-call-check": ("sessions",),
+    "doctor": ("sessions", "renderer"),
 }
 """For each feature, the features whose code it imports. If one of those is off, it is off, too."""
 

@@ -51,7 +51,7 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._stateful_config = process_config()
-        self._tokenizer_off: str | None = None
+        self.tokenizer_off: str | None = None
         self._incremental = self._make_incremental()
         backend: Any = getattr(self.tokenizer, "_tokenizer", None)
         if isinstance(backend, Tokenizer):
@@ -79,7 +79,7 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         started = time.perf_counter()
         made = self._try_incremental()
         if isinstance(made, str):
-            self._tokenizer_off = made
+            self.tokenizer_off = made
             logger.warning("stateful: every prompt is tokenized in full: %s", made)
             return None
         logger.info(
@@ -159,7 +159,7 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
 
     def _why_stock(self, prompt: TextPrompt, params: TokenizeParams) -> Tokenized | None:
         """Why vLLM's own tokenization is used, if it is."""
-        if self._incremental is None or self._tokenizer_off is not None:
+        if self._incremental is None or self.tokenizer_off is not None:
             return Tokenized.TOKENIZER
         if params.truncate_prompt_tokens is not None or params.pad_prompt_tokens is not None:
             return Tokenized.PARAMETERS
@@ -241,7 +241,7 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
             PROMPT_COUNTS.verified(Verified.EQUAL)
             return
         PROMPT_COUNTS.verified(Verified.DIFFERENT)
-        self._tokenizer_off = "a prompt tokenized in parts differed from the whole"
+        self.tokenizer_off = "a prompt tokenized in parts differed from the whole"
         assert self._incremental is not None
         self._incremental.memory.clear()
         logger.error(

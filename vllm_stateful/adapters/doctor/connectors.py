@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV connectors that are looked at and not started: starting one opens ports, files and pools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+from vllm_stateful.adapters.engine.connectors import MULTI
+
+
+def stand_in(config: Any) -> Any:
+    """An object of the connector's class that was never initialized.
+
+    Its class, its configuration and its parts are all that `unsupported_connector` reads.
+
+    Args:
+        config: vLLM's, with a ``kv_transfer_config``.
+
+    Raises:
+        ValueError: vLLM knows no such connector.
+        ImportError: what it needs is not installed.
+    """
+    return _uninitialized(KVConnectorFactory.get_connector_class(config.kv_transfer_config), config)
+
+
+def _uninitialized(kind: Any, config: Any) -> Any:
+    made = object.__new__(kind)
+    made._kv_transfer_config = config.kv_transfer_config
+    if (kind.__module__, kind.__qualname__) == MULTI:
+        parts = kind._get_connector_classes_and_configs(config)
+        made._connectors = [_uninitialized(*part) for part in parts]
+    return made
