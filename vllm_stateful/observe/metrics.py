@@ -302,6 +302,15 @@ METRICS: tuple[Metric, ...] = (
         "api",
     ),
     Metric(
+        "vllm_stateful_cache_diagnostics",
+        "counter",
+        "cache_diagnostics",
+        "result",
+        "Requests that ask why not more was reused: first, same, not_found, unavailable, "
+        "malformed, or what has changed (model_changed, ...).",
+        "api",
+    ),
+    Metric(
         "vllm_stateful_render_bytes",
         "gauge",
         "render_bytes",

@@ -5,6 +5,8 @@ It decides nothing. What a session keeps is in ``prefix``, and how its client na
 ``request``.
 """
 
+from vllm_stateful.session.fingerprint import Change, Fingerprint, Reason, compare
+from vllm_stateful.session.fingerprints import Fingerprints, Remembered
 from vllm_stateful.session.session_book import SessionBook, Story
 from vllm_stateful.session.turn_log import TurnLog
 from vllm_stateful.session.turn_record import Cause, Missed, Said, TurnRecord, name_of
@@ -12,13 +14,19 @@ from vllm_stateful.session.why import Found, why_not_more
 
 __all__ = [
     "Cause",
+    "Change",
+    "Fingerprint",
+    "Fingerprints",
     "Found",
     "Missed",
+    "Reason",
+    "Remembered",
     "Said",
     "SessionBook",
     "Story",
     "TurnLog",
     "TurnRecord",
+    "compare",
     "name_of",
     "why_not_more",
 ]

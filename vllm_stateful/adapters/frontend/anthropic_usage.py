@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``usage.cache_creation`` of POST /v1/messages: for how long the written tokens are kept.
+"""What POST /v1/messages answers beside what vLLM makes: ``cache_creation`` and ``diagnostics``.
 
-Only answers to requests with a ``cache_control`` breakpoint get it, and everything else in them
-stays as vLLM made it. ``cache_creation_input_tokens`` counts what was computed and the next turn
-can read: the partly filled last block too, as the session keeps it (``estimate_cached_tokens`` of
+``usage.cache_creation`` says for how long the written tokens are kept. Only answers to requests
+with a ``cache_control`` breakpoint get it, and everything else in them stays as vLLM made it.
+``cache_creation_input_tokens`` counts what was computed and the next turn can read: the partly
+filled last block too, as the session keeps it (``estimate_cached_tokens`` of
 ``adapters.engine.kv_blocks``). A stream says it where vLLM says what it is a part of: not in
 ``message_start``, which comes without any numbers of the cache, but in ``message_delta``.
+
+``diagnostics`` says where the request differs from an earlier one (``cache_diagnostics``). Only
+answers to requests with that field get it. A stream says it in ``message_start``.
 """
 
 from __future__ import annotations
@@ -15,11 +19,14 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from pydantic import model_serializer
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse, AnthropicUsage
 
+from vllm_stateful.adapters.frontend.cache_diagnostics import Diagnosis, diagnosis_of
 from vllm_stateful.adapters.frontend.sent_body import wish_of
 from vllm_stateful.request.retention_wish import Ttl, cache_creation
 
+_START = "event: message_start\n"
 _EVENTS_WITH_USAGE = ("event: message_start\n", "event: message_delta\n")
 
 
@@ -31,8 +38,17 @@ class _Answer(AnthropicMessagesResponse):  # type: ignore[misc]
     usage: _Usage | None = None
 
 
+class _DiagnosedAnswer(_Answer):
+    diagnostics: dict[str, Any] | None = None
+
+    @model_serializer(mode="wrap")
+    def _with_null(self, serialize: Any) -> Any:
+        """vLLM leaves out what is None; here it says that nothing was found."""
+        return {**serialize(self), "diagnostics": self.diagnostics}
+
+
 def with_cache_creation(raw_request: Any | None, answer: Any) -> Any:
-    """Hook of ``anthropic-usage``: the answer, or the same answer with the breakdown.
+    """First hook of ``anthropic-usage``: the answer, or the same answer with the breakdown.
 
     Args:
         raw_request: the HTTP request, or None when there is none.
@@ -61,12 +77,11 @@ async def _events(events: AsyncGenerator[str, None], ttl: Ttl) -> AsyncGenerator
 
 
 def _with_usage_in(event: str, ttl: Ttl) -> str:
-    name, _, data = event.partition("\ndata: ")
-    content = json.loads(data)
+    name, content = _read(event)
     usage = content.get("message", content).get("usage")
     if usage is None or not _add(usage, ttl):
         return event
-    return f"{name}\ndata: {json.dumps(content, separators=(',', ':'), ensure_ascii=False)}\n\n"
+    return _written(name, content)
 
 
 def _add(usage: dict[str, Any], ttl: Ttl) -> bool:
@@ -76,3 +91,54 @@ def _add(usage: dict[str, Any], ttl: Ttl) -> bool:
         return False
     usage["cache_creation"] = cache_creation(ttl, written)
     return True
+
+
+def with_diagnostics(raw_request: Any | None, answer: Any) -> Any:
+    """Second hook of ``anthropic-usage``: the answer, or the same answer with the diagnosis.
+
+    Args:
+        raw_request: the HTTP request, or None when there is none.
+        answer: as for the first hook, which was called before.
+    """
+    diagnosis = diagnosis_of(raw_request)
+    if diagnosis is None or not diagnosis.is_asked:
+        return answer
+    if isinstance(answer, AnthropicMessagesResponse):
+        usage = None if answer.usage is None else answer.usage.model_dump(exclude_unset=True)
+        diagnosis.answered(answer.id, _num_prompt(usage))
+        found = diagnosis.of_messages()
+        return _DiagnosedAnswer(**{**dict(answer), "usage": usage, "diagnostics": found})
+    return _diagnosed_events(answer, diagnosis) if hasattr(answer, "__aiter__") else answer
+
+
+async def _diagnosed_events(
+    events: AsyncGenerator[str, None], diagnosis: Diagnosis
+) -> AsyncGenerator[str, None]:
+    async with aclosing(events):
+        async for event in events:
+            yield _with_diagnosis_in(event, diagnosis) if event.startswith(_START) else event
+
+
+def _with_diagnosis_in(event: str, diagnosis: Diagnosis) -> str:
+    name, content = _read(event)
+    message = content["message"]
+    diagnosis.answered(message.get("id"), _num_prompt(message.get("usage")))
+    message["diagnostics"] = diagnosis.of_messages()
+    return _written(name, content)
+
+
+def _num_prompt(usage: dict[str, Any] | None) -> int:
+    """Tokens of the prompt; 0 where nobody counted them."""
+    said = usage or {}
+    names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+    return sum(said.get(name) or 0 for name in names)
+
+
+def _read(event: str) -> tuple[str, dict[str, Any]]:
+    """The first line of an event, and what it says."""
+    name, _, data = event.partition("\ndata: ")
+    return name, json.loads(data)
+
+
+def _written(name: str, content: dict[str, Any]) -> str:
+    return f"{name}\ndata: {json.dumps(content, separators=(',', ':'), ensure_ascii=False)}\n\n"

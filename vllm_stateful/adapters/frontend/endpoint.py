@@ -25,6 +25,7 @@ from vllm_stateful.adapters.frontend.request_validation import validate_plain_me
 from vllm_stateful.adapters.frontend.session_routes import ask_all, router
 from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.config import is_enabled, process_config, set_by_profile
+from vllm_stateful.observe.diagnosis_counts import DIAGNOSIS_COUNTS
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
@@ -124,7 +125,10 @@ async def _poll(
     while not engine_client.errored:
         is_known = is_known or await _stand_aside_if_all_are_off(engine_client)
         exporter.update_own(
-            PROMPT_COUNTS.snapshot() | RESPONSE_COUNTS.snapshot() | TOOL_CALL_COUNTS.snapshot()
+            PROMPT_COUNTS.snapshot()
+            | RESPONSE_COUNTS.snapshot()
+            | TOOL_CALL_COUNTS.snapshot()
+            | DIAGNOSIS_COUNTS.snapshot()
         )
         try:
             if asks_engine and time.monotonic() >= ask_at:

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
-from vllm_stateful.adapters.frontend import session_affinity
+from vllm_stateful.adapters.frontend import cache_diagnostics, session_affinity
 from vllm_stateful.adapters.frontend.sent_body import digest_of_tools, sent_body, wish_of
 from vllm_stateful.adapters.frontend.tool_call_plan import plan_of
 from vllm_stateful.adapters.frontend.turn_context import (
@@ -152,6 +152,13 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
             getattr(request, "request_id", None),
             stored=bool(getattr(request, "store", False)),
         )
+    salt = field("cache_salt")
+    cache_diagnostics.begin(
+        raw_request,
+        body,
+        (identity.tenant, salt if isinstance(salt, str) else ""),
+        is_on=_engine_off is None and process_config().explain != "off",
+    )
     if identity.session_id is None and stock is not None and id_fault(stock) is None:
         stock = None  # a gateway's cookie: it names a server
     here = current()

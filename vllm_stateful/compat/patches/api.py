@@ -77,15 +77,21 @@ def _message_parsing(original: Callable[..., Any], parse: Hook) -> Callable[...,
     return parse_chat_messages_async
 
 
-def _anthropic_usage(original: Callable[..., Any], with_usage: Hook) -> Callable[..., Any]:
-    """Tell an Anthropic client how long its conversation is kept.
+def _anthropic_usage(
+    original: Callable[..., Any], with_usage: Hook, with_diagnostics: Hook
+) -> Callable[..., Any]:
+    """Tell an Anthropic client how long its conversation is kept, and where it was changed.
 
     ``with_usage``: gets the raw HTTP request (may be None) and vLLM's answer to it (a response, an
     error, or the events of a stream as an async generator); returns the answer to send.
+
+    ``with_diagnostics``: gets the raw HTTP request and what ``with_usage`` returned; returns the
+    answer to send.
     """
 
     async def create_messages(self: Any, request: Any, raw_request: Any | None = None) -> Any:
-        return with_usage(raw_request, await original(self, request, raw_request))
+        answer = with_usage(raw_request, await original(self, request, raw_request))
+        return with_diagnostics(raw_request, answer)
 
     return create_messages
 
@@ -221,17 +227,20 @@ PATCHES = (
         name="anthropic-usage",
         target="vllm.entrypoints.anthropic.serving:AnthropicServingMessages.create_messages",
         wrap=_anthropic_usage,
-        calls=(Hook("vllm_stateful.adapters.frontend.anthropic_usage:with_cache_creation"),),
-        symptom="`cache_control` of POST /v1/messages is dropped, and `usage` has no "
-        "`cache_creation`: a client that asks for a cache of one hour cannot see whether it got "
-        "one.",
+        calls=(
+            Hook("vllm_stateful.adapters.frontend.anthropic_usage:with_cache_creation"),
+            Hook("vllm_stateful.adapters.frontend.anthropic_usage:with_diagnostics"),
+        ),
+        symptom="`cache_control` and `diagnostics` of POST /v1/messages are dropped: a client that "
+        "asks for a cache of one hour cannot see whether it got one, nor why its prefix was not "
+        "reused.",
         reason="The request and its answer are together only here. A middleware sees bytes, and "
         "would have to decode each response and encode it again.",
         feature="anthropic-usage",
         process="api",
         signature="async (self, request, raw_request=...)",
         upstream="vllm-0.32/0006-anthropic-usage.patch",
-        remove_when="vLLM answers `cache_control` with `usage.cache_creation`.",
+        remove_when="vLLM answers `cache_control` with `usage.cache_creation`, and `diagnostics`.",
     ),
     Patch(
         name="detokenizer-prompt",
