@@ -10,9 +10,10 @@ from typing import Any
 
 import anthropic
 import httpx
+import openai
 import pytest
 from live_server import LiveServer
-from local_models import ROOT, SMOLLM2
+from local_models import ROOT, TINY
 
 pytestmark = pytest.mark.e2e
 
@@ -22,15 +23,15 @@ TOOL = {"description": "Tells the weather.", "properties": {"city": {"type": "st
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    if not (SMOLLM2 / "config.json").exists():
-        pytest.skip("smollm2-135m is not built: run `make model`")
+    if not (TINY / "config.json").exists():
+        pytest.skip("tiny-llama is not built: run `make model`")
     log = tmp_path_factory.mktemp("server") / "server.log"
     template = ROOT / "benchmarks" / "models" / "smollm2_tools.jinja"
-    options = ["--plugin", "stateful", "--served-model-name", "smollm2", "smollm2-too"]
+    options = ["--plugin", "stateful", "--served-model-name", "tiny", "tiny-too"]
     options += ["--max-model-len", "2048", "--block-size", "32", "--chat-template", str(template)]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     store = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-    with LiveServer(SMOLLM2, log, *options, environment=store) as live:
+    with LiveServer(TINY, log, *options, environment=store) as live:
         yield live
         assert live.process.poll() is None, live.last_words()
 
@@ -51,7 +52,7 @@ class Messages:
         self.is_streamed = is_streamed
         self.topic = uuid.uuid4().hex
         self.body: dict[str, Any] = {
-            "model": "smollm2",
+            "model": "tiny",
             "max_tokens": 8,
             "system": f"Topic {self.topic}. {SYSTEM}",
             "tools": [tool("weather"), tool("time")],
@@ -98,7 +99,7 @@ def test_messages_that_only_grow_have_no_diagnosis(messages: Messages) -> None:
 
 EDITED = [{"role": "user", "content": "What is the capital of France?"}]
 CHANGES = [
-    ("model_changed", {"model": "smollm2-too"}),
+    ("model_changed", {"model": "tiny-too"}),
     ("system_changed", {"system": "Another one."}),
     ("tools_changed", {"tools": [tool("time"), tool("weather")]}),
     ("messages_changed", {"messages": EDITED}),
@@ -193,3 +194,221 @@ def post(
 def events_of(text: str) -> list[Any]:
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+# ---- OpenAI ------------------------------------------------------------------------------
+
+
+class OpenAI:
+    """A client of OpenAI, and the conversation that it has through one of its two APIs."""
+
+    def __init__(
+        self, server: LiveServer, api: str, *, is_streamed: bool, api_key: str = "one"
+    ) -> None:
+        self.client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=api_key, max_retries=0)
+        self.is_responses = api == "responses"
+        self.path = "/v1/responses" if self.is_responses else "/v1/chat/completions"
+        self.is_streamed = is_streamed
+        self.secret = uuid.uuid4().hex
+        self.body: dict[str, Any] = {"model": "tiny", "temperature": 0}
+        self.body |= self.conversation(f"Topic {self.secret}. {SYSTEM}")
+        self.body |= {"tools": [self.tool("weather"), self.tool("time")]}
+        self.body |= {"max_output_tokens" if self.is_responses else "max_tokens": 8}
+
+    def conversation(self, system: str, *said: str) -> dict[str, Any]:
+        """System prompt and questions, each of them answered."""
+        turns = [{"role": "user", "content": said[0] if said else "What is the capital of Spain?"}]
+        for question in said[1:]:
+            turns.append({"role": "assistant", "content": "Hm."})
+            turns.append({"role": "user", "content": question})
+        if self.is_responses:
+            return {"instructions": system, "input": turns}
+        return {"messages": [{"role": "system", "content": system}, *turns]}
+
+    def tool(self, name: str) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": TOOL["properties"]}
+        function = {"name": name, "description": TOOL["description"], "parameters": parameters}
+        nested = {"type": "function", "function": function}
+        return {"type": "function", **function} if self.is_responses else nested
+
+    def ask(self, compared: str | None = None, **changes: Any) -> Any:
+        """The final object, or the last chunk of a chat stream that says anything of the cache."""
+        body = {**self.body, "prompt_cache_options": {"comparison_response_id": compared}}
+        body |= changes
+        if self.is_responses:
+            made: Any = self.client.responses.create(**body, stream=self.is_streamed)
+            if not self.is_streamed:
+                return made
+            events = list(made)
+            assert [event.type for event in events][-1] == "response.completed"
+            return events[-1].response
+        if not self.is_streamed:
+            return self.client.chat.completions.create(**body)
+        chunks = list(self.client.chat.completions.create(**body, stream=True))
+        with_it = [
+            each for each in chunks if "prompt_cache_diagnostics" in (each.model_extra or {})
+        ]
+        assert len(with_it) == (compared is not None)
+        return with_it[0] if with_it else chunks[-1]
+
+
+def told(answer: Any) -> dict[str, Any] | None:
+    """``prompt_cache_diagnostics``, which is no field of a chat completion."""
+    found = answer.model_dump().get("prompt_cache_diagnostics")
+    assert found is None or isinstance(found, dict)
+    if isinstance(answer, openai.types.responses.Response) and found is not None:
+        assert type(answer.prompt_cache_diagnostics).__name__.startswith("PromptCacheDiagnostics")
+    return found
+
+
+@pytest.fixture(params=["responses", "chat"])
+def openai_client(server: LiveServer, request: pytest.FixtureRequest, is_streamed: bool) -> OpenAI:
+    return OpenAI(server, request.param, is_streamed=is_streamed)
+
+
+def test_an_openai_conversation_that_only_grows_is_a_hit(openai_client: OpenAI) -> None:
+    first = openai_client.ask()
+    assert told(first) is None
+    system = f"Topic {openai_client.secret}. {SYSTEM}"
+    more = openai_client.conversation(system, "What is the capital of Spain?", "And then?")
+    assert told(openai_client.ask(first.id, **more)) == {"type": "cache_hit"}
+
+
+OTHER = "Another one, which is not at all what it was before, so that nothing of it is reused."
+OPENAI_CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("model_changed", {"model": "tiny-too"}, {}),
+    ("prompt_cache_key_changed", {"prompt_cache_key": "other"}, {}),
+    ("service_tier_changed", {"service_tier": "flex"}, {}),
+    ("tools_changed", {}, {}),
+    (
+        "text_format_changed",
+        {"text": {"format": {"type": "json_object"}}},
+        {"response_format": {"type": "json_object"}},
+    ),
+    (
+        "reasoning_effort_changed",
+        {"reasoning": {"effort": "low"}},
+        {"reasoning_effort": "low"},
+    ),
+    ("verbosity_changed", {"text": {"verbosity": "low"}}, {"verbosity": "low"}),
+    ("input_changed", {}, {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("reason", "change", "in_chat"), OPENAI_CHANGES, ids=[each[0] for each in OPENAI_CHANGES]
+)
+def test_an_openai_client_is_told_what_changed(
+    openai_client: OpenAI, reason: str, change: dict[str, Any], in_chat: dict[str, Any]
+) -> None:
+    """Beside a setting the input changes, too: else vLLM reuses the prompt, and it is a hit."""
+    first = openai_client.ask()
+    changes = (change if openai_client.is_responses else in_chat) or change
+    if reason == "tools_changed":
+        changes = {"tools": openai_client.body["tools"][::-1]}
+    other = openai_client.conversation(OTHER)
+    found = told(openai_client.ask(first.id, **{**changes, **other}))
+    assert found is not None
+    assert (found["type"], found["reason"]) == ("cache_miss", reason)
+    assert found["cache_missed_tokens"] > 0
+    if openai_client.is_responses or not openai_client.is_streamed:
+        total = (
+            first.usage.input_tokens if openai_client.is_responses else first.usage.prompt_tokens
+        )
+        assert found["comparison_reusable_tokens"] == total
+        assert found["cache_missed_tokens"] <= total
+
+
+def test_a_setting_that_costs_nothing_here_is_a_hit(openai_client: OpenAI) -> None:
+    if openai_client.is_streamed and not openai_client.is_responses:
+        pytest.skip("a chat stream does not count without stream_options")
+    first = openai_client.ask()
+    changed = {"service_tier": "flex"}
+    assert told(openai_client.ask(first.id, **changed)) == {"type": "cache_hit"}
+
+
+def test_an_openai_response_that_nobody_remembers_is_not_found(openai_client: OpenAI) -> None:
+    assert told(openai_client.ask("resp_unknown")) == {"type": "comparison_response_not_found"}
+
+
+def test_an_openai_response_of_another_tenant_is_not_found(
+    server: LiveServer, openai_client: OpenAI, is_streamed: bool
+) -> None:
+    mine = openai_client.ask()
+    api = "responses" if openai_client.is_responses else "chat"
+    other = OpenAI(server, api, is_streamed=is_streamed, api_key="two")
+    theirs = other.ask(mine.id)
+    assert told(theirs) == {"type": "comparison_response_not_found"}
+    assert openai_client.secret not in theirs.model_dump_json()
+    assert told(openai_client.ask(mine.id)) == {"type": "cache_hit"}
+
+
+def test_any_response_can_be_compared_with(server: LiveServer) -> None:
+    """As in OpenAI's own example: the first request says nothing of diagnostics."""
+    client = OpenAI(server, "responses", is_streamed=False)
+    first = client.client.responses.create(**client.body)
+    assert "prompt_cache_diagnostics" not in first.model_dump(exclude_unset=True)
+    more = {"previous_response_id": first.id, "input": "And then?"}
+    assert told(client.ask(first.id, **more)) == {"type": "cache_hit"}
+    found = told(client.ask(first.id, **more, instructions=OTHER))
+    assert found is not None
+    assert found["reason"] == "input_changed"
+    chained = client.client.responses.create(**{**client.body, **more})
+    further = {"previous_response_id": chained.id, "input": "And then?"}
+    assert told(client.ask(first.id, **further)) == {"type": "cache_hit"}
+
+
+def test_the_usage_of_a_chat_stream_comes_with_the_diagnosis(server: LiveServer) -> None:
+    client = OpenAI(server, "chat", is_streamed=True)
+    usage = {"stream_options": {"include_usage": True}}
+    first = client.ask(None, **usage)
+    found = client.ask(first.id, **usage, **client.conversation(OTHER))
+    assert not found.choices
+    assert told(found)["comparison_reusable_tokens"] == first.usage.prompt_tokens  # type: ignore[index]
+
+
+@pytest.mark.parametrize("compared", [7, [], "x" * 999])
+def test_an_id_that_cannot_be_read_is_served(
+    server: LiveServer, openai_client: OpenAI, compared: Any
+) -> None:
+    asked = {"prompt_cache_options": {"comparison_response_id": compared}}
+    answer = post(server, openai_client.path, {**openai_client.body, **asked}).json()
+    assert answer["prompt_cache_diagnostics"] == {"type": "unavailable"}
+    for options in (None, "text", {}, {"comparison_response_id": None}):
+        unasked = {**openai_client.body, "prompt_cache_options": options}
+        assert "prompt_cache_diagnostics" not in post(server, openai_client.path, unasked).json()
+
+
+def test_breakpoints_and_options_are_accepted(openai_client: OpenAI) -> None:
+    mark = {"prompt_cache_breakpoint": {"mode": "explicit", "ttl": "12h"}}
+    kind = "input_text" if openai_client.is_responses else "text"
+    block = {"type": kind, "text": "What is the capital of Spain?", **mark}
+    first = openai_client.ask()
+    body = openai_client.conversation(f"Topic {openai_client.secret}. {SYSTEM}")
+    turns = body["input"] if openai_client.is_responses else body["messages"]
+    turns[-1] = {"role": "user", "content": [block]}
+    options = {"comparison_response_id": first.id, "mode": "explicit", "ttl": "30m"}
+    assert told(openai_client.ask(first.id, prompt_cache_options=options, **body)) == {
+        "type": "cache_hit"
+    }
+
+
+def test_whoever_does_not_ask_gets_the_bytes_of_vllm(
+    server: LiveServer, openai_client: OpenAI
+) -> None:
+    """But for ids and times, which are others at each request."""
+    asked = {"prompt_cache_options": {"comparison_response_id": "resp_unknown"}}
+    stream = {"stream": openai_client.is_streamed}
+    stock = post(server, openai_client.path, {**openai_client.body, **stream})
+    told_too = post(server, openai_client.path, {**openai_client.body, **stream, **asked})
+    for answer in (stock, told_too):
+        if not openai_client.is_streamed:
+            assert int(answer.headers["content-length"]) == len(answer.content)
+    assert "prompt_cache_diagnostics" not in stock.text
+    field = '"prompt_cache_diagnostics":{"type":"comparison_response_not_found"}'
+    assert told_too.text.count(field) == 1
+    if openai_client.is_streamed:  # in how many events a text comes depends on the reader
+        ends = [events_of(answer.text)[-1] for answer in (stock, told_too)]
+        answers = [end.get("response", end) for end in ends]
+        del answers[1]["prompt_cache_diagnostics"]
+        assert answers[0].keys() == answers[1].keys()

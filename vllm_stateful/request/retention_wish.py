@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """For how long a client wishes the KV of its conversation to be kept.
 
-A client can say so in three ways. A wish is soft: it says what is worth keeping, but never holds
+A client can say so in four ways. A wish is soft: it says what is worth keeping, but never holds
 back another request. A wish that cannot be read is ignored.
 
     cache_control            Anthropic's breakpoint, `{"type": "ephemeral", "ttl": "5m" | "1h"}`: at
@@ -9,6 +9,7 @@ back another request. A wish that cannot be read is ignored.
                              or at the request. Chat clients (OpenRouter, LiteLLM, OpenCode) also
                              send it at messages, their content parts and functions.
     prompt_cache_retention   OpenAI: "in_memory" or "24h"
+    prompt_cache_options     OpenAI, in the place of the former: `{"ttl": "30m" | "12h"}`
     session.retain           a KV hint with the payload `{"seconds": number}`, in process
 
 The longest wish of a request counts, for its whole conversation. Anthropic keeps content before the
@@ -30,6 +31,7 @@ _DEFAULT_TTL: Ttl = "5m"
 _LONGEST_TTL: Ttl = "1h"
 # OpenAI drops "in_memory" after 5 to 10 minutes without use.
 _RETENTION_SECONDS = {"in_memory": 600.0, "in-memory": 600.0, "24h": MAX_SECONDS}
+_OPTIONS_SECONDS = {"30m": 1800.0, "12h": 43_200.0}
 _KEY = "cache_control"
 
 
@@ -58,6 +60,10 @@ def retention_wish(body: object) -> RetentionWish | None:
     retention = body.get("prompt_cache_retention")
     if isinstance(retention, str):
         seconds = max(seconds, _RETENTION_SECONDS.get(retention, 0.0))
+    options = body.get("prompt_cache_options")
+    named = options.get("ttl") if isinstance(options, dict) else None
+    if isinstance(named, str):
+        seconds = max(seconds, _OPTIONS_SECONDS.get(named, 0.0))
     return RetentionWish(seconds, ttl) if seconds else None
 
 

@@ -15,7 +15,7 @@ The answer that a client appends is not known here. So a history that only grew 
 from __future__ import annotations
 
 import hashlib
-import json
+import marshal
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 
 ITEM_BYTES = 8
 """Of the digest of a message."""
+
+_MARSHAL = 2
+"""The last format in which equal values are equal bytes. It is the fastest one to write, too."""
 
 _MARKS = frozenset({"cache_control", "prompt_cache_breakpoint"})
 _TEXT_TYPES = frozenset({"text", "input_text", "output_text"})
@@ -301,9 +304,12 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _image(value: Any) -> bytes:
-    """JSON in its one form, but for the order of keys, which prompts show."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass")
+    """A JSON value in its one form, but for the order of keys, which prompts show.
+
+    Raises:
+        ValueError: it is nested too deeply.
+    """
+    return marshal.dumps(value, _MARSHAL)
 
 
 def _digest(image: bytes) -> bytes:

@@ -231,3 +231,24 @@ def test_a_long_conversation_is_looked_through_in_a_fraction_of_reading_it() -> 
 
     assert retention_wish(body) == FIVE_MINUTES
     assert best(lambda: retention_wish(body)) < best(lambda: json.loads(raw)) / 4
+
+
+@pytest.mark.parametrize(
+    ("options", "wish"),
+    [
+        ({"ttl": "30m"}, RetentionWish(1800.0)),
+        ({"ttl": "12h", "mode": "explicit"}, RetentionWish(43_200.0)),
+        ({"ttl": "1h"}, None),
+        ({"ttl": 30}, None),
+        ({"ttl": None}, None),
+        ({}, None),
+        ("30m", None),
+        (None, None),
+    ],
+)
+def test_the_ttl_of_prompt_cache_options_is_a_wish(
+    options: Any, wish: RetentionWish | None
+) -> None:
+    assert retention_wish({"prompt_cache_options": options}) == wish
+    longer = retention_wish({"prompt_cache_options": options, "prompt_cache_retention": "24h"})
+    assert longer == RetentionWish(86_400.0)

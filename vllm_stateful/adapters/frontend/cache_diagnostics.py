@@ -10,8 +10,8 @@ A client names an earlier response. Both requests are compared by their fingerpr
     POST /v1/chat/completions  the same; OpenAI has it for responses only
 
 ``identify`` makes a `Diagnosis` of a request and leaves it at the HTTP request. Whoever sees the
-answer next completes it: a hook for Messages (``anthropic_usage``), `OpenAIDiagnostics` for the
-other two. Nothing here fails a request.
+answer next completes it: a hook for Messages (``anthropic_usage``), and for the other two a
+middleware (``openai_diagnostics``). Nothing here fails a request.
 """
 
 from __future__ import annotations
