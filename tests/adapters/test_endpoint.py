@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from recorded_engine import HISTORY, Engine
+from recorded_engine import ALICE, HISTORY, Engine
 from simulated_engine import SimulatedEngine
 
+from vllm_stateful.adapters.engine.invariants import check_pool
 from vllm_stateful.adapters.frontend import session_routes
 from vllm_stateful.adapters.frontend.identity import salt_of
 from vllm_stateful.config import process_config
+from vllm_stateful.session.sentences import explained
 
 SENT = "0a1b2c3d-session-of-mine"
 KEY = {"Authorization": "Bearer a-key"}
@@ -110,6 +112,45 @@ def test_a_session_is_shown_with_its_turns() -> None:
     assert (second["missed"]["cause"], second["missed"]["token"]) == ("changed", 18)
     assert client.get("/v1/turns/chatcmpl-2", headers=KEY).json() == second
     assert client.get("/v1/turns", headers=KEY).json()["turns"] == [second, first]
+    assert second["explanation"] == explained(second)
+    assert shown["last_turn"] == second
+
+
+def test_only_the_operator_is_told_of_the_pool(operator: None) -> None:
+    """Blocks by session, those that several share, and free ones: they add up over all engines."""
+    engines = [Engine(num_blocks=81), Engine(num_blocks=41)]
+    history = engines[0].turn("first", HISTORY, "session-one", cache_salt=salt(KEY))
+    engines[0].turn("fork", [*history[:14], 5, 6], "session-two", cache_salt=salt(KEY))
+    engines[1].turn("other", HISTORY, "session-of-another", cache_salt="another")
+    client = served(*engines)
+    told = client.get("/v1/sessions", headers=OPERATOR).json()
+    pool, sessions = told["pool"], told["sessions"]
+    counted = [check_pool(engine.scheduler) for engine in engines]
+    assert pool == {
+        "total": sum(each["total"] for each in counted),
+        "free": sum(each["free"] for each in counted),
+        "kept": sum(each["pinned"] for each in counted),
+    }
+    blocks = {each["session_id"]: (each["blocks"], each["own_blocks"]) for each in sessions}
+    shared = 14 // 4
+    assert blocks == {
+        "session-one": (6, 6 - shared),
+        "session-two": (4, 4 - shared),
+        "session-of-another": (6, 6),
+    }
+    assert pool["kept"] == sum(own for _, own in blocks.values()) + shared
+    mine = client.get("/v1/sessions", headers=KEY).json()
+    assert mine["pool"] is None
+    assert {each["session_id"] for each in mine["sessions"]} == {"session-one", "session-two"}
+
+
+def test_no_block_of_a_running_turn_is_a_sessions_own() -> None:
+    engine = Engine(num_blocks=81)
+    history = engine.turn("first", HISTORY, ALICE, cache_salt=salt(KEY))
+    engine.add("second", [*history, 5, 6], session_id=ALICE, cache_salt=salt(KEY), max_tokens=3)
+    engine.step()
+    (shown,) = served(engine).get("/v1/sessions", headers=KEY).json()["sessions"]
+    assert (shown["state"], shown["own_blocks"]) == ("running", 0)
 
 
 def test_nobody_sees_what_has_another_key(operator: None) -> None:
@@ -132,7 +173,7 @@ def test_nobody_sees_what_has_another_key(operator: None) -> None:
         for path in ("sessions/planted-session", "sessions/planted-session/turns"):
             assert client.get(f"/v1/{path}", headers=headers).status_code == 404
         assert client.get("/v1/turns/planted-request", headers=headers).status_code == 404
-    assert client.get("/v1/sessions", headers={}).json() == {"sessions": []}
+    assert client.get("/v1/sessions", headers={}).json()["sessions"] == []
     assert client.get("/v1/turns/planted-request", headers=OPERATOR).status_code == 200
     sessions = client.get("/v1/sessions", headers=OPERATOR).json()["sessions"]
     assert {each["session_id"] for each in sessions} == {"planted-session", "session-of-mine"}
@@ -142,7 +183,8 @@ def test_without_an_operators_key_no_key_sees_all() -> None:
     engine = Engine(num_blocks=81)
     engine.turn("first", HISTORY, "session-of-one", cache_salt=salt(KEY))
     for headers in (OPERATOR, {}, {"Authorization": "Bearer "}):
-        assert served(engine).get("/v1/sessions", headers=headers).json() == {"sessions": []}
+        told = served(engine).get("/v1/sessions", headers=headers).json()
+        assert told == {"sessions": [], "pool": None}
 
 
 @pytest.mark.parametrize("num_engines", [1, 2])

@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from vllm_stateful.adapters.attention_choice import STEPS
+from vllm_stateful.prefix.pins import PinLedger
+from vllm_stateful.prefix.residency import Residency
 from vllm_stateful.schedule.gaps import WaitKind
 from vllm_stateful.session import Cause, Story, TurnRecord, name_of
 from vllm_stateful.transport.wire import CLOSE, SESSION, SESSIONS, STATS, TURN, TURNS
@@ -115,10 +119,20 @@ class SessionOperations:
     def sessions(
         self, cache_salt: str | None, *, sees_all: bool = False, limit: int = 100, skip: int = 0
     ) -> dict[str, Any]:
-        """The sessions, the one with the last turn first."""
+        """The sessions, the one with the last turn first; and the pool, for who sees all of it."""
         stories = self._stories(cache_salt, sees_all=sees_all)
         listed = islice(stories, skip, skip + min(limit, MAX_LISTED))
-        return {"sessions": [self._told(story, sees_all=sees_all) for story in listed]}
+        told = {"sessions": [self._told(story, sees_all=sees_all) for story in listed]}
+        return {**told, "pool": self._pool()} if sees_all else told
+
+    def _pool(self) -> dict[str, int]:
+        """The blocks of the pool: free, kept by waiting sessions only, and all of them."""
+        pool, pins = self._manager.block_pool, self._manager.store.pins
+        return {
+            "total": pool.num_gpu_blocks - 1,
+            "free": pool.get_num_free_blocks(),
+            "kept": pins.num_freeable,
+        }
 
     def session(
         self, session_ids: list[str], cache_salt: str | None, *, sees_all: bool = False
@@ -184,6 +198,7 @@ class SessionOperations:
             "idle_s": now_s - story.used_s,
             "tokens": max((branch.frontier for branch in branches), default=0),
             "blocks": sum(branch.num_blocks for branch in branches),
+            "own_blocks": _own_blocks(branches, store.pins),
             "branches": len(branches),
             "resume_points": sum(len(branch.points) for branch in branches),
             "returns": max((branch.forecast.returns for branch in branches), default=None),
@@ -201,6 +216,17 @@ def _is_told(session: SessionKey, cache_salt: str | None, *, sees_all: bool) -> 
 
 def _is_named(session: SessionKey, session_ids: list[str]) -> bool:
     return session.session_id in session_ids
+
+
+def _own_blocks(branches: tuple[Residency, ...], pins: PinLedger) -> int:
+    """Blocks that nobody but these branches of one session holds, while they are idle."""
+    held = [branch.block_ids for branch in branches if branch.is_idle]
+    held += [point.ids for branch in branches if branch.is_idle for point in branch.points]
+    if not held:
+        return 0
+    ids, counts = np.unique(np.concatenate(held), return_counts=True)
+    is_own = (pins.holders_of_all[ids] == counts) & (pins.users_of_all[ids] == 0)
+    return int(np.count_nonzero(is_own))
 
 
 def _shown(record: TurnRecord, *, sees_all: bool) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from vllm_stateful.adapters.frontend.identity import (
 )
 from vllm_stateful.adapters.frontend.metrics_exporter import MetricsExporter
 from vllm_stateful.adapters.frontend.openai_diagnostics import OpenAIDiagnostics
+from vllm_stateful.adapters.frontend.page import page_router
 from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
 from vllm_stateful.adapters.frontend.session_routes import ask_all, router
@@ -51,6 +52,7 @@ class StatefulEndpoint:
         """Add our routes, and what stands before vLLM's; nothing when not enabled."""
         if _is_on():
             app.include_router(router)
+            app.include_router(page_router)
             app.add_middleware(TenantMiddleware)
             app.add_middleware(OpenAIDiagnostics)
             if "messages" not in process_config().disable:

@@ -20,6 +20,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm_stateful.adapters.frontend.identity import salt_of
 from vllm_stateful.config import process_config
 from vllm_stateful.request.session_identity import ids_of_client, key_of_client
+from vllm_stateful.session.sentences import explained
 from vllm_stateful.transport.wire import CLOSE, SESSION, SESSIONS, TURN, TURNS
 
 router = APIRouter(tags=["sessions"])
@@ -83,6 +84,8 @@ class Turn(BaseModel):
     ended: str | None
     kept: bool
     said: Said
+    explanation: list[str]
+    """In plain English: first what it reused, then why not more, at last how long it took."""
 
 
 class Session(BaseModel):
@@ -100,6 +103,8 @@ class Session(BaseModel):
     idle_s: float
     tokens: int
     blocks: int
+    own_blocks: int
+    """Of these, blocks that no other session and no running turn holds."""
     branches: int
     resume_points: int
     returns: float | None
@@ -109,10 +114,19 @@ class Session(BaseModel):
     last_turn: Turn | None
 
 
+class Pool(BaseModel):
+    """Blocks of the KV cache: all, free ones, and those that waiting sessions alone keep."""
+
+    total: int
+    free: int
+    kept: int
+
+
 class Sessions(BaseModel):
-    """Sessions, the one with the last turn first."""
+    """Sessions, the one with the last turn first. Only the operator is told of the pool."""
 
     sessions: list[Session]
+    pool: Pool | None = None
 
 
 class Turns(BaseModel):
@@ -144,13 +158,13 @@ async def list_sessions(
     if isinstance(found, JSONResponse):
         return found
     if len(found) == 1:
-        return found[0]
+        return {"sessions": _sessions(found), "pool": _pool(found)}
     most = min(skip + limit, MAX_LIMIT)  # each engine core may have all that are wanted
     found = await _ask(raw_request, SESSIONS, cache_salt, limit=most)
     if isinstance(found, JSONResponse):
         return found
-    listed = sorted(_joined(found, "sessions"), key=lambda each: each["idle_s"])
-    return {"sessions": listed[skip : skip + limit]}
+    listed = sorted(_sessions(found), key=lambda each: each["idle_s"])
+    return {"sessions": listed[skip : skip + limit], "pool": _pool(found)}
 
 
 @router.get("/v1/sessions/{session_id:path}/turns", response_model=Turns)
@@ -162,7 +176,7 @@ async def list_turns(
     found = await _ask(raw_request, TURNS, cache_salt, **asked)
     if isinstance(found, JSONResponse):
         return found
-    turns = sorted(_joined(found, "turns"), key=lambda each: -each["arrived_at"])
+    turns = sorted(_turns(found), key=lambda each: -each["arrived_at"])
     return {"turns": turns[:limit]} if turns else _unknown("session", session_id)
 
 
@@ -179,7 +193,7 @@ async def show_session(session_id: str, raw_request: Request, cache_salt: str | 
     found = await _ask(raw_request, SESSION, cache_salt, session_ids=ids)
     if isinstance(found, JSONResponse):
         return found
-    sessions = sorted(_joined(found, "sessions"), key=lambda each: each["idle_s"])
+    sessions = sorted(_sessions(found), key=lambda each: each["idle_s"])
     return sessions[0] if sessions else _unknown("session", session_id)
 
 
@@ -191,7 +205,7 @@ async def list_all_turns(
     found = await _ask(raw_request, TURNS, cache_salt, limit=limit)
     if isinstance(found, JSONResponse):
         return found
-    turns = sorted(_joined(found, "turns"), key=lambda each: -each["arrived_at"])
+    turns = sorted(_turns(found), key=lambda each: -each["arrived_at"])
     return {"turns": turns[:limit]}
 
 
@@ -206,7 +220,7 @@ async def show_turn(request_id: str, raw_request: Request, cache_salt: str | Non
     found = await _ask(raw_request, TURN, cache_salt, request_id=request_id)
     if isinstance(found, JSONResponse):
         return found
-    turns = _joined(found, "turns")
+    turns = _turns(found)
     return turns[0] if turns else _unknown("turn", request_id)
 
 
@@ -270,6 +284,29 @@ def _is_operator(raw_request: Request) -> bool:
 
 def _joined(answers: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     return [each for answer in answers for each in answer[key]]
+
+
+def _sessions(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**each, "last_turn": each["last_turn"] and _in_words(each["last_turn"])}
+        for each in _joined(answers, "sessions")
+    ]
+
+
+def _turns(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [_in_words(turn) for turn in _joined(answers, "turns")]
+
+
+def _in_words(turn: dict[str, Any]) -> dict[str, Any]:
+    return {**turn, "explanation": explained(turn)}
+
+
+def _pool(answers: list[dict[str, Any]]) -> dict[str, int] | None:
+    """The pools of all engine cores together; None for a client, who is told of none."""
+    pools = [answer["pool"] for answer in answers if "pool" in answer]
+    if not pools:
+        return None
+    return {name: sum(pool[name] for pool in pools) for name in pools[0]}
 
 
 def _unknown(what: str, name: str) -> JSONResponse:
