@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +113,14 @@ def play(url: str) -> None:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
     return Browser(tmp_path_factory.mktemp("browser"))
+
+
+@pytest.fixture(scope="module")
+def promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
+        pytest.skip("no `promtool` on this machine")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +242,13 @@ def test_text_of_a_client_is_shown_as_text(browser: Browser, live: LiveServer) -
     assert PLANTED in names(page)
     assert not page.all("img")
     assert len(page.all("script")) == 1
+
+
+def test_prometheus_has_nothing_to_say_about_our_metrics(promtool: str, live: LiveServer) -> None:
+    told = httpx.get(f"{live.url}/metrics").text
+    assert "vllm_stateful_turns_total{" in told
+    command = [promtool, "check", "metrics"]
+    done = subprocess.run(command, input=told, capture_output=True, text=True, timeout=60)
+    complaints = (done.stdout + done.stderr).splitlines()
+    assert not [line for line in complaints if "vllm_stateful_" in line]
+    assert not [line for line in complaints if line.startswith("error")], complaints
