@@ -144,6 +144,15 @@ def test_only_the_operator_is_told_of_the_pool(operator: None) -> None:
     assert {each["session_id"] for each in mine["sessions"]} == {"session-one", "session-two"}
 
 
+def test_branches_of_one_session_hold_their_blocks_together() -> None:
+    engine = Engine(num_blocks=81)
+    history = engine.turn("first", HISTORY, ALICE, cache_salt=salt(KEY))
+    engine.turn("second", [*history[:10], 5, 6, 7, 8, 9], ALICE, cache_salt=salt(KEY))
+    (shown,) = served(engine).get("/v1/sessions", headers=KEY).json()["sessions"]
+    assert shown["branches"] == 2
+    assert shown["own_blocks"] == check_pool(engine.scheduler)["pinned"] < shown["blocks"]
+
+
 def test_no_block_of_a_running_turn_is_a_sessions_own() -> None:
     engine = Engine(num_blocks=81)
     history = engine.turn("first", HISTORY, ALICE, cache_salt=salt(KEY))

@@ -219,12 +219,17 @@ def _is_named(session: SessionKey, session_ids: list[str]) -> bool:
 
 
 def _own_blocks(branches: tuple[Residency, ...], pins: PinLedger) -> int:
-    """Blocks that nobody but these branches of one session holds, while they are idle."""
+    """Blocks that nobody but these branches of one session holds, while they are idle.
+
+    The scheduler waits for this, so the usual case, one branch without points, sorts nothing.
+    """
     held = [branch.block_ids for branch in branches if branch.is_idle]
     held += [point.ids for branch in branches if branch.is_idle for point in branch.points]
     if not held:
         return 0
-    ids, counts = np.unique(np.concatenate(held), return_counts=True)
+    ids, counts = held[0], np.ones(1, np.int64)
+    if len(held) > 1:
+        ids, counts = np.unique(np.concatenate(held), return_counts=True)
     is_own = (pins.holders_of_all[ids] == counts) & (pins.users_of_all[ids] == 0)
     return int(np.count_nonzero(is_own))
 
