@@ -56,7 +56,7 @@ def why_not_more(session: SessionKey, found: Found, book: SessionBook, now_s: fl
         return Missed(_cause_of_first(session, book))
     frontier = max(0 if story is None else story.frontier, found.num_history * found.is_own)
     num_missed = max(0, min(frontier, most) - found.num_reused - found.slack)
-    behind = max(0, found.num_shared - found.slack - found.num_reused)
+    behind = max(0, found.num_shared - found.slack - found.num_reused) if found.has_points else 0
     if found.has_parted and found.is_own:
         return Missed(Cause.CHANGED, num_missed, found.num_shared, num_behind_snapshot=behind)
     if not num_missed:

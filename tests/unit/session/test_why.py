@@ -44,6 +44,13 @@ def test_the_reason(found: Found, gone: Demotion | None, cause: Cause, num_token
         assert (missed.why_gone, missed.gone_s, missed.idle_s) == (str(gone), 8.0, 10.0)
 
 
+def test_without_resume_points_none_is_missing() -> None:
+    """Three tokens in common are too few to be worth a copy, with full attention too."""
+    assert why_not_more(SESSION, Found(150, 0, 3, 100, True), book(), 20.0).num_behind_snapshot == 0
+    found = Found(150, 0, 3, 100, True, has_points=True)
+    assert why_not_more(SESSION, found, book(), 20.0).num_behind_snapshot == 3
+
+
 @pytest.mark.parametrize(
     ("identity", "cause"),
     [
