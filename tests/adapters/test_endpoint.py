@@ -141,24 +141,25 @@ def test_only_the_operator_is_told_of_the_pool(operator: None) -> None:
     assert pool["kept"] == sum(own for _, own in blocks.values()) + shared
     mine = client.get("/v1/sessions", headers=KEY).json()
     assert mine["pool"] is None
+    assert {each["own_blocks"] for each in mine["sessions"]} == {None}
     assert {each["session_id"] for each in mine["sessions"]} == {"session-one", "session-two"}
 
 
-def test_branches_of_one_session_hold_their_blocks_together() -> None:
+def test_branches_of_one_session_hold_their_blocks_together(operator: None) -> None:
     engine = Engine(num_blocks=81)
     history = engine.turn("first", HISTORY, ALICE, cache_salt=salt(KEY))
     engine.turn("second", [*history[:10], 5, 6, 7, 8, 9], ALICE, cache_salt=salt(KEY))
-    (shown,) = served(engine).get("/v1/sessions", headers=KEY).json()["sessions"]
+    (shown,) = served(engine).get("/v1/sessions", headers=OPERATOR).json()["sessions"]
     assert shown["branches"] == 2
     assert shown["own_blocks"] == check_pool(engine.scheduler)["pinned"] < shown["blocks"]
 
 
-def test_no_block_of_a_running_turn_is_a_sessions_own() -> None:
+def test_no_block_of_a_running_turn_is_a_sessions_own(operator: None) -> None:
     engine = Engine(num_blocks=81)
     history = engine.turn("first", HISTORY, ALICE, cache_salt=salt(KEY))
     engine.add("second", [*history, 5, 6], session_id=ALICE, cache_salt=salt(KEY), max_tokens=3)
     engine.step()
-    (shown,) = served(engine).get("/v1/sessions", headers=KEY).json()["sessions"]
+    (shown,) = served(engine).get("/v1/sessions", headers=OPERATOR).json()["sessions"]
     assert (shown["state"], shown["own_blocks"]) == ("running", 0)
 
 

@@ -198,7 +198,7 @@ class SessionOperations:
             "idle_s": now_s - story.used_s,
             "tokens": max((branch.frontier for branch in branches), default=0),
             "blocks": sum(branch.num_blocks for branch in branches),
-            "own_blocks": _own_blocks(branches, store.pins),
+            "own_blocks": _own_blocks(branches, store.pins) if sees_all else None,
             "branches": len(branches),
             "resume_points": sum(len(branch.points) for branch in branches),
             "returns": max((branch.forecast.returns for branch in branches), default=None),

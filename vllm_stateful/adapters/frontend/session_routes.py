@@ -103,7 +103,7 @@ class Session(BaseModel):
     idle_s: float
     tokens: int
     blocks: int
-    own_blocks: int
+    own_blocks: int | None
     """Of these, blocks that no other session and no running turn holds."""
     branches: int
     resume_points: int
