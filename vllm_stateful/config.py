@@ -53,6 +53,8 @@ class Option(NamedTuple):
     allowed: str
     help: str
     is_flag: bool = False
+    is_secret: bool = False
+    """Whether its value is never shown."""
 
     @property
     def env(self) -> str:
@@ -67,7 +69,8 @@ class Option(NamedTuple):
         try:
             return self.parse(text)
         except ValueError:
-            raise ConfigError(f"{key}={text!r}: must be {self.allowed}") from None
+            shown = "..." if self.is_secret else repr(text)
+            raise ConfigError(f"{key}={shown}: must be {self.allowed}") from None
 
 
 def _within(low: float, high: float) -> Callable[[str], float]:
@@ -276,6 +279,7 @@ OPTIONS: tuple[Option, ...] = (
         "a key",
         "One of the server's API keys (--api-key), whose holder sees the sessions and turns of all "
         "tenants. Better given as VLLM_STATEFUL_ADMIN_KEY. Default: nobody does.",
+        is_secret=True,
     ),
     Option(
         "disable",

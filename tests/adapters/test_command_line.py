@@ -453,3 +453,19 @@ def test_drafts_on_in_the_environment_count_too(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("VLLM_STATEFUL_PROFILE", "fast")
     process_config.cache_clear()
     assert make_parser().parse_args(["some/model"]).speculative_config == IN_ENGINE_CORE
+
+
+@pytest.mark.parametrize("words", DRAFTING, ids=" ".join)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_short_options_for_a_head_win_too(parse: Parse, words: list[str], is_first: bool) -> None:
+    own = ["--spec-method", "eagle3", "--spec-model", "some/head", "--spec-tokens", "4"]
+    arguments = parse(*(own + words if is_first else words + own))
+    assert arguments.speculative_config is None
+    assert (arguments.spec_method, arguments.spec_tokens) == ("eagle3", 4)
+
+
+def test_the_operators_key_is_not_on_the_namespace(parse: Parse) -> None:
+    arguments = parse("--plugin", "stateful", "--stateful-admin-key", "planted-key")
+    assert "planted" not in repr(arguments)
+    assert process_config().admin_key == "planted-key"
+    assert "planted" not in repr(process_config())

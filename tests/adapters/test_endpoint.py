@@ -215,7 +215,15 @@ def test_sessions_are_listed_in_pages(num_engines: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"limit": 0}, {"limit": -1}, {"limit": 201}, {"limit": "many"}, {"skip": -1}]
+    "wrong",
+    [
+        {"limit": 0},
+        {"limit": -1},
+        {"limit": 201},
+        {"limit": "many"},
+        {"skip": -1},
+        {"skip": 1 << 70},
+    ],
 )
 def test_a_limit_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
     assert served().get("/v1/sessions", params=wrong).status_code == 422

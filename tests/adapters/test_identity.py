@@ -18,7 +18,7 @@ from vllm_stateful.adapters.engine.turn import (
     forced_tool,
     is_final,
     retention_wish,
-    said_of_turn,
+    take_said,
 )
 from vllm_stateful.adapters.frontend import identity
 from vllm_stateful.adapters.frontend.identity import (
@@ -27,6 +27,7 @@ from vllm_stateful.adapters.frontend.identity import (
     salt_of,
     stamp,
 )
+from vllm_stateful.adapters.slots import of_request
 from vllm_stateful.request import ResponseChain
 from vllm_stateful.session import Said
 from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION, TURN_ACTION
@@ -288,10 +289,31 @@ def test_what_a_client_says_of_its_turn_reaches_the_record() -> None:
         "x-codex-window-id": f"{SESSION}:3",
         "x-stainless-retry-count": "2",
     }
-    said = said_of_turn(sent(headers, prompt_cache_key="default"))  # type: ignore[arg-type]
+    said = told(sent(headers, prompt_cache_key="default"))
     assert said == Said("codex", f"codex:{parent}", compaction=True, retry=2, window=3)
-    rejected = said_of_turn(sent({"x-session-id": "abc"}))  # type: ignore[arg-type]
+    rejected = told(sent({"x-session-id": "abc"}))
     assert rejected == Said(rejected="x-session-id: too short")
+
+
+def told(request: Any) -> Said:
+    """What the engine reads, and takes out of what connectors may read."""
+    engine = SimpleNamespace(kv_hints=request.kv_hints)
+    take_said(engine)  # type: ignore[arg-type]
+    assert engine.kv_hints is None
+    return of_request(engine).said
+
+
+def test_other_hints_stay_where_they_are() -> None:
+    engine: Any = SimpleNamespace(kv_hints=sent(FINAL).kv_hints)
+    take_said(engine)
+    assert hints_of(engine) == [CLOSE_ACTION]
+    assert of_request(engine).said.source == "dynamo"
+
+
+@pytest.mark.parametrize("wrong", [[], {}, 7, True, None])
+def test_what_has_another_type_is_not_said(wrong: Any) -> None:
+    assert Said.of({"parent": wrong, "source": wrong, "rejected": wrong}) == Said()
+    assert Said.of({"retry": "2", "window": True, "compaction": 1, "unknown": 1}) == Said()
 
 
 @pytest.mark.parametrize("count", ["", "-1", "1e9", "9999", "two"])

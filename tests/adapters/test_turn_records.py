@@ -171,7 +171,41 @@ def test_a_fork_has_a_parent_and_the_parent_a_child(engine: Engine) -> None:
 def test_the_same_id_under_another_salt_or_adapter_is_named(engine: Engine) -> None:
     history = engine.turn("first", HISTORY)
     engine.turn("salted", [*history, 1], cache_salt=SALT)
-    assert missed_by(engine, "salted", cache_salt=SALT)["cause"] == "other_salt"
+    assert missed_by(engine, "salted", cache_salt=SALT)["cause"] == "never_seen"
+    assert missed_by(engine, "salted", sees_all=True)["cause"] == "other_salt"
+
+
+def test_conversations_that_nobody_named_are_told_apart(options: dict[str, Any]) -> None:
+    """They begin alike, and are no changes of one another unless a question is asked again."""
+    engine = Engine(**options | {"num_blocks": 300}, has_markers=True)
+    system = [IM_START, *range(1, 40)]
+    engine.turn("one", [*system, IM_START, 50, 51, 52], None)
+    engine.turn("two", [*system, IM_START, 60, 61, 62], None)
+    assert missed_by(engine, "two")["cause"] == "never_seen"
+
+
+def test_a_preempted_turn_leaves_no_session_running(options: dict[str, Any]) -> None:
+    engine = Engine(**options)
+    history = engine.turn("first", HISTORY, None)
+    engine.add("second", [*history, 1], session_id=None, max_tokens=6)
+    engine.step()
+    request = engine.scheduler.requests["second"]
+    if engine.scheduler.reset_prefix_cache(reset_running_requests=True):
+        engine.run()
+    assert request.is_finished()
+    assert {each["running"] for each in asked(engine, "sessions")} == {0}
+
+
+def test_a_turn_that_is_too_large_to_be_kept_says_so(options: dict[str, Any]) -> None:
+    engine = Engine(**options)
+    engine.turn("large", [n % 90 for n in range(100)])
+    assert not engine.branches(ALICE)
+    assert not turn_of(engine, "large")["kept"]
+    engine.turn("small", HISTORY, BOB)
+    engine.turn("again", HISTORY, BOB)  # what it computes is there
+    assert turn_of(engine, "again")["kept"]
+    (bob,) = asked(engine, "session", session_ids=[BOB])
+    assert bob["demoted"] is None
 
 
 def test_another_tenant_is_named_to_the_operator_only(engine: Engine) -> None:
@@ -224,9 +258,30 @@ def test_a_session_tells_what_it_waits_for(engine: Engine) -> None:
     assert closed["blocks"] == 0
 
 
-def test_a_turn_is_found_by_the_id_that_the_client_knows(engine: Engine) -> None:
-    engine.turn("chatcmpl-abc-12345678", HISTORY)
-    assert turn_of(engine, "chatcmpl-abc")["request_id"] == "chatcmpl-abc-12345678"
+@pytest.mark.parametrize(
+    "request_id",
+    [
+        "chatcmpl-abc-12345678",
+        "0_chatcmpl-abc-12345678",
+        "chatcmpl-abc-0-12345678",
+        "chatcmpl-abc_1-12345678",
+    ],
+)
+def test_a_turn_is_found_by_the_id_that_the_client_knows(engine: Engine, request_id: str) -> None:
+    engine.turn(request_id, HISTORY)
+    assert turn_of(engine, "chatcmpl-abc")["request_id"] == request_id
+
+
+def test_an_id_of_a_client_may_end_with_a_number(engine: Engine) -> None:
+    engine.turn("chatcmpl-run-42-12345678", HISTORY)
+    assert turn_of(engine, "chatcmpl-run-42")["session_id"] == ALICE
+
+
+def test_two_clients_may_use_one_name(engine: Engine) -> None:
+    engine.turn("mine-11111111", HISTORY)
+    engine.turn("mine-22222222", HISTORY, BOB, cache_salt=SALT)
+    assert turn_of(engine, "mine")["session_id"] == ALICE
+    assert turn_of(engine, "mine", cache_salt=SALT)["session_id"] == BOB
 
 
 def test_text_that_cannot_be_read_ends_nothing() -> None:

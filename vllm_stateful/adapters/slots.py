@@ -12,6 +12,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_stateful.session.turn_record import NOTHING_SAID, Said
 from vllm_stateful.types import TokenArray
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class OnRequest:
         ticket: its place in the waiting queue, with ``--stateful-order least-served``.
         num_sampled: tokens that the last processed step sampled; 0 before the first step.
         is_cut: whether a stop took some of these tokens back.
+        said: what its client said of the turn.
         num_steps: steps that are scheduled and not processed yet. Counted until the request ends,
             and only for models with recurrent states and drafts.
     """
@@ -47,6 +49,7 @@ class OnRequest:
     num_sampled: int = 0
     is_cut: bool = False
     num_steps: int = 0
+    said: Said = NOTHING_SAID
 
 
 @dataclass(slots=True)

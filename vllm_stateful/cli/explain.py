@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from typing import Any
+from urllib.parse import quote
 
 from vllm_stateful.cli.client import ServerClient, ServerError, add_options
 from vllm_stateful.session.sentences import explained
@@ -43,6 +44,6 @@ def run(options: argparse.Namespace, _: list[str]) -> int:
 
 def _turns(server: ServerClient, options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.request is not None:
-        return [server.get(f"turns/{options.request}")]
-    path = "turns" if options.session is None else f"sessions/{options.session}/turns"
+        return [server.get(f"turns/{quote(options.request, safe='')}")]
+    path = "turns" if options.session is None else f"sessions/{quote(options.session)}/turns"
     return list(server.get(path, limit=options.limit)["turns"])

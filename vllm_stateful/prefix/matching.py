@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vllm_stateful.prefix.edits import end_of_question, is_found_in
 from vllm_stateful.prefix.groups.table import ResumePoint
 from vllm_stateful.prefix.radix_tree import Known, PrefixMatch, RadixTree
 from vllm_stateful.prefix.residency import Match, PromptBase, Residency, is_anonymous
@@ -47,6 +48,19 @@ class Matching(ResidencyBook):
             return self._at_a_point(session, tree, longest, found, num_tokens)
         match = self._classify(session, found, num_tokens, limit)
         return match._replace(related=found, num_shared=num_tokens)
+
+    def is_asked_again(self, residency: Residency, num_shared: int, prompt: TokenArray) -> bool:
+        """Whether a prompt still has the last question of a history from which it parts.
+
+        Args:
+            residency: the history.
+            num_shared: the tokens before the first difference.
+            prompt: shape ``[num_tokens]``.
+        """
+        if not residency.alive:
+            return False
+        question = end_of_question(residency.tree.path_up(residency), num_shared)
+        return question is not None and is_found_in(question, prompt[num_shared:])
 
     def nearest_own(self, session: SessionKey, tokens: TokenArray) -> tuple[Residency, int] | None:
         """The session's own branch that shares most tokens with a prompt, and how many.

@@ -15,7 +15,6 @@ import numpy as np
 
 from vllm_stateful.prefix.boundaries import Cuts, Kind
 from vllm_stateful.prefix.demoting import Demoting
-from vllm_stateful.prefix.edits import end_of_question, is_found_in
 from vllm_stateful.prefix.groups.table import ResumePoint, Tables
 from vllm_stateful.prefix.matching import Matching
 from vllm_stateful.prefix.radix_tree import NO_CUTS, Known, RadixTree
@@ -230,11 +229,7 @@ class ResidencyStore(Matching, Demoting):
             return
         if base.session != turn.session or num_shared >= base.frontier:
             return
-        edited = base.frontier <= 2 * num_shared
-        if not edited:
-            question = end_of_question(base.tree.path_up(base), num_shared)
-            edited = question is not None and is_found_in(question, turn.prompt[num_shared:])
-        if edited:
+        if base.frontier <= 2 * num_shared or self.is_asked_again(base, num_shared, turn.prompt):
             base.superseded = True
             self._idle.supersede(base)
 

@@ -112,19 +112,24 @@ class SessionBook:
             forgotten, _ = self._stories.popitem(last=False)
             self._forget_identity(forgotten)
 
-    def ended(self, session: SessionKey, frontier: int, now_s: float) -> None:
+    def ended(
+        self, session: SessionKey, frontier: int, now_s: float, *, is_kept: bool = False
+    ) -> None:
         """A turn has ended.
 
         Args:
             session: its session.
             frontier: tokens whose KV it leaves; 0 when it leaves none.
             now_s: the engine's clock.
+            is_kept: whether the session has its KV: what it had lost before is there again.
         """
         story = self._stories.get(session)
         if story is not None:
-            story.num_running -= 1
+            story.num_running = max(0, story.num_running - 1)
             story.used_s = now_s
             story.frontier = frontier or story.frontier
+            if is_kept:
+                story.gone = None
 
     def demoted(self, session: SessionKey, why: Demotion, num_kept: int, now_s: float) -> None:
         """KV of a session was given back.

@@ -91,8 +91,16 @@ class Said(NamedTuple):
 
     @classmethod
     def of(cls, payload: Mapping[str, Any]) -> Said:
-        """Read what came over the wire; fields that are not known are left out."""
-        return cls(**{name: payload[name] for name in cls._fields if name in payload})
+        """Read what came over the wire; what is not known, or of another type, is left out."""
+        types = (str, str, bool, str, int, int)
+        found: dict[str, Any] = {name: payload.get(name) for name in cls._fields}
+        return cls(
+            **{
+                name: found[name]
+                for name, expected in zip(cls._fields, types, strict=True)
+                if type(found[name]) is expected
+            }
+        )
 
     def as_payload(self) -> dict[str, Any]:
         """For the wire: the fields that say something."""

@@ -95,9 +95,19 @@ def test_the_log_keeps_the_last_turns(numbers: list[int], most: int) -> None:
     assert list(log.newest_first()) == list(reversed(model.values()))
     assert len(log) == len(model)
     for number in range(10):
-        assert log.find(f"request-{number}") is model.get(f"request-{number}")
-    assert log.find("request") is (next(reversed(model.values())) if model else None)
-    assert len(log._of_client) == bool(model)
+        assert log.find(f"request-{number}", None) is model.get(f"request-{number}")
+        assert log.find_of_anybody(f"request-{number}") is model.get(f"request-{number}")
+    assert not log._of_client
+
+
+def test_names_of_clients_are_forgotten_with_their_turns() -> None:
+    log = TurnLog(10)
+    for number in range(100):
+        session = key(str(number % 7), f"salt-{number % 3}")
+        log.add(TurnRecord(f"chatcmpl-{number % 20}-0-{number:08x}", session, 0.0))
+    assert len(log) == 10
+    assert set(log._of_client.values()) <= {each.request_id for each in log.newest_first()}
+    assert len(log._of_client) <= 20
 
 
 def test_a_million_turns_take_what_ten_thousand_do() -> None:

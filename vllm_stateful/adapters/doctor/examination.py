@@ -20,12 +20,11 @@ from vllm_stateful.adapters.speculation import (
     why_not_beside_head,
 )
 from vllm_stateful.cli.findings import Finding
-from vllm_stateful.config import StatefulConfig, process_config
+from vllm_stateful.config import OPTIONS, StatefulConfig, process_config
 
 _UNKNOWN = {"is_known": False}
 
-SECRETS = ("admin_key",)
-"""Options whose values are not shown."""
+SECRETS = tuple(option.field for option in OPTIONS if option.is_secret)
 
 
 def examine(words: Sequence[str]) -> Iterator[Finding]:

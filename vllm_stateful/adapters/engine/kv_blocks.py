@@ -133,10 +133,13 @@ class StatefulKVCacheManager(KVAdmission):
                 wish_s=retention_wish(request) or 0.0,
             )
         )
-        self._note_end(request, turn, num_known, is_kept=made is not None)
+        is_kept = bool(self.store.branches(turn.session))  # one that it repeated counts as well
+        self._note_end(request, turn, num_known, is_kept=is_kept)
         if made is not None and made.num_blocks > self.store.pins.budget_blocks:
             self.store.demote(made, Demotion.BUDGET)  # rather than all others, then this one
         self.store.enforce_budget()
+        if turn.record is not None:
+            turn.record.is_kept = bool(self.store.branches(turn.session))
 
     def _end_of(self, request: Request) -> tuple[int, bool]:
         """How many tokens were computed for sure, and whether states are those behind them.

@@ -161,7 +161,9 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
 
     def read_loads(self, output: KVConnectorOutput | None) -> None:
         """What a step could not load. Call before vLLM reads it."""
-        if self.loads is not None and output is not None and output.invalid_block_ids:
+        has_lost = output is not None and bool(output.invalid_block_ids)
+        # With several groups vLLM has no answer, and raises. No connector that is on reports any.
+        if self.loads is not None and has_lost and len(self.groups) == 1:
             self.loads.fail(output, self.turns, self._managers[0].req_to_blocks)
 
     def estimate_cached_tokens(self, request: Request) -> int:

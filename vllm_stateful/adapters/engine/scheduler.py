@@ -36,7 +36,7 @@ from vllm_stateful.adapters.engine.resume_points import ResumePoints
 from vllm_stateful.adapters.engine.running_states import is_only_step_in_flight
 from vllm_stateful.adapters.engine.session_operations import SessionOperations
 from vllm_stateful.adapters.engine.shared_prefixes import SchedulerPrefixes
-from vllm_stateful.adapters.engine.turn import session_of
+from vllm_stateful.adapters.engine.turn import session_of, take_said
 from vllm_stateful.adapters.engine.turn_records import TurnRecords, decoder
 from vllm_stateful.adapters.engine.waiting_queue import ServiceQueue
 from vllm_stateful.adapters.slots import on_request
@@ -286,6 +286,7 @@ class _StatefulMixin:
 
     def add_request(self, request: Request) -> None:
         """vLLM's begin of every request; decides whether it is offloaded."""
+        take_said(request)
         if self.tier is not None and request.request_id not in self.requests:
             self.tier.admit(request, session_of(request))
         super().add_request(request)  # type: ignore[misc]

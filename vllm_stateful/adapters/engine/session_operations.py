@@ -165,7 +165,10 @@ class SessionOperations:
     ) -> dict[str, Any]:
         """One turn, by the id of its request as the client or the engine knows it."""
         records = self._manager.records
-        record = None if records is None else records.log.find(request_id)
+        if records is None:
+            return {"turns": []}
+        log = records.log
+        record = log.find_of_anybody(request_id) if sees_all else log.find(request_id, cache_salt)
         if record is None or not _is_told(record.session, cache_salt, sees_all=sees_all):
             return {"turns": []}
         return {"turns": [_shown(record, sees_all=sees_all)]}
@@ -237,7 +240,7 @@ def _own_blocks(branches: tuple[Residency, ...], pins: PinLedger) -> int:
 def _shown(record: TurnRecord, *, sees_all: bool) -> dict[str, Any]:
     """A record without what only the operator may know."""
     shown = record.as_dict()
-    if not sees_all and record.missed.cause is Cause.OTHER_TENANT:
+    if not sees_all and record.missed.cause in (Cause.OTHER_TENANT, Cause.OTHER_SALT):
         shown["missed"] = {**shown["missed"], "cause": str(Cause.NEVER_SEEN)}
     return shown
 

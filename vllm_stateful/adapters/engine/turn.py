@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.kv_hints import KvHintsEnvelope
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.engine.mm_tokens import can_be_named, with_features
 from vllm_stateful.adapters.model_input import identity_of
-from vllm_stateful.adapters.slots import of_request
+from vllm_stateful.adapters.slots import of_request, on_request
 from vllm_stateful.prefix.groups import ResumePoint
-from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency, is_anonymous
+from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency
 from vllm_stateful.prefix.resume_places import Place
 from vllm_stateful.request.retention_wish import hinted_seconds
 from vllm_stateful.request.session_identity import id_fault
@@ -99,11 +100,6 @@ class Turn:
     def __post_init__(self) -> None:
         self.named = self.session
 
-    def continues(self, session: SessionKey) -> bool:
-        """Whether another turn is of this one's session, as far as its client named any."""
-        is_same = self.session == session
-        return is_same or (is_anonymous(self.session) and is_anonymous(session))
-
     @property
     def token_ids(self) -> TokenArray:
         """The prompt as the model gets it, shape ``[num_prompt_tokens]``."""
@@ -144,13 +140,18 @@ def is_final(request: Request) -> bool:
     return hints is not None and any(a.action_type == CLOSE_ACTION for a in hints.actions)
 
 
-def said_of_turn(request: Request) -> Said:
-    """What the client said of its turn (a KV hint)."""
+def take_said(request: Request) -> None:
+    """Take what the client said of its turn out of its KV hints, which connectors may read too."""
     hints = request.kv_hints
-    for action in () if hints is None else hints.actions:
+    if hints is None:
+        return
+    others = [action for action in hints.actions if action.action_type != TURN_ACTION]
+    for action in hints.actions:
         if action.action_type == TURN_ACTION:
-            return Said.of(action.payload)
-    return Said()
+            on_request(request).said = Said.of(action.payload)
+    if len(others) < len(hints.actions):
+        made = KvHintsEnvelope(hints.protocol_version, hints.message_id, others)
+        request.kv_hints = made if others else None
 
 
 def retention_wish(request: Request) -> float | None:

@@ -10,8 +10,10 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
-from vllm_stateful.adapters.engine.turn import Turn, said_of_turn, session_of
+from vllm_stateful.adapters.engine.turn import Turn, session_of
+from vllm_stateful.adapters.slots import of_request
 from vllm_stateful.prefix.matching import Matching
+from vllm_stateful.prefix.residency import Residency, is_anonymous
 from vllm_stateful.schedule.gaps import WaitKind
 from vllm_stateful.schedule.waits import Ended
 from vllm_stateful.session import (
@@ -80,7 +82,7 @@ class TurnRecords:
         record = TurnRecord(request.request_id, session, request.arrival_time, str(outcome))
         record.num_prompt = int(request.num_prompt_tokens)
         record.queue_s = max(0.0, time.time() - request.arrival_time)
-        record.since_s, record.said = now_s, said_of_turn(request)
+        record.since_s, record.said = now_s, of_request(request).said
         return record
 
     @staticmethod
@@ -106,7 +108,7 @@ class TurnRecords:
             num_reused=record.num_reused + record.num_loaded,
             num_shared=num_shared,
             num_history=nearest.frontier if nearest is not None and is_alive else 0,
-            is_own=nearest is not None and turn.continues(nearest.session),
+            is_own=nearest is not None and self._is_same(turn, nearest, num_shared),
             slack=self._store.groups[0].lookahead,
             has_points=self._store.has_points,
         )
@@ -118,6 +120,17 @@ class TurnRecords:
                 missed.before = self._text(nearest.tokens, missed.token)
                 missed.now = self._text(turn.token_ids, missed.token)
         return missed
+
+    def _is_same(self, turn: Turn, nearest: Residency, num_shared: int) -> bool:
+        """Whether a history is of the turn's session.
+
+        Where no client named any, many conversations begin alike. Then it is the same one if its
+        last question is asked again behind the difference.
+        """
+        if turn.session == nearest.session:
+            return True
+        are_unnamed = is_anonymous(turn.session) and is_anonymous(nearest.session)
+        return are_unnamed and self._store.is_asked_again(nearest, num_shared, turn.prompt)
 
     def _text(self, tokens: TokenArray, start: int) -> str:
         assert self._decode is not None
@@ -141,7 +154,7 @@ class TurnRecords:
         record.num_output = int(request.num_output_tokens)
         record.ended = str(request.get_finished_reason())
         record.is_kept = is_kept
-        self.book.ended(turn.session, frontier, now_s)
+        self.book.ended(record.session, frontier, now_s, is_kept=is_kept)
 
     def demoted(self, session: SessionKey, why: Demotion, num_kept: int) -> None:
         """KV of a session was given back (``ResidencyBook.on_demoted``)."""

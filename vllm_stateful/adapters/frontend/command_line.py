@@ -31,6 +31,8 @@ logger = init_logger("vllm.stateful")
 PLUGIN_NAME = "stateful"
 USAGE_OPTION = "enable_prompt_tokens_details"
 DRAFTS_OPTION = "speculative_config"
+HEAD_OPTIONS = ("spec_method", "spec_model", "spec_tokens")
+"""vLLM's short options, which it makes a ``--speculative-config`` of."""
 GENERAL_GROUPS = (
     "vllm.general_plugins",
     "vllm.platform_plugins",
@@ -58,6 +60,9 @@ def extend_parser(parser: argparse.ArgumentParser) -> None:
     for option in OPTIONS:
         group.add_argument(option.flag, **_argument(option))
     _truthful_usage(parser)
+    for action in parser._actions:
+        if action.dest in HEAD_OPTIONS:
+            _watch(action)
     if is_enabled() and off_reason() is None:
         _allow_endpoint_plugin()
         if process_config().drafts == "on":
@@ -108,11 +113,29 @@ def _take_drafts(namespace: argparse.Namespace) -> None:
     """
     given = getattr(namespace, DRAFTS_OPTION, None)
     is_wanted = is_enabled() and process_config().drafts == "on"
+    is_wanted &= all(getattr(namespace, name, None) is None for name in HEAD_OPTIONS)
     if is_wanted and given is None:
         made = ON_DEVICE if current_platform.is_cuda() else IN_ENGINE_CORE
         setattr(namespace, DRAFTS_OPTION, _FromSessions(made))
     elif not is_wanted and isinstance(given, _FromSessions):
         setattr(namespace, DRAFTS_OPTION, None)
+
+
+def _watch(action: argparse.Action) -> None:
+    """Let an option of vLLM's take the place of drafts from sessions, wherever it stands."""
+
+    class Watched(type(action)):  # type: ignore[misc]
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: Any,
+            option_string: str | None = None,
+        ) -> None:
+            super().__call__(parser, namespace, values, option_string)
+            _take_drafts(namespace)
+
+    action.__class__ = Watched
 
 
 class _EnablePlugin(argparse.Action):
@@ -156,9 +179,11 @@ class _SetOption(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         try:
-            setattr(namespace, self.dest, self.option.read(values, self.option.flag))
+            value = self.option.read(values, self.option.flag)
         except ConfigError as error:
             parser.error(str(error))
+        # vLLM logs the namespace. The value itself is in the environment.
+        setattr(namespace, self.dest, "..." if self.option.is_secret else value)
         if self.option.field != "strict" and off_reason() is not None:
             return
         write_option(self.option, values)

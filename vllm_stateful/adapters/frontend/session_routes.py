@@ -8,6 +8,7 @@ be one of the server's own (``--api-key``), which vLLM checks before any of thes
 
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 from secrets import compare_digest
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from vllm_stateful.adapters.frontend.identity import salt_of
 from vllm_stateful.config import process_config
 from vllm_stateful.request.session_identity import ids_of_client, key_of_client
 from vllm_stateful.session.sentences import explained
+from vllm_stateful.session.session_book import MAX_SESSIONS
 from vllm_stateful.transport.wire import CLOSE, SESSION, SESSIONS, TURN, TURNS
 
 router = APIRouter(tags=["sessions"])
@@ -29,7 +31,10 @@ MAX_LIMIT = 200
 """Entries of one answer: the engine core makes them between two steps."""
 
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
-Skip = Annotated[int, Query(ge=0)]
+Skip = Annotated[int, Query(ge=0, le=MAX_SESSIONS)]
+
+
+_one_at_a_time = asyncio.Semaphore(1)
 
 
 class Missed(BaseModel):
@@ -263,7 +268,8 @@ async def _ask_engines(
 ) -> list[dict[str, Any]] | JSONResponse:
     """The answers of those that keep sessions; an error where none does."""
     client = raw_request.app.state.engine_client
-    results = await ask_all(client, operation, arguments)
+    async with _one_at_a_time:  # the engine cores answer all that were asked before they go on
+        results = await ask_all(client, operation, arguments)
     live = [result for result in results if "off" not in result]
     if results and not live:
         return _error(HTTPStatus.NOT_IMPLEMENTED, f"off: {results[0]['off']}")
