@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which agent's answers a turn may be drafted from, and what its request says about drafts."""
+"""The agent whose answers a turn may be drafted from, and the request's own wish about drafts."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from vllm_stateful.config import parse_bool
 from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
 
 XARG = "stateful_drafts"
-"""``vllm_xargs`` of a request: 0 for no drafts; 1 for drafts that are worth it for this request
-alone, whatever they cost the others."""
+"""The key in a request's ``vllm_xargs``. 0 asks for no drafts. 1 asks for all drafts that are worth
+it for this request alone, whatever they cost other requests."""
 
 
 LOOK_FOR_USER = 32_768
-"""Tokens in which the first user message is looked for: before it is what makes the agent."""
+"""Leading tokens in which the first user message is looked for. What is before it makes the
+agent."""
 
 OPENING = 32
-"""Tokens that make the agent where no message is known to begin."""
+"""Leading tokens that make the agent when no user message is found."""
 
 
 def agent_of(turn: Turn, rules: BoundaryRules | None) -> Hashable:
-    """Tenant, adapter, and all that stands before the first user message.
+    """A key of the agent: its tenant, its adapter, and all tokens before the first user message.
 
     Args:
-        turn: of the agent.
+        turn: a turn of the agent.
         rules: where messages begin in token ids; None when that is not known.
     """
     opening = turn.prompt[:OPENING]
@@ -41,7 +42,10 @@ def agent_of(turn: Turn, rules: BoundaryRules | None) -> Hashable:
 
 
 def wish_of(request: Request) -> bool | None:
-    """Whether a request asks for drafts or against them; what cannot be read asks for none."""
+    """Whether a request asks for drafts (True) or against them (False); None without a wish.
+
+    A value that cannot be read counts as a wish for none.
+    """
     value = (request.sampling_params.extra_args or {}).get(XARG)
     if value is None:
         return None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens that a state should be kept behind, told to the workers.
+"""Tells the workers the tokens behind which a state should be kept.
 
 A step that accepts such a token samples nothing behind it. So the next step begins with it, and
-`RunningStates` knows where the state behind it is. What would be sampled behind a stop is thrown
-away in any case.
+`RunningStates` knows where the state behind it is. Nothing is lost: what would be sampled behind a
+stop is thrown away in any case.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from vllm_stateful.adapters.slots import on_step
 
 
 class AnswerEnds:
-    """The ends that one scheduler's workers should know.
+    """Sends the end tokens to one scheduler's workers, once.
 
     Args:
-        ids: token ids.
+        ids: the token ids.
     """
 
     def __init__(self, ids: Iterable[int]) -> None:
@@ -28,16 +28,17 @@ class AnswerEnds:
         self._is_told = not self._ids
 
     def step_begins(self, output: SchedulerOutput) -> None:
-        """A step was scheduled: the first one that reaches the workers takes the ids with it."""
+        """Attach the ids to the first scheduled step that reaches the workers."""
         if not self._is_told and output.total_num_scheduled_tokens:
             on_step(output).ends = self._ids
             self._is_told = True
 
 
 def end_ids(model_config: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer of this model, whoever asks.
+    """The tokens that end an answer of this model, whichever client asks.
 
-    A client's own ``stop_token_ids`` are not among them: they would cost the drafts of others.
+    A client's own ``stop_token_ids`` are not among them: they would cost other requests their
+    drafts.
 
     Args:
         model_config: vLLM's.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tool a finished turn waits for, in the engine core, where there are only token ids."""
+"""Finds the tool that a finished turn waits for, from the token ids of its answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_stateful.schedule.tool_calls import MARKERS, first_tool
 logger = init_logger("vllm.stateful")
 
 NUM_TOKENS = 256
-"""Tokens that are decoded: around the last marker, or at each end if there is none."""
+"""Tokens that are decoded: around the last marker, or at each end of an answer without a marker."""
 
 NUM_BEFORE = 16
 """Tokens before a marker that may hold the name (gpt-oss: ``to=functions.NAME<|channel|>``)."""
@@ -23,8 +23,8 @@ class CalledTools:
     """Reads the call in an answer.
 
     Args:
-        tokenizer: the one that the engine core holds for structured outputs; None when it holds
-            none, and then every wait counts as one for the user.
+        tokenizer: the one that the engine core holds for structured outputs. With None, every wait
+            counts as one for the user.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -39,14 +39,14 @@ class CalledTools:
     def __call__(self, request: Request) -> str | None:
         """The name of the tool; None when the answer calls none.
 
-        Never fails: a tokenizer that cannot decode what the model generated (an id beyond its
-        vocabulary) must not end the engine. The next answer is read again.
+        Never fails. A tokenizer that cannot decode what the model generated (an id beyond its
+        vocabulary) must not end the engine. The next answer is tried again.
         """
         if self._tokenizer is None:
             return None
         try:
             name = self._read(request)
-        except Exception as error:  # of any tokenizer
+        except Exception as error:  # a tokenizer of any kind
             self.num_failed += 1
             if not self._is_failing:
                 logger.warning("stateful: a tool is not known, as decoding failed: %r", error)

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beside which of vLLM's KV connectors sessions are kept, and why not beside others.
+"""Says beside which of vLLM's KV connectors sessions are kept, and why not beside others.
 
-What is kept is safe beside a connector that
+KV that sessions keep is safe beside a connector that does the following:
 
-1. loads only into blocks that vLLM has allocated for that request behind its local hit, and only
-   the tokens that it announced (``get_num_new_matched_tokens``), in whole units from a boundary on
-   (`loads`);
-2. reads a request's blocks only until they are freed: in its steps, or, where ``request_finished``
-   returns True, until it reports that the request is sent;
-3. takes no references on blocks, and hands none to anybody else;
-4. reports a load that failed with the step that would have read it, at the latest.
+1. It loads only into blocks that vLLM allocated for that request behind its local hit. It loads
+   only the tokens that it announced (``get_num_new_matched_tokens``), in whole units that begin at
+   a unit's boundary (`loads`).
+2. It reads a request's blocks only until they are freed: in its steps, or, where
+   ``request_finished`` returns True, until it reports that the request was sent.
+3. It takes no references on blocks, and hands none to anybody else.
+4. It reports a failed load at the latest with the step that would have read the loaded KV.
 
-Then vLLM's scheduler does the rest, whoever the connector is. Each class that is named here was
-read; a class that is not named is not known, subclasses of the known ones included.
+vLLM's scheduler then does the rest, whichever connector it is. The code of each class named here
+was read for this. Every other class is not known, not even a subclass of a named one.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ if TYPE_CHECKING:
 _V1 = "vllm.distributed.kv_transfer.kv_connector.v1."
 
 WHOLE = sys.maxsize
-"""The unit of a connector that loads a prompt from its first token on, whatever is here of it."""
+"""The unit of a connector that loads a prompt from its first token on, even if a part of it is
+here."""
 
 OFFLOADING = (_V1 + "offloading_connector", "OffloadingConnector")
 MULTI = (_V1 + "multi_connector", "MultiConnector")
 
 
 def _exact(connector: Any) -> int:
-    """It loads from the block on that it was told."""
+    """The connector loads from any block boundary that it is told."""
     return 1
 
 
 def _lmcache_chunk(connector: Any) -> int:
-    """LMCache in the engine's process loads its whole chunk, also where vLLM has its begin."""
+    """LMCache in the engine's process loads whole chunks, even if vLLM has the beginning of one."""
     engine = getattr(connector, "_lmcache_engine", None)
     return getattr(engine, "_lmcache_chunk_size", None) or WHOLE
 
@@ -53,10 +54,10 @@ UNITS: dict[tuple[str, str], Callable[[Any], int]] = {
     (_V1 + "lmcache_connector", "LMCacheConnectorV1"): _lmcache_chunk,
     ("lmcache.integration.vllm.lmcache_connector_v1", "LMCacheConnectorV1Dynamic"): _lmcache_chunk,
 }
-"""By class, the tokens at whose multiples its loads begin."""
+"""The unit of each class: its loads begin at multiples of so many tokens."""
 
 _TRANSFERS = ("nixl", "mooncake", "moriio", "hisparse", "p2p", "decode_bench_connector")
-"""Modules of connectors between engines that prefill and engines that decode."""
+"""Modules of connectors that move KV from engines that prefill to engines that decode."""
 
 
 def _name(connector: Any) -> tuple[str, str]:
@@ -114,7 +115,7 @@ def _lmcache_config(connector: Any) -> Any:
 
 
 def loads_of(connector: Any, block_size: int) -> Loads | None:
-    """The loads of a connector that is supported; None without one."""
+    """The loads of a supported connector; None without a connector."""
     if connector is None:
         return None
     parts = [(part, UNITS[_name(part)](part)) for part in parts_of(connector)]
@@ -122,7 +123,7 @@ def loads_of(connector: Any, block_size: int) -> Loads | None:
 
 
 def tier_of(connector: Any) -> OffloadTier | None:
-    """vLLM's offload tier in the connector that vLLM has just built; None where none is ours."""
+    """vLLM's offload tier in a connector that was just built; None when it keeps vLLM's order."""
     tiers = [] if connector is None else [p for p in parts_of(connector) if _name(p) == OFFLOADING]
     if not tiers or not is_fit("offload", "engine"):
         return None

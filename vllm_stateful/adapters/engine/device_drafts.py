@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device may look drafts up in beside a turn's own tokens: decided in the engine core.
+"""Decides which earlier answers the device may look drafts up in, beside a turn's own tokens.
 
-Which agent a turn belongs to, and what it answered, is known here; the worker gets the answers, and
-for each request the part of its buffer that is its agent's, with vLLM's ``SchedulerOutput``.
+Only the engine core knows which agent a turn belongs to, and what it answered. It sends the answers
+to the worker with vLLM's ``SchedulerOutput``, and for each request the part of the worker's buffer
+that holds the answers of the request's agent.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ class DeviceDrafts:
     """The earlier answers of one scheduler's agents.
 
     Args:
-        manager: whose turns they are.
+        manager: the KV cache manager that holds the turns.
         rules: where messages begin in token ids; None when that is not known.
-        is_beside_head: whether a drafting head drafts, too. Which draft was verified is known on
-            the device only, so none is counted then.
+        is_beside_head: whether a drafting head drafts, too. Then only the device knows which draft
+            was verified, so drafts are not counted.
     """
 
     def __init__(
@@ -57,13 +58,13 @@ class DeviceDrafts:
         self._changed: dict[str, Span] = {}
 
     def verified(self, num_drafted: int, num_accepted: int) -> None:
-        """Count a request's drafts of a step."""
+        """Count the drafts that a step verified for one request."""
         if not self._is_beside_head:
             self.num_drafted += num_drafted
             self.num_accepted += num_accepted
 
     def step_begins(self, output: SchedulerOutput) -> None:
-        """A step was scheduled: its workers get what they have to know."""
+        """Attach to a scheduled step what its workers have to know."""
         for new in output.scheduled_new_reqs:
             self._changed[new.req_id] = self._span(new.req_id)
         spans = {name: span for name, span in self._changed.items() if span != NOTHING}
@@ -74,7 +75,7 @@ class DeviceDrafts:
         self._writes, self._changed = [], {}
 
     def ended(self, request: Request) -> None:
-        """A request is over: its answer is there for its agent's others."""
+        """Make the answer of an ended request available to its agent's other requests."""
         found = self._running.pop(request.request_id, None)
         self._changed.pop(request.request_id, None)
         if found is None:
@@ -88,7 +89,7 @@ class DeviceDrafts:
             self._changed |= dict.fromkeys(same, self._buffer.span(agent))
 
     def withdraw(self, requests: dict[str, Request]) -> None:
-        """No drafts are verified for requests that asked for none."""
+        """Remove the drafts of requests that asked for none, so that none are verified."""
         for request in requests.values():
             if request.spec_token_ids and wish_of(request) is False:
                 request.spec_token_ids = []

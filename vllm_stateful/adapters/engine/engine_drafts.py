@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts for vLLM's speculative decoding, made where the sessions are: in the engine core.
+"""Makes drafts for vLLM's speculative decoding in the engine core, where the sessions are.
 
-vLLM asks its worker for drafts after each step and hands them to the scheduler, which has the next
-step verify them; here the scheduler fills them in. Beside a drafting head it keeps the head's
-drafts but where the session's are better (`speculate/beside_head.py`).
+After each step vLLM asks its worker for drafts and hands them to the scheduler, which has the next
+step verify them. Here the scheduler fills in the drafts. Beside a drafting head it keeps the head's
+drafts, except where the session's draft is better (`speculate/beside_head.py`).
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from vllm_stateful.speculate.step_costs import LEAST_CHANCE, PRIOR_SECONDS, Step
 from vllm_stateful.types import SessionKey, token_array
 
 MAX_BYTES = 512 << 20
-"""For the indexes of waiting sessions, and as much for the answers of agents."""
+"""The most bytes for the indexes of waiting sessions. The answers of agents get as many again."""
 
 RATE_DECAY = 0.98
-"""How much less each earlier step counts in what a step accepts."""
+"""The weight of a step in the mean drafted and accepted tokens, relative to the step after it."""
 
 
 LOOK_WEIGHT = 0.05
-"""How much the newest step counts in what looks and steps take."""
+"""The weight of the newest step in the mean seconds of a look-up and of a step."""
 
 
 class EngineDrafts:
     """The drafts of one scheduler's turns.
 
     Args:
-        manager: whose turns they are.
+        manager: the KV cache manager that holds the turns.
         rules: where messages begin in token ids; None when that is not known.
-        max_tokens: of one draft (``num_speculative_tokens``).
+        max_tokens: the most tokens of one draft (``num_speculative_tokens``).
         is_beside_head: whether the worker's drafting head proposes drafts, too.
     """
 
@@ -59,23 +59,24 @@ class EngineDrafts:
         self.is_beside_head = is_beside_head
         self.drafts = SessionDrafts(MAX_BYTES, max_tokens if is_beside_head else 0)
         self.greedy_only: bool = current_platform.is_cpu()
-        """vLLM 0.32 on a CPU samples from garbage, or ends the engine, when a step verifies drafts
-        and any of its turns is not greedy: ``rejection_sampler.expand_batch_to_tokens`` leaves
-        temperatures, top_k and top_p unset there (vllm-project/vllm#42638), with any drafts."""
+        """Whether drafts are verified only while all turns are greedy. On a CPU, vLLM 0.32 samples
+        from garbage, or ends the engine, when a step verifies drafts and any of its turns is not
+        greedy: ``rejection_sampler.expand_batch_to_tokens`` leaves temperatures, top_k and top_p
+        unset there (vllm-project/vllm#42638). This happens with any drafts."""
         self._manager = manager
         self._rules = rules
         self._max_tokens = max_tokens
         self._drafted_a_step = self._accepted_a_step = 0.0
         self._started: tuple[float, int, int] | None = None
         self._look_seconds = 0.0
-        """That one look beside a head takes, of late."""
+        """The recent mean seconds of one look-up beside a head."""
         self._step_seconds = PRIOR_SECONDS
-        """That a step that only decodes takes, of late."""
+        """The recent mean seconds of a step that only decodes."""
         self._rests = 0
-        """Steps without a look that are left."""
+        """The number of steps that still pass without a look-up."""
 
     def withdraw(self, requests: dict[str, Request]) -> None:
-        """A step is about to be scheduled, and a turn may have come that drafts would hurt."""
+        """Remove all drafts before a step is scheduled, if a turn has come that they would hurt."""
         if self._is_verifying_unsafe(requests):
             for name, request in requests.items():
                 if request.spec_token_ids:
@@ -90,7 +91,7 @@ class EngineDrafts:
         )
 
     def step_begins(self, output: SchedulerOutput) -> None:
-        """A step was scheduled: one that only decodes is timed."""
+        """Start to time a scheduled step, if it only decodes."""
         drafted = output.scheduled_spec_decode_tokens
         decodes = all(
             num == 1 + len(drafted.get(name, ()))
@@ -101,7 +102,7 @@ class EngineDrafts:
             self._started = None
             return
         rows, attended = output.total_num_scheduled_tokens, 0
-        if not self.is_beside_head:  # there a step has the head's rows, whichever draft they are
+        if not self.is_beside_head:  # beside a head the number of rows never differs
             computed = output.scheduled_cached_reqs
             attended = sum(
                 num * output.num_scheduled_tokens[name]
@@ -110,7 +111,7 @@ class EngineDrafts:
         self._started = (time.perf_counter(), rows, attended)
 
     def step_ends(self) -> None:
-        """Its output is here."""
+        """Learn how long the step took; its output is here."""
         if self._started is not None:
             began, rows, attended = self._started
             seconds = time.perf_counter() - began
@@ -120,7 +121,7 @@ class EngineDrafts:
             self._started = None
 
     def fill(self, proposed: DraftTokenIds, requests: dict[str, Request]) -> DraftTokenIds:
-        """The drafts of the requests that a step has run, in the place of the worker's."""
+        """The drafts of the requests that a step has run, instead of the worker's drafts."""
         if self.drafts.beside is not None:
             return self._fill_beside(proposed, requests, self.drafts.beside)
         drafted, accepted = self.drafts.num_drafted, self.drafts.num_accepted
@@ -139,8 +140,9 @@ class EngineDrafts:
     ) -> DraftTokenIds:
         """The head's drafts, and those of sessions where they are better.
 
-        While looks do not pay, only every few steps has one. What it found is compared with what
-        came when the next one is made: it may pay again.
+        While look-ups do not pay, only one step in ``REST_LOOKS + 1`` has one. At the next look-up,
+        the draft that the last one found is compared with the tokens that came. So look-ups may pay
+        again.
         """
         if self._rests > 0:
             self._rests -= 1
@@ -164,9 +166,9 @@ class EngineDrafts:
         return DraftTokenIds(proposed.req_ids, made)
 
     def _may_choose(self, request: Request | None) -> bool:
-        """Whether which draft is verified changes nothing but the number of steps.
+        """Whether the choice of the draft changes nothing but the number of steps.
 
-        With a seed, what is drawn depends on what was drafted: it stays the head's draft, which
+        With a seed, what is sampled depends on what was drafted. So the head's draft stays: it
         depends on the text alone.
         """
         if request is None or not self._is_decoding(request):
@@ -184,7 +186,7 @@ class EngineDrafts:
         ]
 
     def _drafts(self, running: list[Request]) -> dict[str, list[int]]:
-        """For all that decode; each row is weighed against a step as they have been of late."""
+        """The drafts of all requests that decode, weighed against a step of recent size."""
         contexts = [request.num_tokens for request in running]
         rows = len(running) + self._drafted_a_step
         attended = sum(contexts) / max(1, len(running)) * rows
@@ -197,7 +199,7 @@ class EngineDrafts:
         }
 
     def ended(self, request: Request) -> None:
-        """A request is over: its session keeps its index, its agent its answer."""
+        """Keep an ended request's index for its session, and its answer for its agent."""
         is_known = request.request_id in self.drafts
         if is_known or (self.is_beside_head and request.request_id in self._manager.turns):
             self._catch_up(request)
@@ -206,7 +208,7 @@ class EngineDrafts:
             self.drafts.forget_before(now_s - self._manager.idle_seconds)
 
     def closed(self, is_meant: Callable[[SessionKey], bool]) -> None:
-        """Some sessions are over: their indexes are given up."""
+        """Forget the indexes of closed sessions."""
         for session in self.drafts.waiting():
             if isinstance(session, SessionKey) and is_meant(session):
                 self.drafts.forget(session)
@@ -217,7 +219,7 @@ class EngineDrafts:
         return request.request_id in self._manager.turns
 
     def _catch_up(self, request: Request) -> None:
-        """Learn what was generated since the last time."""
+        """Learn the tokens that were generated since the last call."""
         name = request.request_id
         if name not in self.drafts:
             turn = self._manager.turns[name]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the API server may ask an engine core: about prompts, the response cache and sessions."""
+"""Answers the API server's questions about prompts, the response cache and sessions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_stateful.transport.wire import EPOCH, TRANSPORT
 
 
 def answer(engine_core: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Hook of ``engine-utility``: one operation, on the engine core's thread.
+    """Hook of ``engine-utility``: answer one operation, on the engine core's thread.
 
     Raises:
         ValueError: no such operation.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block hashes worked out again from tokens and identity: part of the invariant check."""
+"""Computes block hashes again from tokens and identity, as part of the invariant check."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vllm_stateful.errors import InvariantError
 
 
 class HashCheck:
-    """Follows the requests of one scheduler; each block is hashed again once.
+    """Checks the hashes of one scheduler's requests. Each block is hashed again once.
 
     Args:
-        hash_block_size: tokens of a hash.
+        hash_block_size: the number of tokens that one hash stands for.
         algorithm: vLLM's name of the hash function.
-        num_ahead: tokens behind a block that its hash covers too. vLLM 0.32 knows none.
+        num_ahead: the number of tokens behind a block that its hash covers, too. 0 with vLLM 0.32.
     """
 
     def __init__(self, hash_block_size: int, algorithm: str, num_ahead: int = 0) -> None:
@@ -34,13 +34,13 @@ class HashCheck:
             hash_block_size, get_hash_fn_by_name(algorithm), *ahead
         )
         self._right: dict[str, list[Any]] = {}
-        """By running request: the hashes that were found right."""
+        """The hashes that were found right, by running request."""
 
     def check(self, manager: Any, requests: dict[str, Request]) -> None:
-        """Check the hashes that came since the last time, and the blocks that bear them.
+        """Check the hashes that are new since the last call, and the blocks that bear them.
 
         Raises:
-            InvariantError: a hash is not what the block's tokens and identity give.
+            InvariantError: a hash does not follow from the block's tokens and identity.
         """
         for gone in self._right.keys() - requests.keys():
             del self._right[gone]
@@ -63,7 +63,7 @@ class HashCheck:
                 )
 
     def _hash(self, request: Request, known: list[Any]) -> list[Any]:
-        """The hashes of the blocks behind those that are known."""
+        """The hashes of the blocks behind those whose hashes are known."""
         return self._hasher(
             SimpleNamespace(
                 block_hashes=list(known),
@@ -78,9 +78,10 @@ class HashCheck:
         )
 
     def _check_blocks(self, manager: Any, request: Request) -> None:
-        """Blocks of the size that hashes are of, each by the tokens that vLLM says it ends with.
+        """Check the hash that each of a request's blocks bears, where a block is as long as a hash.
 
-        Not where a turn may continue a block whose next token was another one (states beside a
+        The expected hash is found by the number of tokens that vLLM notes at the block. Nothing is
+        checked where a turn may continue a block whose next token was another one (states beside a
         draft head): the block's hash covers that token, too.
         """
         if self._num_ahead > manager.lookahead:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The books of the block pool: ``free + used + pinned == total``, checked block by block."""
+"""Checks the block pool, block by block: ``free + used + pinned == total``."""
 
 from collections.abc import Iterable
 from operator import attrgetter
@@ -13,14 +13,14 @@ from vllm_stateful.adapters.engine.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.errors import InvariantError
 
 Counts = NDArray[np.int64]
-"""``[num_blocks]``: how often each block is held."""
+"""Shape ``[num_blocks]``: how often each block is held."""
 
 
 def check_pool(scheduler: Scheduler) -> dict[str, int]:
-    """Check that every block's reference count is explained, and none is lost.
+    """Check that every reference on a block has a known holder, and that no block is lost.
 
     A block is *used* when a request's block table holds it, *pinned* when only idle
-    residencies do, *free* when nobody does.
+    residencies do, and *free* when neither does.
 
     Args:
         scheduler: one whose manager is stateful, between two of its methods (a pending
@@ -30,7 +30,7 @@ def check_pool(scheduler: Scheduler) -> dict[str, int]:
         The counts ``free``, ``used``, ``pinned`` and ``total`` (the null block is not counted).
 
     Raises:
-        InvariantError: naming the first block whose books do not agree.
+        InvariantError: the counts of a block do not agree. Names the first such block.
     """
     manager = scheduler.kv_cache_manager
     assert isinstance(manager, StatefulKVCacheManager)

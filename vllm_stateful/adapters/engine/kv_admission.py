@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's KV cache manager, second part: take what is here, and never be refused for a pin.
 
-vLLM 0.32 adopts a hit that ends inside a block by copying that block on write
-(``SingleTypeKVCacheManager._apply_cow``); a turn that continues an idle residency at its frontier
-is spared the copy and the reference counting: its block tables move to the request as they are.
+Where a hit ends inside a block, vLLM 0.32 copies that block before it is written
+(``SingleTypeKVCacheManager._apply_cow``). A turn that continues an idle residency at its frontier
+needs neither that copy nor the reference counting: the residency's block tables move to the request
+as they are.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Ask(NamedTuple):
 
 
 class KVAdmission(KVLookup):
-    """Allocates blocks, borrowing or sharing what a lookup offered."""
+    """Allocates blocks, and borrows or shares what a lookup offered."""
 
     def allocate_slots(
         self,
@@ -43,9 +44,9 @@ class KVAdmission(KVLookup):
         new_computed_blocks: KVCacheBlocks | None = None,
         **options: Any,
     ) -> KVCacheBlocks | None:
-        """Allocate, demoting idle residencies as long as the pool refuses.
+        """Allocate blocks; demote idle residencies as long as the pool refuses.
 
-        Refuses only when stock vLLM would, with no session in the cache.
+        Refuses only where stock vLLM would refuse with no session in the cache.
         """
         ask = Ask(request, num_new_tokens, num_new_computed_tokens, new_computed_blocks, options)
         turn = self.turns.get(request.request_id)
@@ -63,7 +64,7 @@ class KVAdmission(KVLookup):
         return allocated
 
     def _take_points(self, turn: Turn, request: Request) -> None:
-        """The resume points that a request has reached, before it computes more."""
+        """Take the resume points that a request has reached, before it computes more."""
         is_read = self.are_answers_read and turn.num_read < request.num_tokens
         if not turn.wanted and not is_read:
             return
@@ -82,9 +83,9 @@ class KVAdmission(KVLookup):
         )
 
     def _admit(self, ask: Ask, turn: Turn) -> KVCacheBlocks | None:
-        """The first allocation of a turn: borrow or share what its lookup offered."""
+        """Make the first allocation of a turn: borrow or share what its lookup offered."""
         if turn.offer is not None and ask.computed is not turn.offer.blocks:
-            turn.offer = None  # somebody replaced our answer
+            turn.offer = None  # the caller replaced our answer
         started = time.perf_counter()
         allocated = self._adopt(ask, turn)
         while allocated is None and turn.has_made_room:
@@ -105,7 +106,7 @@ class KVAdmission(KVLookup):
         return allocated
 
     def _share(self, turn: Turn, offer: Offer) -> None:
-        """Its full blocks are the turn's as well; a partly filled one was copied."""
+        """Note that a turn uses the full blocks of an offer; a partly filled block was copied."""
         whole = [
             table.ids[: offer.num_tokens // group.block_size]
             for group, table in zip(self.groups, offer.residency.tables, strict=True)
@@ -121,13 +122,13 @@ class KVAdmission(KVLookup):
         self._disown(turn)
 
     def _disown(self, turn: Turn) -> None:
-        """The ledger forgets what the turn took over."""
+        """Take the blocks of the inherited resume points off the pin ledger."""
         for ids in turn.inherited_ids:
             self.store.pins.unuse(ids)
         turn.inherited_ids = []
 
     def _adopt(self, ask: Ask, turn: Turn) -> KVCacheBlocks | None:
-        """Take what was offered. When refused: some room is made, if that can help."""
+        """Allocate with the offer; if this is refused, make some room where that can help."""
         offer = turn.offer
         if offer is None or not self._is_borrowing(turn, offer):
             allocated = self._stock_allocate(ask)
@@ -136,7 +137,10 @@ class KVAdmission(KVLookup):
         return self._allocate_borrowing(ask, turn, offer)
 
     def _is_borrowing(self, turn: Turn, offer: Offer) -> bool:
-        """Not while KV is loaded behind the offer: a load that fails must not cost the session."""
+        """Whether a turn borrows the offered residency, rather than share its blocks.
+
+        It does not while KV is loaded behind the offer: a failed load must not cost the session.
+        """
         return not turn.is_loading and self._continues_in_place(turn, offer)
 
     def _allocate_borrowing(self, ask: Ask, turn: Turn, offer: Offer) -> KVCacheBlocks | None:
@@ -156,14 +160,14 @@ class KVAdmission(KVLookup):
         return allocated
 
     def _try_make_room(self, ask: Ask, turn: Turn | None = None) -> bool:
-        """Whether room was made for a request that was refused, so that it may ask again."""
+        """Make room for a refused request; whether there is more room, so that it may ask again."""
         lacking = self._num_lacking(ask)
         return lacking is not None and self._demote_one(lacking, turn)
 
     def _num_lacking(self, ask: Ask) -> int | None:
-        """How many blocks a refused request lacks; None when all pins together could not help.
+        """How many blocks a refused request lacks; None when even all pins could not help.
 
-        At least one: vLLM refuses for other reasons as well (a watermark).
+        It is at least 1, because vLLM also refuses for other reasons (a watermark).
         """
         request, options = ask.request, ask.options
         num_local = request.num_computed_tokens + ask.num_computed
@@ -190,17 +194,18 @@ class KVAdmission(KVLookup):
         return max(1, int(needed - num_free))
 
     def _may_give_up_hit(self) -> bool:
-        """Whether a turn may lose some of its hit, so that it is admitted at all.
+        """Whether a turn may lose some of its hit so that it can be admitted.
 
-        Where every position can be continued it loses less than a block. Elsewhere it would lose
-        all, so only where it waits for nobody: no running turn will ever make room.
+        Where every position can be continued, it loses less than a block. Elsewhere it would lose
+        the whole hit, so it may only if no running turn holds blocks: then nobody else will make
+        room.
         """
         if not self.store.has_points:
             return True
         return not any(any(each.req_to_blocks.values()) for each in self._managers)
 
     def _num_points_in_use(self) -> int:
-        """Blocks that nobody holds but one resume point of a running turn."""
+        """The number of blocks that only one resume point of a running turn holds."""
         if not self.store.has_points:
             return 0
         return sum(self._num_own(point) for turn in self.turns.values() for point in turn.points)
@@ -210,11 +215,11 @@ class KVAdmission(KVLookup):
         return sum(block.ref_cnt == 1 for table in point.tables for block in table.blocks)
 
     def _demote_one(self, lacking: int, turn: Turn | None = None) -> bool:
-        """Whether somebody gave some of the blocks that are lacking; False when nobody is left.
+        """Demote a residency for some of the lacking blocks; False when nothing is left to give.
 
-        The one that the turn builds on goes last, and not at all when the turn continues it in
-        place: then it needs no block that stock vLLM would not need. Before it go the resume
-        points of running turns.
+        The residency that the turn builds on goes last. It does not go at all when the turn
+        continues it in place: the turn then needs no more blocks than with stock vLLM. The resume
+        points of running turns go before it.
         """
         offer = None if turn is None else turn.offer
         base = None if offer is None else offer.residency
@@ -230,10 +235,10 @@ class KVAdmission(KVLookup):
         return True
 
     def _release_points_in_use(self, lacking: int) -> bool:
-        """Give back resume points of running turns, until so many blocks are free.
+        """Give back resume points of running turns, until they gave ``lacking`` blocks.
 
         Returns:
-            Whether any block was given.
+            Whether any block was given back.
         """
         num_given = 0
         for turn in self.turns.values():

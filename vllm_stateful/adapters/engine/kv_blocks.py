@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's KV cache manager, extended by residencies: resume, share, keep, give back.
 
-Four methods are the whole life of a turn's blocks: ``get_computed_blocks`` (what is here,
-`kv_lookup`), ``allocate_slots`` (take it, never fail because of a pin, `kv_admission`), ``free``
-(keep it) and ``reset_prefix_cache`` (drop it). Everything else is vLLM's own.
+Four methods handle a turn's blocks in its whole life. ``get_computed_blocks`` finds what is here
+(`kv_lookup`). ``allocate_slots`` takes it, and never fails because of a pin (`kv_admission`).
+``free`` keeps it, and ``reset_prefix_cache`` drops it. Everything else is vLLM's own.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from vllm_stateful.types import Demotion, SessionKey
 class StatefulKVCacheManager(KVAdmission):
     """A ``KVCacheManager`` whose finished turns stay resident.
 
-    Not constructed: ``adapters.engine.scheduler`` turns the manager that the stock scheduler built
-    into one (``become_stateful``), so that no constructor argument is repeated here.
+    It is never constructed. ``adapters.engine.scheduler`` turns the manager that the stock
+    scheduler built into one (``become_stateful``), so no constructor argument is repeated here.
     """
 
     # ---- keep it -------------------------------------------------------------------------
@@ -53,7 +53,7 @@ class StatefulKVCacheManager(KVAdmission):
         super().free(request)
 
     def sampled(self, request_id: str, num_tokens: int) -> None:
-        """A step sampled the first token of a request, or several at once."""
+        """Record that a step sampled the first token of a request, or several tokens at once."""
         turn = self.turns.get(request_id)
         if turn is not None and turn.record is not None:
             turn.record.sampled(num_tokens, self.store.now_s())
@@ -78,7 +78,7 @@ class StatefulKVCacheManager(KVAdmission):
         super().free(request)
 
     def preempted(self, request: Request) -> None:
-        """A preempted turn loses its blocks, as in stock vLLM, and looks up again later."""
+        """Take a preempted turn's blocks, as stock vLLM does; the turn looks up again later."""
         turn = self.turns.get(request.request_id)
         if self.loads is not None:
             self.loads.ended(request)
@@ -95,10 +95,10 @@ class StatefulKVCacheManager(KVAdmission):
         turn.borrowed = turn.offer = None
 
     def _keep(self, request: Request, turn: Turn) -> None:
-        """Hand the turn's blocks to a residency, up to the last token that is sure.
+        """Hand the turn's blocks to a residency, up to the last token that was surely computed.
 
-        Drafts that were accepted and then trimmed by a stop, or not yet verified when the client
-        went away, count as computed but are no tokens of the request: hence the ``min``.
+        Accepted drafts that a stop cut off, and drafts not yet verified when the client went away,
+        count as computed but are no tokens of the request: hence the ``min``.
         """
         frontier, has_state = self._end_of(request)
         if frontier > 0:
@@ -136,16 +136,16 @@ class StatefulKVCacheManager(KVAdmission):
         is_kept = bool(self.store.branches(turn.session))  # one that it repeated counts as well
         self._note_end(request, turn, num_known, is_kept=is_kept)
         if made is not None and made.num_blocks > self.store.pins.budget_blocks:
-            self.store.demote(made, Demotion.BUDGET)  # rather than all others, then this one
+            self.store.demote(made, Demotion.BUDGET)  # else all others would go, then this one
         self.store.enforce_budget()
         if turn.record is not None:
             turn.record.is_kept = bool(self.store.branches(turn.session))
 
     def _end_of(self, request: Request) -> tuple[int, bool]:
-        """How many tokens were computed for sure, and whether states are those behind them.
+        """How many tokens were surely computed, and whether the states have read exactly these.
 
-        Where the answer ended with a step in flight that step read the last token, which is known;
-        what it sampled is not.
+        If the answer ended with a step in flight, that step read the last token, which is known.
+        The token that it sampled is not known.
         """
         most = request.num_tokens - self.lookahead
         settled = min(request.num_computed_tokens - request.num_output_placeholders, most)
@@ -157,9 +157,9 @@ class StatefulKVCacheManager(KVAdmission):
         return settled, False
 
     def _points_of(self, turn: Turn, last: ResumePoint | None, frontier: int) -> list[ResumePoint]:
-        """The resume points that a turn leaves, by position, each once.
+        """The resume points that a turn leaves: one for each position, in order.
 
-        None behind its frontier, and none inside the answers before its own.
+        Points behind its frontier and points inside earlier answers are released.
         """
         by_position: dict[int, ResumePoint] = {}
         for point in turn.points if last is None else [*turn.points, last]:
@@ -178,18 +178,18 @@ class StatefulKVCacheManager(KVAdmission):
     # ---- drop it -------------------------------------------------------------------------
 
     def reset_prefix_cache(self) -> bool:
-        """Drop every residency, then reset as vLLM does. Running turns will not be kept."""
+        """Drop every residency, then reset as vLLM does; nothing is kept of running turns."""
         self.epoch += 1
         self.store.drop_all()
         return bool(super().reset_prefix_cache())
 
     def close_session(self, session_id: str, cache_salt: str | None) -> int:
-        """Release what a session keeps; turns of it that still run will keep nothing either.
+        """Release what a session keeps, and keep nothing of its running turns either.
 
         Args:
-            session_id: as the engine was told.
-            cache_salt: as the engine was told; sessions of other tenants stay. The same id
-                under several LoRA adapters is closed under all of them.
+            session_id: the id that the engine was told.
+            cache_salt: the salt that the engine was told. Sessions of other tenants stay. The same
+                id is closed under all LoRA adapters.
 
         Returns:
             The number of branches that were dropped, running turns included.
@@ -205,11 +205,11 @@ class StatefulKVCacheManager(KVAdmission):
         return len(running) + sum(self.store.close(session) for session in sessions)
 
     def new_step_starts(self) -> None:
-        """Called by the scheduler at the start of each step; ends idle sessions."""
+        """End idle sessions; the scheduler calls this at the start of each step."""
         self.store.expire(self.idle_seconds)
         super().new_step_starts()
 
 
 def _has_failed(request: Request, turn: Turn) -> bool:
-    """Whether its KV may be wrong: an error ended it, or a load that had not ended or failed."""
+    """Whether its KV may be wrong: an error ended it, or a load failed or had not ended."""
     return request.status == RequestStatus.FINISHED_ERROR or turn.has_failed

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's managers of one KV cache group each, as groups that can be continued; and their tables.
+"""Maps vLLM's KV cache groups to groups that can be continued, and moves their block tables.
 
-A running request has a block table in each manager. A turn that continues a residency in place is
-given all of them at once, and a turn that ends has all of them taken away.
+vLLM has one manager for each group, and a running request has a block table in each manager. A turn
+that continues a residency in place gets all of its tables at once. When a turn ends, all tables are
+taken from it.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ from vllm_stateful.prefix.groups.table import Blocks, Tables
 
 
 def group_of(manager: Any) -> Group:
-    """What a turn needs of one group to continue.
+    """The group that says what a turn needs of one manager's KV to continue.
 
     Args:
         manager: vLLM's ``SingleTypeKVCacheManager`` of the group.
 
     Raises:
-        UnsupportedError: it keeps its KV in a way that is not known here; says which.
+        UnsupportedError: the manager keeps its KV in a way that is not known here. The message says
+            which.
     """
     spec, size = manager.kv_cache_spec, int(manager.block_size)
     kinds = (type(manager), type(spec))
@@ -75,10 +77,10 @@ def group_of(manager: Any) -> Group:
 
 
 def _uncompressed(group: Group, spec: Any) -> Group:
-    """The same group.
+    """The same group, if each slot holds one token.
 
     Raises:
-        UnsupportedError: one slot holds several tokens, so not every position ends in one.
+        UnsupportedError: one slot holds several tokens, so a position may lie inside a slot.
     """
     if spec.tokens_per_state != 1:
         raise UnsupportedError("its KV is compressed")
@@ -86,7 +88,7 @@ def _uncompressed(group: Group, spec: Any) -> Group:
 
 
 def kinds_of(groups: Sequence[Group]) -> str:
-    """For people: how many groups of each kind."""
+    """A text that says how many groups of each kind there are."""
     names = [
         "full" if group.is_full else "state" if group.is_state else "window" for group in groups
     ]
@@ -94,15 +96,15 @@ def kinds_of(groups: Sequence[Group]) -> str:
 
 
 def in_place(table: Table, null: Any) -> Blocks:
-    """A block table with nothing before the part that is held: a list of its own."""
+    """A new list of a table's blocks, with null blocks before the part that is held."""
     return [null] * table.start + table.blocks
 
 
 def _num_hashed(blocks: Blocks, least: int, most: int) -> int:
-    """Blocks at the front that vLLM must not hash again: up to the last that bears a hash.
+    """The number of leading blocks that vLLM must not hash again: up to the last that bears a hash.
 
-    vLLM hashes up to a common multiple of all groups' block sizes only (``least``), but a longer
-    history that was cut back to this one may have hashed more.
+    vLLM itself hashes only up to a common multiple of all groups' block sizes (``least``). But a
+    longer history that was cut back to this one may have hashed more.
     """
     for place in range(most, least, -1):
         if blocks[place - 1].block_hash is not None:
@@ -111,11 +113,11 @@ def _num_hashed(blocks: Blocks, least: int, most: int) -> int:
 
 
 class RequestTables:
-    """The block tables that requests have in all managers.
+    """Gives requests block tables in all managers, and takes them away.
 
     Args:
-        coordinator: vLLM's, of the same managers.
-        groups: one for each manager.
+        coordinator: vLLM's coordinator of the managers.
+        groups: one group for each manager.
     """
 
     def __init__(self, coordinator: Any, groups: Sequence[Group]) -> None:
@@ -125,9 +127,10 @@ class RequestTables:
         self._pool = coordinator.block_pool
 
     def install(self, request_id: str, tables: Tables, position: int) -> None:
-        """Let a request continue at a position, without copying and counting anything."""
+        """Let a request continue at a position, without any copy or reference counting."""
         for place, (manager, table) in enumerate(zip(self._managers, tables, strict=True)):
-            # That of a full group grows where it is. Others may hold a resume point's table too.
+            # The table of a full group grows in place. Other tables may belong to a resume point,
+            # too.
             is_full = self._groups[place].is_full
             blocks = table.blocks if is_full else in_place(table, self._pool.null_block)
             manager.req_to_blocks[request_id] = blocks
@@ -137,7 +140,7 @@ class RequestTables:
             )
 
     def uninstall(self, request_id: str) -> None:
-        """Undo it, before the request was given any block."""
+        """Undo ``install``, before the request was given any block."""
         for manager in self._managers:
             manager.pop_blocks_for_free(request_id)
 
@@ -148,13 +151,15 @@ class RequestTables:
 
         Args:
             request_id: the request.
-            frontier: the tokens whose KV is kept. What lies behind goes back to the pool.
-            known: tables whose ids are known, of the residency that it continued.
-            has_state: whether states are those at the frontier.
+            frontier: the number of tokens whose KV is kept. Blocks behind it go back to the pool.
+            known: the tables of the residency that it continued, whose ids are known; None without
+                one.
+            has_state: whether the states are those at the frontier.
 
         Returns:
-            The tables of full groups, and those that continue the frontier of the others: None
-            where all are full, or where something that is needed is not there.
+            The tables of the full groups, and the tables of the other groups that continue the
+            frontier. The latter are None where all groups are full, or where a block that is needed
+            is missing.
         """
         full: list[Table] = []
         held: list[Table] = []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's KV cache manager, first part: what is here of a prompt.
+"""vLLM's KV cache manager, first part: find what is here of a prompt.
 
-The longest prefix that some residency lets a turn continue at, exact to the token, unless vLLM's
-own block hashes reach further.
+The hit is the longest prefix at which some residency lets a turn continue, exact to the token.
+vLLM's own block hashes win where they reach further.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
     turns: dict[str, Turn]
     bypassed: set[str]
     lookahead: int
-    """Tokens that must be the same behind a position, for what is kept depends on them."""
+    """The number of tokens behind a position that must be the same, because what is kept depends on
+    them."""
     num_hashed_ahead: int
-    """Tokens after a block that its hash also covers."""
+    """The number of tokens behind a block that its hash covers, too."""
     turn_counts: TurnCounts
     idle_seconds: float
     epoch: int
@@ -61,10 +62,10 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
     request_tables: RequestTables
 
     loads: Loads | None
-    """The loads of the KV connector, where there is one."""
+    """The loads of the KV connector; None without one."""
     called_tool: Callable[[Request], str | None]
     records: TurnRecords | None = None
-    """What is remembered of each turn, unless ``--stateful-explain off``."""
+    """The records of turns; None with ``--stateful-explain off``."""
 
     def become_stateful(
         self,
@@ -113,7 +114,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         self.expect_drafts(num_drafts, is_step_known)
 
     def expect_drafts(self, num: int, is_step_known: bool) -> None:
-        """Say how many drafts a step may verify of one request (see `RunningStates`)."""
+        """Set how many drafts of one request a step may verify (see `RunningStates`)."""
         states = RunningStates(self.groups, num, is_step_known=is_step_known)
         self.running_states = states
         is_read = self.store.has_points and self.resume_points.knows_markers
@@ -125,7 +126,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
 
     @property
     def usage(self) -> float:
-        """Share of the blocks in use; pinned blocks count as free, for they are on demand."""
+        """Share of the blocks in use, 0 to 1; pinned blocks count as free."""
         total = self.block_pool.num_gpu_blocks - 1
         used = total - self.block_pool.get_num_free_blocks() - self.store.pins.num_freeable
         return max(used, 0) / total if total else 0.0
@@ -139,8 +140,8 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
 
         Args:
             request: vLLM's.
-            limit: from vLLM 0.33 on, the longest hit that is wanted, in tokens. Only requests whose
-                auxiliary outputs are kept have one, and for those the plugin is off.
+            limit: the longest hit that is wanted, in tokens, from vLLM 0.33 on. Only requests whose
+                auxiliary outputs are kept have a limit, and for those the plugin is off.
         """
         if any(most is not None for most in limit):
             computed: Computed = super().get_computed_blocks(request, *limit)
@@ -154,22 +155,23 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         return computed
 
     def _settled(self, request: Request, ours: Computed) -> Computed:
-        """Ours, or less of it where a KV connector reaches further from there."""
+        """Our hit, or a shorter one if a KV connector that loads behind it then reaches further."""
         if self.loads is None:
             return ours
         return self.loads.settle(request, ours, self.truncate_computed_blocks)
 
     def read_loads(self, output: KVConnectorOutput | None) -> None:
-        """What a step could not load. Call before vLLM reads it."""
+        """Read which blocks a step could not load; call before vLLM reads them."""
         has_lost = output is not None and bool(output.invalid_block_ids)
         # With several groups vLLM has no answer, and raises. No connector that is on reports any.
         if self.loads is not None and has_lost and len(self.groups) == 1:
             self.loads.fail(output, self.turns, self._managers[0].req_to_blocks)
 
     def estimate_cached_tokens(self, request: Request) -> int:
-        """What the next turn can read: ``created_cache_tokens`` is this without what was there.
+        """The number of tokens that the next turn can read from the cache.
 
-        vLLM counts full blocks; a session keeps the partly filled last one as well.
+        ``created_cache_tokens`` is this number without what was there before. vLLM counts full
+        blocks; a session keeps the partly filled last block as well.
         """
         stock = int(super().estimate_cached_tokens(request))
         turn = self.turns.get(request.request_id)
@@ -178,14 +180,14 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         return max(stock, int(request.num_computed_tokens - request.num_output_placeholders))
 
     def num_tokens_hashed(self, request_id: str) -> int:
-        """Tokens of a running request in blocks that others can find by their hash."""
+        """The number of a running request's tokens in blocks that others can find by their hash."""
         return min(
             int(manager.num_cached_block.get(request_id, 0)) * int(manager.block_size)
             for manager in self._managers
         )
 
     def turn_of(self, request: Request) -> Turn | None:
-        """The record of a request's turn; None when stock vLLM serves it."""
+        """The turn of a request; None when stock vLLM serves it."""
         turn = self.turns.get(request.request_id)
         if turn is not None:
             return turn
@@ -206,7 +208,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
     def _lookup(self, request: Request, turn: Turn) -> Computed:
         turn.epoch = self.epoch
         tokens = turn.prompt
-        if request.num_tokens > len(tokens):  # preempted after it had generated something
+        if request.num_tokens > len(tokens):  # preempted after it had generated tokens
             tokens = tokens_so_far(turn, request, request.num_tokens)
         limit = request.num_tokens - 1 + self.lookahead
         match = self.store.match(turn.named, tokens, limit, turn.prompt_base)
@@ -246,7 +248,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         self.resume_points.plan(turn, match, start, before)
 
     def _offer(self, match: Match, turn: Turn) -> Offer | None:
-        """The blocks behind a match: to the exact token, or whole ones only."""
+        """The offer of a match's blocks: to the exact token, or whole blocks only."""
         found, num_tokens = match.residency, match.num_tokens - self.lookahead
         if found is None or num_tokens <= 0:
             return None
@@ -260,7 +262,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         return offer._replace(blocks=self._blocks_of(offer, num_tokens), num_tokens=num_tokens)
 
     def _blocks_of(self, offer: Offer, num_tokens: int) -> KVCacheBlocks:
-        """The blocks of all groups that a turn continues with at a position."""
+        """The blocks of all groups with which a turn continues at a position."""
         tables: list[Blocks] = []
         for place, (group, table) in enumerate(
             zip(self.groups, offer.residency.tables, strict=True)
@@ -275,9 +277,9 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
     def _continues_in_place(self, turn: Turn, offer: Offer) -> bool:
         """Whether a turn may append where the residency ends, without a copy.
 
-        Only a turn of the same session: a fork leaves its parent's residency where it is. Not
-        when another turn does so already, and not when vLLM hashed a partly filled last block
-        as full (a turn was aborted with a step in flight): others may read it then.
+        Only a turn of the same session may: a fork leaves its parent's residency where it is. It
+        may not when another turn already does so. Nor may it when vLLM hashed a partly filled last
+        block as full (a turn was aborted with a step in flight): others may read that block then.
         """
         found, num_tokens = offer.residency, offer.num_tokens
         is_at_end = num_tokens + self.lookahead == found.frontier
@@ -295,7 +297,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         return True
 
     def _stock_may_reach_further(self, request: Request, num_hit: int) -> bool:
-        """Whether vLLM's cache holds the block after our hit: one probe instead of a walk."""
+        """Whether vLLM's cache holds the block after our hit: one probe, not a lookup."""
         if self._first_full is None:
             return True
         size, hash_size = self.store.block_size, self.block_pool.hash_block_size
@@ -314,7 +316,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         return found is not None
 
     def _report_reuse(self, request: Request, offer: Offer) -> None:
-        """KV events about reused blocks, for those who ask for them (``full`` reports)."""
+        """Emit KV events about reused blocks, if the request asks for them (``full`` reports)."""
         if self.enable_kv_cache_events and request.kv_cache_report_mode == "full":
             hashed = []
             for group, blocks in zip(self.groups, offer.blocks.blocks, strict=True):
@@ -325,7 +327,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
             self.coordinator.emit_cached_block_events(request, tuple(hashed))
 
     def _make_room(self, num_wanted: int) -> bool:
-        """Whether so many blocks are free, after idle residencies gave some."""
+        """Demote idle residencies for ``num_wanted`` free blocks; whether so many are free."""
         while self.block_pool.get_num_free_blocks() < num_wanted:
             if self.store.demote_next(Demotion.PRESSURE, num_wanted) is None:
                 return False

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loads of KV connectors: where they may begin, and what one that failed leaves.
+"""The loads of KV connectors: where they may begin, and what a failed load leaves.
 
-A connector may load in chunks longer than a block, each from its begin on, whatever vLLM has of it.
-Such a one is asked from the last chunk's begin before what is here. Where it reaches further than
-ours, only what is before that is shared, and the load has all blocks behind it to itself. From
-anywhere else it has nothing to load.
+A connector may load in chunks that are longer than a block. It loads each chunk from its beginning,
+even if vLLM has a part of it. Such a connector is asked from the beginning of the chunk in which
+our hit ends. If it reaches further than our hit, only what is before that position is shared, and
+the load has all blocks behind it to itself. From any other position such a connector has nothing to
+load.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Computed = tuple[KVCacheBlocks, int, int]
 
 
 Found = tuple[int | None, bool]
-"""How many tokens a connector can load, None as long as it looks; and whether between steps."""
+"""The number of tokens that a connector can load (None while it still looks), and whether it loads
+them between steps."""
 
 
 class _Load(NamedTuple):
@@ -35,17 +37,17 @@ class _Load(NamedTuple):
 
     @property
     def is_on(self) -> bool:
-        """Whether no step that read what is loaded has ended."""
+        """Whether no step that read the loaded KV has ended yet."""
         request = self.request
         return bool(request.num_computed_tokens - request.num_in_flight_tokens <= self.end)
 
 
 class _Chunked:
-    """A connector whose loads begin at multiples of a number of tokens; it answers through this.
+    """A connector whose loads begin at multiples of a number of tokens; vLLM asks it through this.
 
     Args:
-        connector: vLLM's. Its method that is asked what it has is replaced, on this object.
-        unit: the number of tokens.
+        connector: vLLM's. On this object, the method that says what it can load is replaced.
+        unit: that number of tokens.
     """
 
     def __init__(self, connector: Any, unit: int) -> None:
@@ -55,16 +57,16 @@ class _Chunked:
         connector.get_num_new_matched_tokens = self.answer
 
     def answer(self, request: Request, num_here: int) -> Found:
-        """What it can load behind so many tokens: nothing inside a chunk."""
+        """What the connector can load behind ``num_here`` tokens; nothing inside a chunk."""
         found: Found = self._ask(request, num_here)
         if not found[0] or self._start(num_here) == num_here:
             return found
-        if request.request_id in self._unanswered:  # its answer came between two questions
+        if request.request_id in self._unanswered:  # it was still looking when `start` asked
             return None, False
         return 0, False
 
     def start(self, request: Request, num_blocks: int, num_here: int) -> int:
-        """Where a load would begin that reaches further than what is here; else its end."""
+        """Where a load begins that reaches further than ``num_here``; ``num_here`` if none does."""
         start = self._start(num_blocks)
         self._unanswered.discard(request.request_id)
         if start == num_blocks:
@@ -78,7 +80,7 @@ class _Chunked:
         return num_tokens - num_tokens % self._unit
 
     def forget(self, request_id: str) -> None:
-        """A request has ended."""
+        """Forget a request that has ended."""
         self._unanswered.discard(request_id)
 
 
@@ -86,9 +88,10 @@ class Loads:
     """The loads of one scheduler's KV connector.
 
     Args:
-        connector: vLLM's, one that is supported.
-        parts: the connectors that do the work, each with the tokens at whose multiples it loads.
-        block_size: of the KV cache.
+        connector: vLLM's, a supported one.
+        parts: the connectors that do the work, each with its unit: the number of tokens at whose
+            multiples its loads begin.
+        block_size: the number of tokens in a block of the KV cache.
     """
 
     def __init__(self, connector: Any, parts: Sequence[tuple[Any, int]], block_size: int) -> None:
@@ -105,15 +108,15 @@ class Loads:
         ours: Computed,
         truncate: Callable[[KVCacheBlocks, int], KVCacheBlocks],
     ) -> Computed:
-        """What is here of a request; less of it where a load from there reaches further."""
+        """Our hit of a request, or a shorter one if a load from there reaches further."""
         blocks, num_here, boundary = ours
-        num_blocks = num_here - num_here % self._block_size  # vLLM drops a part of a block itself
+        num_blocks = num_here - num_here % self._block_size  # vLLM itself drops a part of a block
         if not self._chunked or not num_blocks:
             return ours
         if not self._is_one:
             num_loaded, _ = self._connector.get_num_new_matched_tokens(request, num_blocks)
             if num_blocks + (num_loaded or 0) > num_here:
-                return ours  # another one goes on from here
+                return ours  # another connector loads from here on
         for each in self._chunked:
             start = each.start(request, num_blocks, num_here)
             if start < num_here:
@@ -121,7 +124,7 @@ class Loads:
         return ours
 
     def begins(self, request: Request, start: int, num_loaded: int) -> None:
-        """A request was given blocks, some of which will be loaded."""
+        """Note that a request was given blocks, and which of them will be loaded."""
         if num_loaded:
             end = min(start + num_loaded, request.num_tokens - 1)
             self._running[request.request_id] = _Load(request, start, end)
@@ -129,7 +132,7 @@ class Loads:
             self.ended(request)
 
     def ended(self, request: Request) -> bool:
-        """A request gives up its blocks. Whether KV was still loaded into them."""
+        """Note that a request gives up its blocks; whether KV was still loaded into them."""
         for each in self._chunked:
             each.forget(request.request_id)
         load = self._running.pop(request.request_id, None)
@@ -141,14 +144,15 @@ class Loads:
         turns: Mapping[str, Turn],
         tables: Mapping[str, Any],
     ) -> None:
-        """Read what a step could not load, before vLLM does.
+        """Read which blocks a step could not load, before vLLM does.
 
-        What was here before the load is right, whatever a connector says of its blocks: it is not
-        computed again in place. Other turns that shared what was loaded are not kept.
+        What was here before the load is right, whatever a connector says about its blocks. So those
+        blocks are taken out of the report, and nothing is computed again in place. Other turns that
+        shared what was loaded are not kept.
 
         Args:
-            output: vLLM's report, which is changed.
-            turns: the running ones, by request.
+            output: vLLM's report. It is changed.
+            turns: the running turns, by request.
             tables: the block tables of requests.
         """
         here: set[int] = set()

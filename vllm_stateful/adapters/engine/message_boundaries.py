@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where messages begin in token ids, from the tokenizer that the engine core holds."""
+"""Reads where messages begin in token ids, with the tokenizer that the engine core holds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ logger = init_logger("vllm.stateful")
 
 
 def boundary_rules(tokenizer: Any) -> BoundaryRules | None:
-    """The rules of a tokenizer; None, said in the log, when no style of chat is known in it.
+    """The rules of a tokenizer; None, with a line in the log, if it has no known style of chat.
 
     Args:
-        tokenizer: the one for structured outputs; None when the engine holds none.
+        tokenizer: the tokenizer for structured outputs; None when the engine holds none.
     """
     if tokenizer is None:
         return None

@@ -2,9 +2,9 @@
 """Images, audio and video as part of the identity of a prompt's tokens.
 
 In vLLM's prompt each item is a run of the same placeholder token, whatever it shows. For matching,
-the run gets ids that its content gives: so two prompts share it exactly if they show the same, and
-a conversation with a screenshot in one turn resumes in the next. The ids are negative, so none is a
-token of a vocabulary; they never reach a model.
+each run gets ids that are computed from its content. Two prompts then share the run exactly if they
+show the same, and a conversation with a screenshot in one turn resumes in the next. The ids are
+negative, so none of them is a token of a vocabulary. They never reach a model.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 from vllm_stateful.types import TokenArray
 
 MIN_PLACEHOLDERS = 4
-"""An item with fewer has too few bits to be told apart by: 31 for each placeholder."""
+"""The fewest placeholders of an item that can be told apart: each gives 31 bits."""
 
 
 def can_be_named(features: Sequence[Any]) -> bool:
-    """Whether every item is long enough to be told from any other.
+    """Whether every item has enough placeholders to be told apart from any other.
 
     Args:
         features: vLLM's ``MultiModalFeatureSpec`` of a request.
@@ -31,12 +31,12 @@ def can_be_named(features: Sequence[Any]) -> bool:
 
 
 def with_features(token_ids: TokenArray, features: Sequence[Any]) -> TokenArray:
-    """A copy of a prompt in which what is not text has ids of its own.
+    """A copy of a prompt in which everything that is not text has ids of its own.
 
     Args:
         token_ids: the prompt, shape ``[num_tokens]``.
         features: vLLM's ``MultiModalFeatureSpec`` of the request. ``identifier`` is the hash of the
-            content, with that of the adapter where vLLM makes it part.
+            content, and of the adapter where vLLM includes it.
     """
     named = token_ids.copy()
     for feature in features:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sessions' side of vLLM's CPU offload tier (``OffloadingConnector``).
 
-vLLM stores every full block of a prompt on the host as soon as it is computed, and loads what the
-GPU has lost before a turn is scheduled. What is added: the tier gives up chunks in the order of the
-sessions (``adapters.offload_policy``), and a session that is not worth its place is not stored.
+vLLM stores every full block of a prompt on the host as soon as it is computed. Before a turn is
+scheduled, vLLM loads what the GPU has lost. We add two things: the tier gives up chunks in the
+order of the sessions (``adapters.offload_policy``), and a session that is not worth its place is
+not stored.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ from vllm_stateful.types import SessionKey
 logger = init_logger("vllm.stateful")
 
 MAX_ENDED = 10_000
-"""Ended requests whose session is remembered until the tier asks; it asks in the next step."""
+"""The most ended requests whose session is remembered. The tier asks for it in the next step."""
 
 STORE_NONE = {"max_offload_tokens": 0}
-"""vLLM's own request parameter (``kv_transfer_params``): how much of a request is offloaded."""
+"""``kv_transfer_params`` with vLLM's own parameter for how much of a request is offloaded:
+nothing."""
 
 
 class OffloadTier:
     """What one scheduler tells its offload tier.
 
     Args:
-        policy: that of the tier.
-        tokens_per_chunk: how many tokens one chunk holds.
-        clock: seconds, monotonic.
+        policy: the tier's policy.
+        tokens_per_chunk: the number of tokens that one chunk holds.
+        clock: gives monotonic seconds.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class OffloadTier:
     def admit(self, request: Request, session: SessionKey) -> None:
         """Decide whether the KV of a new request goes to the tier, before vLLM's connector does.
 
-        A client's own ``max_offload_tokens`` stands.
+        A client's own ``max_offload_tokens`` is left as it is.
         """
         given = request.kv_transfer_params or {}
         if self.working_set.ratio <= 1 or "max_offload_tokens" in given:
@@ -68,7 +70,7 @@ class OffloadTier:
             self.num_declined += 1
 
     def request_ended(self, request_id: str, session: SessionKey) -> None:
-        """Remember whose request it was; the tier asks when it builds its next transfers."""
+        """Remember the session of an ended request; the tier asks at its next transfers."""
         self._ended[request_id] = session
         while len(self._ended) > MAX_ENDED:
             self._ended.popitem(last=False)
@@ -76,12 +78,12 @@ class OffloadTier:
     def waits(
         self, session: SessionKey, forecast: Forecast, num_tokens: int, wished_until_s: float
     ) -> None:
-        """A session with a context of so many tokens began to wait; see ``OffloadOrder.waits``."""
+        """Note that a session with ``num_tokens`` of context waits; see ``OffloadOrder.waits``."""
         self.working_set.waits(session, num_tokens, forecast.returns, self._clock())
         self.order.waits(_owner(session), forecast, wished_until_s)
 
     def closed(self, session: SessionKey) -> None:
-        """The session is over."""
+        """Forget a session that was closed."""
         self.working_set.ended(session)
         self.order.ended(_owner(session))
 
@@ -95,8 +97,10 @@ def _owner(session: SessionKey) -> Owner:
 
 
 def tier_of(connectors: Sequence[Any]) -> OffloadTier | None:
-    """The tier of an ``OffloadingConnector`` that vLLM has just built; None when another policy
-    runs it. Of several, the last one that asked for ours: the others know no sessions.
+    """The tier of a just built ``OffloadingConnector``; None when another policy runs it.
+
+    Of several connectors, it is the last one that asked for our policy: the others know no
+    sessions.
     """
     policy = StatefulCachePolicy.take_newest()
     if policy is None:
@@ -110,10 +114,10 @@ def tier_of(connectors: Sequence[Any]) -> OffloadTier | None:
 
 
 def _tokens_per_chunk(connector: Any) -> int:
-    """How many tokens of context one chunk of the tier holds, of all groups together.
+    """How many tokens of context one chunk of the tier holds, over all groups together.
 
     Each group that attends to everything stores a chunk of its own. Windows and states store little
-    beside that: not counted, where there is another group.
+    in comparison. They are counted only if there is no other group.
     """
     groups = connector.scheduler.config.kv_group_configs
     whole = [group for group in groups if group.sliding_window_size_in_chunks is None] or groups

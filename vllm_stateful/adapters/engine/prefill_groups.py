@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which waiting requests vLLM's scheduler passes over in a step, as another computes their prefix.
+"""Holds waiting requests back while another request computes their prefix.
 
-vLLM asks for each waiting request whether it can run yet (``_handle_blocked_waiting_request``: a
-grammar that compiles, KV on its way). One that waits for a prefix is passed over in the same way:
-it keeps its place, and nobody behind it waits for it.
+vLLM asks for each waiting request whether it can run yet (``_handle_blocked_waiting_request``): a
+grammar may still compile, or KV may be on its way. A request that waits for a prefix is passed over
+in the same way. It keeps its place, and the requests behind it do not wait for it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from vllm_stateful.prefix.grouped_prefill import MIN_SAVED, PrefillGroups
 
 
 class SchedulerPrefills:
-    """The prefills of one scheduler.
+    """Groups the prefills of one scheduler.
 
     Args:
-        scheduler: one whose manager is stateful.
+        scheduler: a scheduler whose KV cache manager is stateful.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -51,11 +51,11 @@ class SchedulerPrefills:
         return self.groups.waits(request.request_id, session.identity, turn.prompt, num_here)
 
     def ended(self, request: Request) -> None:
-        """A request has ended, in whatever way."""
+        """Forget a request that has ended in any way."""
         self.groups.forget(request.request_id)
 
     def _note_running(self) -> None:
-        """Note which requests are computed in chunks now, those admitted in this step included."""
+        """Note which prompts are computed in chunks now, including those admitted in this step."""
         prefills: set[Request] = self._scheduler._inflight_prefills
         if prefills == self._noted:
             return

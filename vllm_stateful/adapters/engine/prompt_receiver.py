@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engine core: put a prompt together again, and let it inherit what its base had computed.
 
-Runs in the engine's input thread, before the scheduler sees the request. The request that vLLM
-builds is an ordinary one with a plain list of token ids; two things are new about it: the block
-hashes of its base are not computed again, and the ids are at hand as an int32 array
-(``turn.prompt_array``) for the lookup and for the worker.
+This runs in the engine's input thread, before the scheduler sees the request. The request that vLLM
+builds is an ordinary one with a plain list of token ids. Two things are new about it. The block
+hashes of its base are not computed again. And the ids are at hand as an int32 array
+(``turn.prompt_array``), for the lookup and for the worker.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Proceed = Callable[[Any, EngineCoreRequest], tuple[Request, int]]
 
 
 class PromptReceiver:
-    """The bases of one engine core, and the block hasher that makes use of them."""
+    """Holds the bases of one engine core, and a block hasher that uses them."""
 
     def __init__(self, core: Any) -> None:
         config = process_config()
@@ -47,7 +47,8 @@ class PromptReceiver:
         self.bases = BaseStore(config.base_bytes, vocab_size)
         self._hash_block_size = getattr(core.scheduler, "hash_block_size", None)
         self._num_ahead = getattr(core.vllm_config, "num_hash_lookahead_tokens", 0)
-        """Tokens behind a block that its hash covers, too: with draft heads from vLLM 0.33 on."""
+        """The number of tokens behind a block that its hash covers, too. It is not 0 with draft
+        heads from vLLM 0.33 on."""
         self._stock_hasher = core.request_block_hasher
         self._inherited = threading.local()
         self._max_tokens = core.vllm_config.model_config.max_model_len
@@ -92,7 +93,7 @@ class PromptReceiver:
         return base.block_hashes[: num_tokens // self._hash_block_size]
 
     def _hash_blocks(self, request: Request) -> list[Any]:
-        """vLLM's block hasher, started behind the blocks that the base had hashed."""
+        """Run vLLM's block hasher from behind the blocks that the base had hashed."""
         inherited = getattr(self._inherited, "block_hashes", ())
         if inherited and not request.block_hashes:
             request.block_hashes.extend(inherited)
@@ -100,8 +101,11 @@ class PromptReceiver:
 
 
 def _only_vllm_reads_prompts(core: Any) -> bool:
-    """Whether nothing but vLLM's own code, patched by us where it is V2's, sees the prompts that go
-    to the workers. LongCat's n-gram models do in code of their own, which takes lists only."""
+    """Whether only vLLM's own code reads the prompts that go to the workers.
+
+    With model runner V2, we patch that code. LongCat's n-gram models read prompts with code of
+    their own, which takes only lists.
+    """
     config = core.vllm_config
     workers = config.parallel_config
     are_here = workers.distributed_executor_backend in ("uni", "mp") and workers.nnodes == 1
@@ -115,7 +119,7 @@ def _only_vllm_reads_prompts(core: Any) -> bool:
 
 
 def _take_label(request: EngineCoreRequest) -> PromptHeader | None:
-    """Take the header off a request; other hints stay."""
+    """Take the header off a request; its other hints stay."""
     hints = request.kv_hints
     if hints is None:
         return None
@@ -130,7 +134,7 @@ def _take_label(request: EngineCoreRequest) -> PromptHeader | None:
 
 
 def _names(header: PromptHeader) -> tuple[Hashable, PromptBase | None]:
-    """By what name later prompts refer to this one, and to which one it refers itself."""
+    """The name of this prompt for later prompts, and the base to which it refers itself."""
     version = None if header.version == NO_VERSION else (header.client, header.version)
     if header.parent == NO_VERSION:
         return version, None
@@ -138,7 +142,7 @@ def _names(header: PromptHeader) -> tuple[Hashable, PromptBase | None]:
 
 
 def receive(core: Any, request: EngineCoreRequest, proceed: Proceed) -> Any:
-    """Hook of ``prompt-handover``: as ``EngineCore.preprocess_add_request``."""
+    """Hook of ``prompt-handover``: does what ``EngineCore.preprocess_add_request`` does."""
     receiver = getattr(core, "stateful_receiver", None)
     if receiver is None:
         receiver = core.stateful_receiver = PromptReceiver(core)
@@ -149,7 +153,7 @@ def answer_miss(core: Any, request: EngineCoreRequest) -> bool:
     """Hook of ``prompt-miss``: tell the client to send the prompt in full.
 
     Returns:
-        False when the request failed for another reason, which stays vLLM's to report.
+        False when the request failed for another reason. vLLM reports that one.
     """
     if not isinstance(sys.exception(), BaseMissError):
         return False

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes resume points while a turn is computed: holds windows, and copies states.
 
-A chunk of the prompt ends at the place (``stop``), so that the state is there. Before the next
-tokens are computed (``capture``), the blocks of the last window are held, and the state's block is
-copied, by the same copies that vLLM makes of blocks that are written on. In an answer the place is
-a marker that was sampled (``read_answer``).
+A chunk of the prompt is made to end at the place (``stop``), so that the state there exists. Before
+the next tokens are computed (``capture``), the blocks of the last window are held, and the state's
+block is copied. The copy is made like the copies that vLLM makes of blocks before it writes to
+them. In an answer the place is a marker that was sampled (``read_answer``).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from vllm_stateful.prefix.resume_places import Place
 
 
 class ResumePoints:
-    """The resume points of one scheduler's running turns.
+    """Takes the resume points of one scheduler's running turns.
 
     Args:
-        coordinator: vLLM's managers of all groups.
-        groups: one for each manager.
+        coordinator: vLLM's coordinator, with the managers of all groups.
+        groups: one group for each manager.
         rules: where messages begin; None when that is not known.
-        make_room: makes so many blocks free, or says that it cannot.
-        lookahead: tokens that must be the same behind a point (``Group.lookahead``).
+        make_room: frees a number of blocks. False when it cannot.
+        lookahead: the number of tokens behind a point that must be the same (``Group.lookahead``).
     """
 
     def __init__(
@@ -53,20 +53,21 @@ class ResumePoints:
         self.knows_markers = rules is not None
         self.num_taken = 0
         self.num_missed = 0
-        """Points for which no block was free, or whose blocks were gone."""
+        """Points that were not taken because no block was free, or because their blocks were
+        gone."""
 
     def counts(self) -> dict[str, int]:
-        """Points that were wanted inside prompts and answers, counted by result."""
+        """The number of points wanted inside prompts and answers, by result."""
         return {"taken": self.num_taken, "missed": self.num_missed}
 
     def plan(self, turn: Turn, match: Match, start: int, before: Kind) -> None:
-        """Decide where a turn leaves resume points. It may be looked up again: then anew.
+        """Decide where a turn leaves resume points; decide anew when the turn is looked up again.
 
         Args:
-            turn: its prompt is read from where it continues.
-            match: who shares most with it.
-            start: where it continues.
-            before: the kind of the segment that holds the token before.
+            turn: the turn. Its prompt is read from ``start`` on.
+            match: what its lookup found, with the residency that shares most tokens with it.
+            start: the position at which it continues.
+            before: the kind of the segment that holds the token before ``start``.
         """
         if turn.planned_for == (start, match.num_shared):
             return
@@ -87,14 +88,14 @@ class ResumePoints:
 
     @staticmethod
     def stop(turn: Turn, start: int, num_new: int) -> int:
-        """How many new tokens a chunk may have, so that it ends at the next place."""
+        """How many new tokens a chunk may have so that it ends at the next place."""
         for place in turn.wanted:
             if place.position > start:
                 return min(num_new, place.position - start)
         return num_new
 
     def inherit(self, turn: Turn, residency: Residency, position: int) -> None:
-        """The turn takes references on the points before the one that it continues at."""
+        """Let a turn take references on the points up to the position at which it continues."""
         for point in residency.points:
             if point.position > position + self._lookahead:
                 break
@@ -103,12 +104,13 @@ class ResumePoints:
             turn.points.append(replace(point))
 
     def capture(self, turn: Turn, request_id: str, num_computed: int) -> None:
-        """Take the points that a running request has reached. Call before it computes more.
+        """Take the points that a running request has reached; call before it computes more.
 
         Args:
-            turn: the request's.
+            turn: the request's turn.
             request_id: the request.
-            num_computed: tokens that its states have read; without states, those computed.
+            num_computed: the number of tokens that its states have read; without states, that are
+                computed.
         """
         while turn.wanted and turn.wanted[0].position <= num_computed:
             self._take(turn, request_id, turn.wanted.pop(0), num_computed)
@@ -124,13 +126,13 @@ class ResumePoints:
         self.num_taken += 1
 
     def read_answer(self, turn: Turn, request: Request, num_computed: int) -> None:
-        """Take a point where a segment of the answer begins. Call before each step of a request.
+        """Take a point where a segment of the answer begins; call before each step of a request.
 
-        Only tokens that no earlier call saw are read. A state is behind all that was computed: that
-        is the marker too, where a step in flight reads it.
+        Only tokens that no earlier call saw are read. A state is behind all tokens that were
+        computed. These include the marker itself if a step in flight reads it.
 
         Args:
-            turn: the request's.
+            turn: the request's turn.
             request: the request.
             num_computed: as for `capture`.
         """
@@ -146,16 +148,16 @@ class ResumePoints:
 
     @staticmethod
     def _is_wanted(turn: Turn, position: int) -> bool:
-        """Whether a point inside the answer is far enough behind what the turn has."""
+        """Whether the answer has room for a point that is this far behind the last one."""
         inside = [p.position for p in turn.points if p.is_answer and p.position > len(turn.prompt)]
         before = max(inside, default=len(turn.prompt))
         is_far = position >= before + resume_places.MIN_SAVED
         return is_far and len(inside) < resume_places.MOST_IN_ANSWER
 
     def capture_at_end(self, turn: Turn, request_id: str, num_computed: int) -> None:
-        """Take those that no later step will take, of a turn that has just ended.
+        """Take the points that no later step will take, of a turn that has just ended.
 
-        Windows only: a state has gone on, and its end is a point anyway.
+        Only windows have such points. A state has gone on, and the turn's end is a point anyway.
         """
         if turn.wanted and not self._num_states:
             self.capture(turn, request_id, num_computed)
@@ -195,7 +197,7 @@ class ResumePoints:
         """A copy of a state, made by the workers before they compute the next tokens."""
         (source,) = piece.blocks
         (copy,) = self._pool.get_new_blocks(1)
-        source.ref_cnt += 1  # both are held until the copy is made (as by `_apply_cow`)
+        source.ref_cnt += 1  # both are held until the copy is made, as in `_apply_cow`
         copy.ref_cnt += 1
         self._managers[place]._pending_cow_copies.append((source, copy))
         return Table.of([copy], piece.start)

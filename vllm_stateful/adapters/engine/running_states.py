@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens the recurrent states of a running request have read.
 
-Without drafts they have read all tokens that were scheduled. With drafts a step writes one state
-for each token that it verifies, into blocks side by side, and only the next step knows which of
-them counts. The first one is always right: it has read the step's one token that is no draft. It
-lies in the block of that token, column ``(position - 1) // block_size``, where the worker looks for
-the state of a new request (``num_accepted`` is 1).
+Without drafts the states have read all scheduled tokens. With drafts, a step writes one state for
+each token that it verifies, into blocks side by side, and only the next step knows which of them
+counts. The first state is always right: it has read the step's one token that is no draft. It lies
+in the block of that token, column ``(position - 1) // block_size``. That is where the worker looks
+for the state of a new request (``num_accepted`` is 1).
 
 This relies on vLLM's layout of states (``vllm.v1.worker.mamba_utils``).
 """
@@ -24,18 +24,19 @@ from vllm_stateful.prefix.groups import Group
 def is_only_step_in_flight(vllm_config: Any) -> bool:
     """Whether a step that begins where the last one ended is the only one in flight.
 
-    Model runner V2 keeps states itself; with pipeline parallelism more steps are in flight.
+    This needs model runner V2, which keeps states itself. With pipeline parallelism more steps are
+    in flight.
     """
     is_alone = vllm_config.parallel_config.pipeline_parallel_size == 1
     return bool(vllm_config.use_v2_model_runner and is_alone)
 
 
 class RunningStates:
-    """The states of one scheduler's running requests.
+    """Knows the states of one scheduler's running requests.
 
     Args:
-        groups: one for each of vLLM's managers.
-        num_drafts: the most that a step verifies of one request; 0 without drafts.
+        groups: one group for each of vLLM's managers.
+        num_drafts: the most drafted tokens of one request that a step verifies; 0 without drafts.
         is_step_known: whether a step in flight, if it is the only one, begins with the last token
             that is known. It does with model runner V2 without pipeline parallelism.
     """
@@ -58,14 +59,14 @@ class RunningStates:
 
         Returns:
             None where that is not known, or where the state at that position lies in another block
-            than one without drafts would.
+            than it would without drafts.
         """
         num_computed = int(request.num_computed_tokens)
         if not (self.are_any and self._num_drafts):
             return num_computed
         num_in_flight = int(request.num_output_placeholders)
         settled, seen = num_computed - num_in_flight, of_request(request)
-        if seen.is_cut:  # the states have read tokens that a stop took back
+        if seen.is_cut:  # the states have read tokens that a stop cut off
             return None
         if not num_in_flight:
             if seen.num_sampled > 1:  # drafts were right: the first state is an earlier one
@@ -81,8 +82,9 @@ class RunningStates:
     def _is_inside(self, position: int) -> bool:
         """Whether a step with all of its drafts ends before this position's block does.
 
-        A longer step keeps its states one column further on. A step that accepts tokens up to the
-        end of the block has its first state overwritten (``postprocess_mamba_fused_kernel``).
+        A step that goes beyond the block keeps its states one column further on. A step that
+        accepts tokens up to the end of the block has its first state overwritten
+        (``postprocess_mamba_fused_kernel``).
         """
         return all(
             (position - 1) // size == (position + self._num_drafts) // size for size in self._sizes

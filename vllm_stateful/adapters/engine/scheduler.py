@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's schedulers with resident sessions: one mixin over ``Scheduler`` and ``AsyncScheduler``.
 
-The scheduling itself is vLLM's. The mixin gives the scheduler a stateful KV cache manager, or
-leaves it as it is and says why when the model or the engine's settings are not known to be safe.
+The scheduling itself is vLLM's. The mixin gives the scheduler a stateful KV cache manager. When the
+model or the engine's settings are not known to be safe, it leaves the scheduler as it is and says
+why.
 """
 
 from __future__ import annotations
@@ -104,23 +105,23 @@ class _StatefulMixin:
     policy: SchedulingPolicy
     config: StatefulConfig
     by_service: ServiceQueue | None = None
-    """The waiting queue with ``--stateful-order least-served``."""
+    """The waiting queue; None without ``--stateful-order least-served``."""
     prefills: SchedulerPrefills | None = None
     engine_drafts: EngineDrafts | None = None
-    """Drafts from sessions, where vLLM was told to take them."""
+    """Makes drafts from sessions in the engine core, where they are made there."""
     device_drafts: DeviceDrafts | None = None
-    """What the device looks drafts up in, where it does."""
+    """What the device looks drafts up in, where it makes the drafts."""
     prefixes: SchedulerPrefixes | None = None
-    """What requests share, where our kernels for CUDA attend."""
+    """The blocks that requests share, where our kernels for CUDA attend."""
     vllm_config: Any
     connector: Any
     cache_config: Any
     tier: OffloadTier | None = None
-    """vLLM's offload tier, where it is on and lets us order it."""
+    """vLLM's offload tier, where it is on and its order is ours."""
     ends: AnswerEnds | None = None
     """The tokens that states should be kept behind, where drafts may run past them."""
     hash_check: HashCheck | None = None
-    """Where invariants are checked and vLLM hashes blocks."""
+    """The check of block hashes, where invariants are checked and vLLM hashes blocks."""
     ending: deque[tuple[int, Request]]
     """Turns that ended with a step in flight, and the step after which they are kept."""
     hash_block_size: int
@@ -145,7 +146,7 @@ class _StatefulMixin:
             logger.warning("stateful: off, serving as stock vLLM: %s", self.stateful_off)
 
     def _become_stateful(self) -> None:
-        """Extend the manager in place: same object, same state, our four methods."""
+        """Extend the manager in place: the same object and state, with our four methods."""
         manager = self.kv_cache_manager
         if type(manager).__name__ != "KVCacheManager":
             raise UnsupportedError(f"the KV cache manager is a {type(manager).__name__}")
@@ -153,9 +154,9 @@ class _StatefulMixin:
         tokenizer = getattr(self.structured_output_manager, "tokenizer", None)
         rules = boundary_rules(tokenizer)
         groups = [group_of(each) for each in manager.coordinator.single_type_managers]
-        # A head's KV of a token is made of the next one, too. A state cannot be had one token
-        # earlier, so with states one slot of the head may be of another history: the next draft
-        # may be worse for it, and no answer is another.
+        # A head computes a token's KV from the next token, too. A state one token earlier is not
+        # kept, so with states one slot of the head may belong to another history. The next draft
+        # may then be worse, but no answer changes.
         num_ahead = int(self.use_eagle or self.num_prefill_lookahead > 0)
         has_states = any(group.is_state for group in groups)
         is_step_known = is_only_step_in_flight(self.vllm_config)
@@ -200,7 +201,7 @@ class _StatefulMixin:
             self._order_by_service()
 
     def _draft_from_sessions(self, rules: BoundaryRules | None) -> None:
-        """Where vLLM was told to, and beside a drafting head."""
+        """Draft from sessions where vLLM was told to, and beside a drafting head."""
         is_beside_head = False
         if has_head(self.vllm_config) and self.num_spec_tokens:
             reason = why_not_beside_head(self.vllm_config, self.config)
@@ -233,10 +234,10 @@ class _StatefulMixin:
     # ---- the order of waiting turns, when asked for --------------------------------------
 
     def _order_by_service(self) -> None:
-        """Put our queue in the place of vLLM's; priorities that were asked for win.
+        """Put our queue in the place of vLLM's, unless priorities were asked for.
 
         Raises:
-            UnsupportedError: strict, and vLLM orders by priority.
+            UnsupportedError: vLLM orders by priority, in strict mode.
         """
         if self.policy is SchedulingPolicy.FCFS:
             self.waiting = self.by_service = ServiceQueue()
@@ -247,7 +248,7 @@ class _StatefulMixin:
         logger.warning("stateful: %s", problem)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's end of every request; counts what it generated."""
+        """End a request, as vLLM does for every request; count what it generated."""
         if self.tier is not None:
             self.tier.request_ended(request.request_id, self._session_of(request))
         if self.by_service is not None:
@@ -261,7 +262,7 @@ class _StatefulMixin:
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        """Whether a waiting request can run in this step: not while another computes its prefix."""
+        """Whether a waiting request can run in this step; not while another computes its prefix."""
         ready = super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
         return bool(ready) and not (self.prefills is not None and self.prefills.waits(request))
 
@@ -272,7 +273,7 @@ class _StatefulMixin:
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        """vLLM ends chunks where states must be cached; we, where resume points are wanted."""
+        """End a chunk where vLLM must cache states, or where a resume point is wanted."""
         num_new: int = super()._mamba_block_aligned_split(  # type: ignore[misc]
             request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
         )
@@ -285,7 +286,7 @@ class _StatefulMixin:
     # ---- beside an offload tier ----------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        """vLLM's begin of every request; decides whether it is offloaded."""
+        """Add a request, as vLLM does; decide whether it is offloaded."""
         take_said(request)
         if self.tier is not None and request.request_id not in self.requests:
             self.tier.admit(request, session_of(request))
@@ -296,9 +297,10 @@ class _StatefulMixin:
         return session_of(request) if turn is None else turn.session
 
     def _free_request_blocks(self, request: Request) -> None:
-        """vLLM waits with a request's blocks while a step in flight may still write them.
+        """Free a request's blocks once no step in flight can write them, as vLLM does.
 
-        So do we: until then nobody can resume the turn, and no load can be given its blocks.
+        An ended turn is kept only then. Until then it cannot be resumed, and no load can be given
+        its blocks.
         """
         if self.stateful_off is not None or self._request_blocks_can_be_freed(request):
             super()._free_request_blocks(request)  # type: ignore[misc]
@@ -316,7 +318,7 @@ class _StatefulMixin:
     # ---- one step ------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """One step of vLLM's scheduler; counts what the admitted turns will compute."""
+        """Schedule one step, as vLLM does; count what the admitted turns will compute."""
         output = self._schedule(*args, **kwargs)
         if self.by_service is not None:
             for new in output.scheduled_new_reqs:
@@ -334,10 +336,10 @@ class _StatefulMixin:
         return output
 
     def _schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """vLLM's own step, without placeholder drafts where the engine core drafts from sessions.
+        """Schedule vLLM's own step, without placeholders where the engine core makes the drafts.
 
-        vLLM adds up to 16 placeholders to a turn with one token left to compute, and rejects them
-        all, to fill a full CUDA graph. Drafts from the engine core run without such graphs.
+        To fill a full CUDA graph, vLLM adds up to 16 placeholder drafts to a turn with one token
+        left to compute, and rejects them all. Drafts from the engine core run without such graphs.
         """
         if self.device_drafts is not None:
             self.device_drafts.withdraw(self.requests)
@@ -353,7 +355,7 @@ class _StatefulMixin:
         return output
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """vLLM's hand-over of the worker's drafts; those of the sessions take their place."""
+        """Take over the worker's drafts, as vLLM does, or the sessions' drafts in their place."""
         if self.engine_drafts is not None:
             draft_token_ids = self.engine_drafts.fill(draft_token_ids, self.requests)
         super().update_draft_token_ids(draft_token_ids)  # type: ignore[misc]
@@ -361,7 +363,7 @@ class _StatefulMixin:
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        """vLLM's bookkeeping after a step; turns that ended are kept here."""
+        """Do vLLM's bookkeeping after a step; turns that ended are kept here."""
         if self.engine_drafts is not None:
             self.engine_drafts.step_ends()
         if self.ends is not None:
@@ -383,7 +385,7 @@ class _StatefulMixin:
     def _update_request_with_output(
         self, request: Request, new_token_ids: list[int], is_stale: bool = False
     ) -> Any:
-        """vLLM's reading of what a step sampled; notes how much that was."""
+        """Read what a step sampled, as vLLM does; note how many tokens that were."""
         num_sampled = len(new_token_ids)
         is_news = num_sampled > 1 or (num_sampled and request.num_output_tokens == 0)
         if is_news and not is_stale and self.stateful_off is None:
@@ -418,7 +420,7 @@ class _StatefulMixin:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """vLLM's count of a request's verified drafts."""
+        """Count a request's verified drafts, as vLLM does."""
         if self.device_drafts is not None:
             self.device_drafts.verified(num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(  # type: ignore[misc]
@@ -435,7 +437,7 @@ class StatefulAsyncScheduler(_StatefulMixin, AsyncScheduler):  # type: ignore[mi
 
 
 def answer_utility(scheduler: Any, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Answer a utility call to the engine core, whatever its scheduler is."""
+    """Answer a utility call to the engine core, for any class of scheduler."""
     if not isinstance(scheduler, _StatefulMixin):
         return {"off": f"the scheduler is {type(scheduler).__name__}"}
     return scheduler.stateful(operation, arguments)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which scheduler an engine core gets. Ours is imported only where it fits."""
+"""Chooses the scheduler of an engine core. Ours is imported only where it fits."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine core answers the API server about its sessions, their turns and its totals.
 
-A client is told of sessions with its own API key and salt only: the API server says under which
-salt it asks. The operator's key asks under all.
+A client learns only of sessions with its own API key and salt: the API server says under which salt
+it asks. The operator's key asks under all salts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from vllm_stateful.transport.wire import CLOSE, SESSION, SESSIONS, STATS, TURN, 
 from vllm_stateful.types import SessionKey
 
 MAX_LISTED = 200
-"""Entries of one answer, which are made between two steps."""
+"""The most entries of one answer. An answer is made between two steps."""
 
 
 class SessionOperations:
     """Answers about one scheduler.
 
     Args:
-        scheduler: a stateful one (`scheduler`).
+        scheduler: a stateful scheduler (`scheduler`).
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -59,7 +59,7 @@ class SessionOperations:
     # ---- totals --------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """All totals, for the metrics."""
+        """All totals that the metrics show."""
         manager, prefills = self._manager, self._scheduler.prefills
         store = manager.store
         return {
@@ -100,11 +100,11 @@ class SessionOperations:
     # ---- close ---------------------------------------------------------------------------
 
     def close(self, session_ids: list[str], cache_salt: str | None) -> dict[str, int]:
-        """Close the sessions of any of these ids, under one salt and any adapter."""
+        """Close the sessions with these ids, under one salt and any adapter."""
         scheduler, manager = self._scheduler, self._manager
         for request in scheduler.requests.values():
             if request.session_id in session_ids:
-                manager.turn_of(request)  # one that was not looked up yet counts too
+                manager.turn_of(request)  # so that one not looked up yet counts, too
         if scheduler.engine_drafts is not None:
             scheduler.engine_drafts.closed(
                 lambda session: (
@@ -119,14 +119,14 @@ class SessionOperations:
     def sessions(
         self, cache_salt: str | None, *, sees_all: bool = False, limit: int = 100, skip: int = 0
     ) -> dict[str, Any]:
-        """The sessions, the one with the last turn first; and the pool, for who sees all of it."""
+        """The sessions, the one with the newest turn first; and the pool, with ``sees_all``."""
         stories = self._stories(cache_salt, sees_all=sees_all)
         listed = islice(stories, skip, skip + min(limit, MAX_LISTED))
         told = {"sessions": [self._told(story, sees_all=sees_all) for story in listed]}
         return {**told, "pool": self._pool()} if sees_all else told
 
     def _pool(self) -> dict[str, int]:
-        """The blocks of the pool: free, kept by waiting sessions only, and all of them."""
+        """The number of blocks: in all, free, and kept only by waiting sessions."""
         pool, pins = self._manager.block_pool, self._manager.store.pins
         return {
             "total": pool.num_gpu_blocks - 1,
@@ -213,7 +213,7 @@ class SessionOperations:
 
 
 def _is_told(session: SessionKey, cache_salt: str | None, *, sees_all: bool) -> bool:
-    """Whether whoever asks under a salt is told of a session."""
+    """Whether a caller that asks under a salt may know of a session."""
     return sees_all or session.identity.cache_salt == cache_salt
 
 
@@ -222,9 +222,9 @@ def _is_named(session: SessionKey, session_ids: list[str]) -> bool:
 
 
 def _own_blocks(branches: tuple[Residency, ...], pins: PinLedger) -> int:
-    """Blocks that nobody but these branches of one session holds, while they are idle.
+    """The number of blocks that only the idle ones of these branches of a session hold.
 
-    The scheduler waits for this, so the usual case, one branch without points, sorts nothing.
+    The scheduler waits for this. So the usual case, one branch without points, sorts nothing.
     """
     held = [branch.block_ids for branch in branches if branch.is_idle]
     held += [point.ids for branch in branches if branch.is_idle for point in branch.points]
@@ -238,7 +238,7 @@ def _own_blocks(branches: tuple[Residency, ...], pins: PinLedger) -> int:
 
 
 def _shown(record: TurnRecord, *, sees_all: bool) -> dict[str, Any]:
-    """A record without what only the operator may know."""
+    """A record as a dictionary, without what only the operator may know."""
     shown = record.as_dict()
     if not sees_all and record.missed.cause in (Cause.OTHER_TENANT, Cause.OTHER_SALT):
         shown["missed"] = {**shown["missed"], "cause": str(Cause.NEVER_SEEN)}

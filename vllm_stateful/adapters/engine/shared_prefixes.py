@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests of a step share leading blocks: decided in the engine core, which knows them.
+"""Finds the requests of a step that share leading blocks.
 
-The workers get it with vLLM's ``SchedulerOutput`` (`batch_prefixes`).
+This is decided in the engine core, which knows the requests' blocks. The workers get the result
+with vLLM's ``SchedulerOutput`` (`batch_prefixes`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _id_of = attrgetter("block_id")
 
 
 class SchedulerPrefixes:
-    """What the requests of one scheduler share.
+    """Finds what the requests of one scheduler share.
 
     Args:
-        manager: whose blocks they are; of one KV cache group.
+        manager: the manager of their blocks. It has one KV cache group.
     """
 
     def __init__(self, manager: StatefulKVCacheManager) -> None:
@@ -35,11 +36,12 @@ class SchedulerPrefixes:
         self._least = -(-shared_prefixes.MIN_KEYS // self._block_size)
         self._counts: dict[str, int] = {}
         self._ids: dict[str, Ints] = {}
-        """By request that shares something: the ids of its computed blocks, as far as looked up."""
+        """The ids of a request's computed blocks, as far as looked up, by request that shares
+        some."""
         self._shared: tuple[SharedKeys, ...] = ()
 
     def step_begins(self, output: SchedulerOutput, requests: dict[str, Request]) -> None:
-        """A step was scheduled: its workers get who shares what."""
+        """Attach to a scheduled step which requests share which blocks."""
         moved = {new.req_id for new in output.scheduled_new_reqs}
         moved |= output.scheduled_cached_reqs.resumed_req_ids
         counts = self._num_computed(output.num_scheduled_tokens, requests)
@@ -52,10 +54,11 @@ class SchedulerPrefixes:
     def _num_computed(
         self, scheduled: dict[str, int], requests: dict[str, Request]
     ) -> dict[str, int]:
-        """Whole blocks that the device has of each request before a step.
+        """The number of whole blocks of each request that are computed before a step.
 
-        Of the prompt only: its tokens are no drafts, so none that were computed are taken back.
-        Nothing of those with more new tokens than fit a shared tile, as while a prompt is computed.
+        Only blocks of the prompt count: its tokens are no drafts, so none of them are taken back.
+        Requests with more new tokens than fit a shared tile are left out, for example while a
+        prompt is computed.
         """
         size, most = self._block_size, shared_prefixes.MOST_MEMBER_ROWS
         return {

@@ -39,63 +39,67 @@ class Offer(NamedTuple):
     num_tokens: int
     outcome: Outcome
     point: ResumePoint | None = None
-    """What is held for that position, where not every position can be continued."""
+    """The resume point at that position, where not every position can be continued."""
 
 
 @dataclass(slots=True)
 class Turn:
-    """State of a running or waiting request, from its first lookup to its end."""
+    """The state of a waiting or running request, from its first lookup to its end."""
 
     session: SessionKey
     prompt: TokenArray
-    """Its tokens; what is not text has ids of its own (``mm_tokens``)."""
+    """Its token ids. Everything that is not text has ids of its own (``mm_tokens``)."""
     version: Hashable = None
-    """The name of the prompt, by which a later one may refer to it."""
+    """The name by which a later prompt may refer to this one."""
     prompt_base: PromptBase | None = None
     """The earlier prompt that this one was sent as a continuation of."""
     epoch: int = 0
-    """Resets seen at its last lookup; KV computed before a reset is not kept."""
+    """The number of resets at its last lookup. KV computed before a reset is not kept."""
     offer: Offer | None = None
-    """What the last lookup returned; None when it returned stock's answer."""
+    """What the last lookup returned; None when that was stock vLLM's answer."""
     related: tuple[Residency, int] | None = None
-    """The residency that shares most tokens with it, and how many, by its last lookup."""
+    """The residency that shares most tokens with it, and how many; found by its last lookup."""
     wanted: list[Place] = field(default_factory=list)
-    """Where resume points are still to be left."""
+    """The places where resume points are still to be taken."""
     planned_for: tuple[int, int] | None = None
-    """Where it continued and what it shared when those were chosen."""
+    """The position at which it continued and the number of shared tokens, when ``wanted`` was
+    chosen."""
     points: list[ResumePoint] = field(default_factory=list)
     """The resume points that it holds, by position."""
     num_read: int = 0
-    """Tokens, prompt included, that were looked at for where segments of the answer begin."""
+    """The number of tokens, including the prompt, that were searched for segments of the answer."""
     inherited_ids: list[BlockIds] = field(default_factory=list)
-    """Blocks of those that it took over from an idle residency, as the pin ledger was told."""
+    """The blocks of the points that it took over from an idle residency, as noted in the pin
+    ledger."""
     borrowed: Residency | None = None
     shared_ids: BlockIds | None = None
-    """The full blocks that it shares with a residency, as the pin ledger was told."""
+    """The full blocks that it shares with a residency, as noted in the pin ledger."""
     only_full_blocks: bool = False
-    """Its partial block could not be copied for lack of one free block: align the hit."""
+    """Its hit was refused, because no block was free to copy a partly filled one. The next lookup
+    offers whole blocks only."""
     has_made_room: bool = False
-    """Its allocation was refused, and somebody gave blocks for it."""
+    """Its allocation was refused, and other residencies or turns gave blocks for it."""
     is_loading: bool = False
     """A KV connector loads what is behind its hit."""
     has_failed: bool = False
-    """Its blocks hold KV of which nobody knows that it was loaded."""
+    """Its blocks may hold KV whose load failed or had not ended."""
     has_arrived: bool = False
-    """The gap before it was learned from."""
+    """The wait before it has been learned from."""
     is_counted: bool = False
     is_closing: bool = False
     """Its session was closed while it ran, or this is its last turn."""
     lookup_s: float = 0.0
     nearest: tuple[Residency, int] | None = None
-    """The residency that shares most tokens with it, too few to be used included."""
+    """The residency that shares most tokens with it, even if they are too few to be used."""
     waited: Ended | None = None
-    """The wait of its session before it."""
+    """The wait of its session that this turn ended."""
     record: TurnRecord | None = None
-    """What is remembered of it; None before it is scheduled, and where nothing is."""
+    """Its record; None before it is scheduled, and where no records are kept."""
     text: TokenArray | None = None
-    """The token ids of its prompt as the model gets them, where ``prompt`` has others."""
+    """The token ids of its prompt as the model gets them; None where ``prompt`` has the same."""
     named: SessionKey = field(init=False)
-    """The session that its request names. ``session`` is the one that it was found to continue."""
+    """The session that its request names. ``session`` is the session that it was found to
+    continue."""
 
     def __post_init__(self) -> None:
         self.named = self.session
@@ -155,7 +159,7 @@ def take_said(request: Request) -> None:
 
 
 def retention_wish(request: Request) -> float | None:
-    """For how many seconds without use the client wishes its session kept; None without a wish."""
+    """The seconds without use for which the client wishes its session kept; None without a wish."""
     if request.kv_hints is None:
         return None
     actions = (action for action in request.kv_hints.actions if action.action_type == RETAIN_ACTION)
@@ -178,19 +182,19 @@ def prompt_array(request: Request) -> TokenArray | None:
 
 
 def start_turn(request: Request) -> Turn:
-    """Begin the record of a turn; copies the prompt's ids where they are not at hand."""
+    """Make the state of a new turn; copy the prompt's ids if no array of them is at hand."""
     assert request.prompt_token_ids is not None
     array = prompt_array(request)
     if array is None:
         array = token_array(request.prompt_token_ids)
-    if request.mm_features:  # its prompt may begin as another one that shows something else
+    if request.mm_features:  # other prompts with these placeholders show something else
         return Turn(session_of(request), with_features(array, request.mm_features), text=array)
     found = of_request(request)
     return Turn(session_of(request), array, found.version, found.base)
 
 
 def output_array(request: Request) -> TokenArray:
-    """What was generated so far, shape ``[num_output_tokens]``."""
+    """The tokens generated so far, shape ``[num_output_tokens]``."""
     return token_array(list(request.output_token_ids))
 
 

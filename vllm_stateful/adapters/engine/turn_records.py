@@ -31,11 +31,11 @@ from vllm_stateful.types import Bypass, Demotion, Outcome, SessionKey, TokenArra
 logger = init_logger("vllm.stateful")
 
 EXCERPT_TOKENS = 24
-"""Tokens of each of the two texts at a change, with ``--stateful-explain text``."""
+"""The tokens shown of each of the two texts at a change, with ``--stateful-explain text``."""
 
 
 class TurnRecords:
-    """The records of one scheduler, and the stories of its sessions.
+    """Keeps the records of one scheduler's turns, and the stories of its sessions.
 
     Args:
         store: its residencies.
@@ -51,14 +51,14 @@ class TurnRecords:
     def admitted(
         self, request: Request, turn: Turn, outcome: Outcome, num_local: int, num_loaded: int
     ) -> None:
-        """A turn was scheduled for the first time.
+        """Make the record of a turn that was scheduled for the first time.
 
         Args:
             request: vLLM's.
             turn: its state, with what the lookup found.
             outcome: how it found its context.
-            num_local: tokens whose KV was here.
-            num_loaded: tokens behind them that a connector loads.
+            num_local: the number of tokens whose KV was here.
+            num_loaded: the number of tokens behind them that a connector loads.
         """
         now_s = self._store.now_s()
         record = self._begun(request, turn.session, outcome, now_s)
@@ -71,7 +71,7 @@ class TurnRecords:
         self.book.admitted(record, self._parent(turn, record.said), now_s)
 
     def bypassed(self, request: Request, reason: Bypass) -> None:
-        """Stock vLLM serves a request."""
+        """Make the record of a request that stock vLLM serves."""
         record = self._begun(request, session_of(request), Outcome.BYPASSED, self._store.now_s())
         record.missed = Missed(Cause.BYPASSED, why_gone=str(reason))
         self.log.add(record)
@@ -87,7 +87,7 @@ class TurnRecords:
 
     @staticmethod
     def _parent(turn: Turn, said: Said) -> SessionKey | None:
-        """The session that its client named, else the one on whose KV it begins."""
+        """The parent that its client named, else the other session whose KV it begins with."""
         if said.parent is not None:
             return SessionKey(turn.session.identity, said.parent)
         base = turn.related[0].session if turn.related is not None else None
@@ -137,12 +137,12 @@ class TurnRecords:
         return self._decode(tokens[start : start + EXCERPT_TOKENS].tolist())
 
     def ended(self, request: Request, turn: Turn, frontier: int, *, is_kept: bool) -> None:
-        """A turn has ended.
+        """Complete the record of a turn that has ended.
 
         Args:
             request: vLLM's.
             turn: its state.
-            frontier: tokens whose KV was computed.
+            frontier: the number of tokens whose KV was computed.
             is_kept: whether its session keeps any of it.
         """
         record = turn.record
@@ -157,15 +157,15 @@ class TurnRecords:
         self.book.ended(record.session, frontier, now_s, is_kept=is_kept)
 
     def demoted(self, session: SessionKey, why: Demotion, num_kept: int) -> None:
-        """KV of a session was given back (``ResidencyBook.on_demoted``)."""
+        """Note that KV of a session was given back (``ResidencyBook.on_demoted``)."""
         self.book.demoted(session, why, num_kept, self._store.now_s())
 
 
 def decoder(tokenizer: Any, explain: str) -> Callable[[list[int]], str] | None:
-    """What turns token ids into text, where ``--stateful-explain text`` asks for it.
+    """A function that turns token ids into text; None without ``--stateful-explain text``.
 
-    It never fails: what is not text has ids that no tokenizer knows (``mm_tokens``), and they are
-    left out.
+    The function never fails. It leaves out ids that the tokenizer does not know: what is not text
+    has such ids (``mm_tokens``).
     """
     if explain != "text" or tokenizer is None:
         return None
@@ -174,7 +174,7 @@ def decoder(tokenizer: Any, explain: str) -> Callable[[list[int]], str] | None:
     def decode(ids: list[int]) -> str:
         try:
             return str(tokenizer.decode([token for token in ids if token in known]))
-        except Exception as error:  # a tokenizer of any kind: the engine goes on without the text
+        except Exception as error:  # a tokenizer of any kind: the engine goes on without text
             logger.warning_once("stateful: a prompt's text cannot be shown: %r", error)
             return ""
 

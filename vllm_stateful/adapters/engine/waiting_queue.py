@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's queue of waiting requests, ordered by the service of their sessions.
 
-Takes the place of ``Scheduler.waiting`` with ``--stateful-order least-served``. Requests that hold
-blocks while they wait are in ``Scheduler.kv_holding_waiting``, which stays vLLM's and goes first.
+It replaces ``Scheduler.waiting`` with ``--stateful-order least-served``. Requests that hold blocks
+while they wait are in ``Scheduler.kv_holding_waiting``. That queue stays vLLM's, and goes first.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def named_session_of(request: Request) -> SessionKey | None:
 class ServiceQueue(RequestQueue):  # type: ignore[misc]
     """A ``RequestQueue``: preempted requests first, as in stock vLLM, then by service.
 
-    vLLM takes requests that cannot run yet (a grammar that compiles, a LoRA slot) out during a
-    step and prepends them after it: they go back to the place they had, not before all others.
+    During a step vLLM takes out requests that cannot run yet (they wait for a grammar to compile,
+    or for a LoRA slot). It prepends them after the step. They go back to their former place, not
+    before all others.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -52,7 +53,7 @@ class ServiceQueue(RequestQueue):  # type: ignore[misc]
         return self._order.pop(self._clock())
 
     def peek_request(self) -> Request:
-        """The next request. Raises IndexError when none waits."""
+        """The next request; raises IndexError when none waits."""
         return self._preempted[0] if self._preempted else self._order.first(self._clock())
 
     def prepend_request(self, request: Request) -> None:
@@ -66,12 +67,12 @@ class ServiceQueue(RequestQueue):  # type: ignore[misc]
             self._order.put_back(request, ticket)
 
     def prepend_requests(self, requests: Iterable[Request]) -> None:
-        """Enter each before the one before it, as vLLM's queue does."""
+        """Prepend each in turn, as vLLM's queue does: the last preempted request goes first."""
         for request in requests:
             self.prepend_request(request)
 
     def remove_request(self, request: Request) -> None:
-        """Take a request out. Raises ValueError when it does not wait."""
+        """Take a request out; raises ValueError when it does not wait."""
         if not self._order.discard(request):
             self._preempted.remove(request)
 
@@ -88,19 +89,19 @@ class ServiceQueue(RequestQueue):  # type: ignore[misc]
         return len(self._preempted) + len(self._order)
 
     def __iter__(self) -> Iterator[Request]:
-        """As ``pop_request`` would give them if time stood still."""
+        """The requests in the order of ``pop_request``, as if time stood still."""
         return iter([*self._preempted, *self._order.in_order(self._clock())])
 
     # ---- what the scheduler tells ---------------------------------------------------------
 
     def admitted(self, request: Request, num_cached: int) -> None:
-        """A request was admitted, with so many of its tokens in the cache.
+        """Charge an admitted request's session for the prompt tokens that are not in the cache.
 
-        What a preempted request computes a second time is not counted.
+        Tokens that a preempted request computes a second time are not counted.
         """
         if request.num_preemptions == 0:
             self._book.charge(named_session_of(request), request.num_prompt_tokens - num_cached)
 
     def ended(self, request: Request) -> None:
-        """A request has ended, with all its output tokens."""
+        """Charge an ended request's session for its output tokens."""
         self._book.charge(named_session_of(request), num_output=request.num_output_tokens)

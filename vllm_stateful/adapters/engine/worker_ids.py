@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduler to worker: a prompt's ids as one int32 array instead of a list of Python integers.
+"""Scheduler to worker: sends a prompt's ids as one int32 array, not a list of Python integers.
 
-Model runner V1 copies them into a row of an int32 table: from a list that is a conversion of
-every id, from an array a memory copy, and pickling an array costs next to nothing. Model runner
-V2 extends Python lists with the ids (``StagedWriteTensor.stage_write``) and gets them twice, as
-the prompt and as all there is to compute; `adapters.worker.staged_ids` takes an array there. The
-list stays where something else reads prompts: KV connectors, logits processors of others, the
-thinking budget.
+Model runner V1 copies the ids into a row of an int32 table. From a list, that converts every id;
+from an array, it is a memory copy. Pickling an array costs next to nothing. Model runner V2 extends
+Python lists with the ids (``StagedWriteTensor.stage_write``). It gets them twice: as the prompt,
+and as all that is to be computed. `adapters.worker.staged_ids` makes it take an array. The list is
+sent where other code reads prompts: KV connectors, logits processors of others, the thinking
+budget.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from vllm_stateful.types import token_array
 
 
 def worker_ids(request: Any, all_ids: Any, uses_mrope: bool) -> tuple[Any, Any]:
-    """Hook of ``worker-ids``: what the worker is told the prompt is.
+    """Hook of ``worker-ids``: the prompt's ids, in the form in which the worker gets them.
 
     Args:
         request: vLLM's scheduler-side request.
-        all_ids: prompt and answer so far, where they go to model runner V2; else None.
+        all_ids: the ids of the prompt and the answer so far for model runner V2; else None.
         uses_mrope: whether the model computes positions from the list of ids.
 
     Returns:
-        ids of the prompt, and all.
+        The ids of the prompt, and all ids.
     """
     found = of_request(request)
     array = found.prompt if found.is_array_sent else None
