@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What POST /v1/messages answers beside what vLLM makes: ``cache_creation`` and ``diagnostics``.
+"""Adds ``cache_creation`` and ``diagnostics`` to what vLLM answers to POST /v1/messages.
 
-``usage.cache_creation`` says for how long the written tokens are kept. Only answers to requests
-with a ``cache_control`` breakpoint get it, and everything else in them stays as vLLM made it.
-``cache_creation_input_tokens`` counts what was computed and the next turn can read: the partly
-filled last block too, as the session keeps it (``estimate_cached_tokens`` of
-``adapters.engine.kv_blocks``). A stream says it where vLLM says what it is a part of: not in
-``message_start``, which comes without any numbers of the cache, but in ``message_delta``.
+``usage.cache_creation`` says how long the written tokens are kept. Only answers to requests with a
+``cache_control`` breakpoint get it. Everything else in them stays as vLLM made it.
+``cache_creation_input_tokens`` counts the tokens that were computed and that the next turn can
+read. It includes the partly filled last block, because the session keeps that too
+(``estimate_cached_tokens`` of ``adapters.engine.kv_lookup``). In a stream, ``cache_creation`` comes
+in ``message_delta``, where vLLM reports the numbers of the cache. ``message_start`` has none of
+them.
 
 ``diagnostics`` says where the request differs from an earlier one (``cache_diagnostics``). Only
-answers to requests with that field get it. A stream says it in ``message_start``.
+answers to requests with that field get it. In a stream it comes in ``message_start``.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class _DiagnosedAnswer(_Answer):
 
     @model_serializer(mode="wrap")
     def _with_null(self, serialize: Any) -> Any:
-        """vLLM leaves out what is None; here it says that nothing was found."""
+        """Keep ``diagnostics`` even if it is None, which says that nothing was found."""
         return {**serialize(self), "diagnostics": self.diagnostics}
 
 
 def with_cache_creation(raw_request: Any | None, answer: Any) -> Any:
-    """First hook of ``anthropic-usage``: the answer, or the same answer with the breakdown.
+    """First hook of ``anthropic-usage``: the answer, with ``cache_creation`` where it is wanted.
 
     Args:
         raw_request: the HTTP request, or None when there is none.
@@ -85,7 +86,7 @@ def _with_usage_in(event: str, ttl: Ttl) -> str:
 
 
 def _add(usage: dict[str, Any], ttl: Ttl) -> bool:
-    """Whether it is known how much was written."""
+    """Add ``cache_creation``; whether it is known how much was written."""
     written = usage.get("cache_creation_input_tokens")
     if written is None:
         return False
@@ -94,11 +95,11 @@ def _add(usage: dict[str, Any], ttl: Ttl) -> bool:
 
 
 def with_diagnostics(raw_request: Any | None, answer: Any) -> Any:
-    """Second hook of ``anthropic-usage``: the answer, or the same answer with the diagnosis.
+    """Second hook of ``anthropic-usage``: the answer, with the diagnosis where it is wanted.
 
     Args:
         raw_request: the HTTP request, or None when there is none.
-        answer: as for the first hook, which was called before.
+        answer: as for the first hook, which has been called before.
     """
     diagnosis = diagnosis_of(raw_request)
     if diagnosis is None or not diagnosis.is_asked:
@@ -128,14 +129,14 @@ def _with_diagnosis_in(event: str, diagnosis: Diagnosis) -> str:
 
 
 def _num_prompt(usage: dict[str, Any] | None) -> int:
-    """Tokens of the prompt; 0 where nobody counted them."""
+    """The number of tokens in the prompt; 0 where they were not counted."""
     said = usage or {}
     names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
     return sum(said.get(name) or 0 for name in names)
 
 
 def _read(event: str) -> tuple[str, dict[str, Any]]:
-    """The first line of an event, and what it says."""
+    """The first line of an event, and its content."""
     name, _, data = event.partition("\ndata: ")
     return name, json.loads(data)
 

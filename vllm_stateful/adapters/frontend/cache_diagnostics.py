@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two vendors' clients ask of a prompt cache: why was not more of it reused?
+"""Tells clients of two vendors' APIs why not more of the prompt cache was reused.
 
-A client names an earlier response. Both requests are compared by their fingerprints
-(``session.fingerprint``), as the client sent them.
+A client names an earlier response. The request and the request of that response are compared by
+their fingerprints (``session.fingerprint``), as the client sent them.
 
     POST /v1/messages          `diagnostics.previous_message_id`, answered with `diagnostics`
     POST /v1/responses         `prompt_cache_options.comparison_response_id`, answered with
                                `prompt_cache_diagnostics`
     POST /v1/chat/completions  the same; OpenAI has it for responses only
 
-``identify`` makes a `Diagnosis` of a request and leaves it at the HTTP request. Whoever sees the
-answer next completes it: a hook for Messages (``anthropic_usage``), and for the other two a
+``identify`` makes a `Diagnosis` of a request and attaches it to the HTTP request. It is completed
+where the answer is seen: for Messages by a hook (``anthropic_usage``), and for the other two by a
 middleware (``openai_diagnostics``). Nothing here fails a request.
 """
 
@@ -36,7 +36,7 @@ _fingerprints = Fingerprints()
 
 
 class Api(StrEnum):
-    """The end of the path of each API that is served."""
+    """The APIs that are served, each by the end of its path."""
 
     MESSAGES = "/v1/messages"
     RESPONSES = "/v1/responses"
@@ -44,7 +44,7 @@ class Api(StrEnum):
 
 
 class Outcome(StrEnum):
-    """Of a comparison that found no difference, or was not made."""
+    """The outcome of a comparison that found no difference, or that was not made."""
 
     FIRST = "first"
     """The client has nothing to compare with."""
@@ -55,17 +55,17 @@ class Outcome(StrEnum):
 
 
 _UNREADABLE = object()
-"""In the place of an id."""
+"""Stands for an id that could not be read."""
 
 
 class Diagnosis:
-    """One request: what it asked for, and what was found.
+    """The diagnosis of one request: what it asked for, and what was found.
 
     Args:
-        api: that it came to.
+        api: the API that the request came to.
         owner: its tenant and its cache salt.
-        now: its fingerprint; None where none is remembered.
-        is_asked: whether the client wants to be told.
+        now: its fingerprint; None where no fingerprints are remembered.
+        is_asked: whether the client asked for the diagnosis.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Diagnosis:
         self.outcome: Outcome | Change = Outcome.FIRST
         self.before: Remembered | None = None
         self.has_usage_chunk = False
-        """Whether a chat client wants the usage at the end of a stream."""
+        """Whether a chat client wants the usage in the last chunk of a stream."""
         self._owner = owner
         self._now = now
 
     def compare_with(self, response_id: str) -> None:
-        """Compare with the request that got a response."""
+        """Compare this request with the request that got a response."""
         if self._now is None:
             self.outcome = Outcome.UNAVAILABLE
             return
@@ -95,11 +95,11 @@ class Diagnosis:
         self.outcome = Outcome.SAME if change is None else change
 
     def answered(self, response_id: Any, num_prompt: Any) -> None:
-        """Remember the request for a later comparison with it.
+        """Remember the request, so that later requests can be compared with it.
 
         Args:
-            response_id: of the answer.
-            num_prompt: tokens of the prompt, where the answer says it.
+            response_id: the id of the answer.
+            num_prompt: the number of tokens in the prompt, where the answer says it.
         """
         if self._now is not None and isinstance(response_id, str):
             key = key_of(self.api, *self._owner, response_id)
@@ -107,7 +107,7 @@ class Diagnosis:
             _fingerprints.keep(key, self._now, num_tokens, time.monotonic())
 
     def of_messages(self) -> dict[str, Any] | None:
-        """``diagnostics`` of a message."""
+        """The ``diagnostics`` field of a message."""
         found = self.outcome
         if found in (Outcome.FIRST, Outcome.SAME):
             return None
@@ -121,11 +121,11 @@ class Diagnosis:
         return {"cache_miss_reason": reason}
 
     def of_responses(self, num_cached: int | None) -> dict[str, Any]:
-        """``prompt_cache_diagnostics`` of a response.
+        """The ``prompt_cache_diagnostics`` field of a response.
 
         Args:
-            num_cached: tokens of this prompt that were read from the cache; None where it is not
-                known.
+            num_cached: the number of this prompt's tokens that were read from the cache; None where
+                it is not known.
         """
         found = self.outcome
         if found is Outcome.SAME:
@@ -160,16 +160,16 @@ def diagnosis_in(scope: Any) -> Diagnosis | None:
 def begin(
     raw_request: Any, body: dict[str, Any], owner: tuple[str, str], *, is_on: bool
 ) -> Diagnosis | None:
-    """Compare a request with the one that it names, and leave the result at the HTTP request.
+    """Compare a request with the one that it names, and attach the result to the HTTP request.
 
     Args:
         raw_request: the HTTP request.
-        body: as the client sent it.
+        body: the JSON body as the client sent it.
         owner: its tenant and its cache salt.
-        is_on: whether anything is remembered here.
+        is_on: whether fingerprints are remembered.
 
     Returns:
-        None where nothing is asked for, or to be remembered.
+        None if the client asked for nothing and nothing is to be remembered.
     """
     scope = getattr(raw_request, "scope", None) or {}
     path = str(scope.get("path", ""))
@@ -178,7 +178,7 @@ def begin(
         return None
     try:
         made = _diagnose(api, raw_request, body, owner, is_on)
-    except Exception as error:  # a body too deep to be written as JSON, for one
+    except Exception as error:  # for example, a body that is nested too deeply
         logger.warning("stateful: a request could not be compared: %r", error)
         made = Diagnosis(api, owner, None, is_asked=_wish(api, body)[0])
         made.outcome = Outcome.UNAVAILABLE
@@ -209,7 +209,7 @@ def _diagnose(
 
 
 def _wish(api: Api, body: dict[str, Any]) -> tuple[bool, Any]:
-    """Whether a request asks, and the id to compare with: None where there is none yet."""
+    """Whether a request asks for a diagnosis, and the id to compare with, if there is one."""
     if api is Api.MESSAGES:
         asked = body.get("diagnostics")
         if isinstance(asked, dict):
@@ -221,7 +221,10 @@ def _wish(api: Api, body: dict[str, Any]) -> tuple[bool, Any]:
 
 
 def _is_remembered(api: Api, body: dict[str, Any]) -> bool:
-    """Any response can be compared with. Of the others only what says that it will be."""
+    """Whether a request may be compared with later: any Responses request may.
+
+    Requests to the other APIs must say so with ``prompt_cache_options``.
+    """
     return api is Api.RESPONSES or isinstance(body.get("prompt_cache_options"), dict)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm serve MODEL --plugin stateful --stateful-...``: the flags, and what they set."""
+"""The flags of ``vllm serve MODEL --plugin stateful --stateful-...``, and what they set."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def extend_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def options_help() -> str:
-    """The help text of the plugin's options, as ``vllm serve --help=StatefulPlugin`` has it."""
+    """The help text of the plugin's options, as ``vllm serve --help=StatefulPlugin`` shows it."""
     parser = argparse.ArgumentParser(
         prog="vllm serve",
         add_help=False,
@@ -84,14 +84,14 @@ def options_help() -> str:
 
 
 class _NotGiven(int):
-    """False, as long as the user has said nothing."""
+    """A value like False, which means that the user has not given the option."""
 
 
 def _truthful_usage(parser: argparse.ArgumentParser) -> None:
-    """``usage.prompt_tokens_details.cached_tokens``: on with the plugin, unless switched off."""
+    """Turn ``usage.prompt_tokens_details.cached_tokens`` on with the plugin, unless given."""
     if any(action.dest == USAGE_OPTION for action in parser._actions):
         is_on = is_enabled() and off_reason() is None
-        is_on &= not envs.VLLM_USE_RUST_FRONTEND  # it is told what differs from the defaults
+        is_on &= not envs.VLLM_USE_RUST_FRONTEND  # the Rust frontend gets what is not a default
         parser.set_defaults(**{USAGE_OPTION: True if is_on else _NotGiven()})
 
 
@@ -103,13 +103,13 @@ def _argument(option: Option) -> dict[str, Any]:
 
 
 class _FromSessions(dict[str, Any]):
-    """A ``--speculative-config`` that is not the user's."""
+    """A ``--speculative-config`` that we made, not the user."""
 
 
 def _take_drafts(namespace: argparse.Namespace) -> None:
-    """``--stateful-drafts on`` without a ``--speculative-config``: make the right one.
+    """Make a ``--speculative-config`` for ``--stateful-drafts on``, if none was given.
 
-    One that is given later on the command line takes its place, and so does a later ``off``.
+    A config that is given later on the command line replaces it. A later ``off`` removes it.
     """
     given = getattr(namespace, DRAFTS_OPTION, None)
     is_wanted = is_enabled() and process_config().drafts == "on"
@@ -139,7 +139,7 @@ def _watch(action: argparse.Action) -> None:
 
 
 class _EnablePlugin(argparse.Action):
-    """``--plugin NAME``: turn the plugin on in this process and its children."""
+    """The action of ``--plugin NAME``: turns the plugin on in this process and its children."""
 
     def __call__(
         self,
@@ -153,7 +153,7 @@ class _EnablePlugin(argparse.Action):
             _problem(parser, f"--plugin {values!r}: no such plugin; there is '{PLUGIN_NAME}'")
             return
         reason = off_reason()
-        if reason is not None:  # off means off: nothing is told to any process
+        if reason is not None:  # off: do not enable it in any process
             _problem(parser, reason)
             return
         os.environ[ENABLE_ENV] = "1"
@@ -165,7 +165,7 @@ class _EnablePlugin(argparse.Action):
 
 
 class _SetOption(argparse.Action):
-    """One ``--stateful-*`` option: checked now, written to the environment for all processes."""
+    """Checks one ``--stateful-*`` option, and writes it to the environment for all processes."""
 
     def __init__(self, *args: Any, option: Option, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -188,7 +188,7 @@ class _SetOption(argparse.Action):
             return
         write_option(self.option, values)
         _take_drafts(namespace)
-        if is_enabled() and not problems():  # what is patched may depend on it
+        if is_enabled() and not problems():  # the patches may depend on the option
             _guarded(parser, activate)
 
 
@@ -215,16 +215,16 @@ def _guarded(parser: argparse.ArgumentParser, install: Callable[[], None]) -> No
 
 
 def _problem(parser: argparse.ArgumentParser, text: str) -> None:
-    """One clear line and stock vLLM, or, when strict, an error."""
+    """Log one clear line and serve as stock vLLM; in strict mode, end with an error."""
     _guarded(parser, lambda: report_problem(text))
 
 
 def _allow_endpoint_plugin() -> None:
     """Name our routes in ``VLLM_PLUGINS`` without changing which other plugins load.
 
-    vLLM loads endpoint plugins only when named there, and an unset variable means "all" for
-    every other group. So the names of all others are spelled out, unless that would switch on
-    somebody else's routes: then ours stay off, and the log says so.
+    vLLM loads endpoint plugins only if they are named there. For every other group, an unset
+    variable means "all". So the names of all other plugins are written out, too. If that would
+    switch on the routes of another plugin, ours stay off and the log says so.
     """
     named = os.environ.get("VLLM_PLUGINS")
     if named is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's fast detokenizer, primed with the tail of a prompt instead of all of it."""
+"""Primes vLLM's fast detokenizer with the tail of a prompt instead of all of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_stateful.render.decode_tail import tail_for_decoding as _tail
 logger = init_logger("vllm.stateful")
 
 _tried: dict[int, Tokenizer] = {}
-"""Backends that passed the trial, by identity."""
+"""The backends that passed the trial, by Python ``id``."""
 
 
 def try_tail_decoding(tokenizer: Tokenizer) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM adds to its server for us (``vllm.endpoint_plugins``): routes and a metrics poll."""
+"""Adds routes and a metrics poll to vLLM's server (``vllm.endpoint_plugins``)."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from vllm_stateful.transport.wire import STATS
 logger = init_logger("vllm.stateful")
 
 ASK_SECONDS = 30.0
-"""For the first question to the engine."""
+"""The time limit of the first question to the engine."""
 
 POLL_SECONDS, MOST_POLL_SECONDS = 1.0, 60.0
-"""Between two questions to the engine, and where it does not answer them."""
+"""Seconds between two questions to the engine, and the most of them while it does not answer."""
 
 
 class StatefulEndpoint:
-    """vLLM's ``EndpointPlugin``: routes, and a task that keeps ``/metrics`` current."""
+    """Our ``EndpointPlugin`` for vLLM: routes, and a task that keeps ``/metrics`` current."""
 
     name = "stateful"
     required_tasks: tuple[str, ...] | None = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add our routes, and what stands before vLLM's; nothing when not enabled."""
+        """Add our routes and our middleware; nothing when the plugin is not enabled."""
         if _is_on():
             app.include_router(router)
             app.include_router(page_router)
@@ -59,9 +59,9 @@ class StatefulEndpoint:
                 validate_plain_messages(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Ask the engine what it does, and start the metrics' poll.
+        """Ask the engine whether it keeps sessions, and start the metrics poll.
 
-        Of several API servers only the first asks for the engine's totals again and again.
+        Of several API servers, only the first keeps asking for the engine's totals.
         """
         if not _is_on() or engine_client is None:
             return
@@ -76,7 +76,7 @@ class StatefulEndpoint:
 
 
 def _say_profile() -> None:
-    """What ``--stateful-profile`` has set, in one line."""
+    """Log in one line what ``--stateful-profile`` has set."""
     made = set_by_profile()
     if made:
         options = ", ".join(f"--stateful-{name.replace('_', '-')} {made[name]}" for name in made)
@@ -84,7 +84,7 @@ def _say_profile() -> None:
 
 
 def _warn_of_shared_media(engine_client: Any) -> None:
-    """Names that clients give to images are separated by tenant in our renderer only."""
+    """Warn that tenants share the names of media, if our renderer does not separate them."""
     renderer = engine_client.renderer
     is_ours = type(renderer).__name__ == "StatefulHfRenderer"
     if renderer.model_config.is_multimodal_model and not is_ours and tenant_isolation():
@@ -96,14 +96,14 @@ def _warn_of_shared_media(engine_client: Any) -> None:
 
 
 async def _stand_aside_if_all_are_off(engine_client: Any) -> bool:
-    """Where all of them serve as stock vLLM, requests go to them as they came.
+    """Send requests on unchanged, if all engine cores serve as stock vLLM.
 
     Returns:
-        Whether they have answered.
+        Whether the engine cores have answered.
     """
     try:
         answers = await asyncio.wait_for(ask_all(engine_client, STATS, {}), ASK_SECONDS)
-    except Exception as error:  # whatever the engine answers; asked again by `_poll`
+    except Exception as error:  # any error of the engine; `_poll` asks again
         logger.warning("stateful: the engine did not say whether sessions are kept: %r", error)
         return False
     reasons = [answer["off"] for answer in answers if "off" in answer]
@@ -118,7 +118,7 @@ async def _stand_aside_if_all_are_off(engine_client: Any) -> bool:
 
 
 def _is_on() -> bool:
-    """Whether the plugin serves in this process: asked for, and vLLM is one that it fits."""
+    """Whether the plugin serves in this process: it is asked for, and it fits this vLLM."""
     return is_enabled() and fit.off_reason() is None and patch_of("engine-utility").is_applied
 
 
@@ -138,7 +138,7 @@ async def _poll(
             if asks_engine and time.monotonic() >= ask_at:
                 exporter.update(await ask_all(engine_client, STATS, {}))
                 pause = POLL_SECONDS
-        except Exception as error:  # whatever the engine answers
+        except Exception as error:  # any error of the engine
             if pause == POLL_SECONDS:
                 logger.warning("stateful: no metrics from the engine: %r", error)
             pause = min(2 * pause, MOST_POLL_SECONDS)

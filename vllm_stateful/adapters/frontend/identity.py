@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API process: which session and tenant a request belongs to, carried to the engine.
+"""API process: finds the session and the tenant of a request, and tells them to the engine.
 
 vLLM asks for a session id once per HTTP request, just before it hands the prompt to the engine.
-What is found then rides on the answer: a ``str`` that knows its `TurnContext`. As the
-``EngineCoreRequest`` is made, it is put on that: the session in ``session_id``, the tenant folded
-into ``cache_salt`` (so that vLLM's own block hashes keep tenants apart too), the end of a session
-and the wish to keep it as KV hints. A context variable set where vLLM asks would not do: vLLM runs
-a handler in a task of its own, and the request of a streamed response is made in another. Routes
-that never ask for a session id (token-in-token-out and others) get their tenant from
-``TenantMiddleware``, which is outside both.
+What is found travels with the answer: a ``str`` that carries its `TurnContext`. When the
+``EngineCoreRequest`` is made, it is written into it: the session into ``session_id``; the tenant,
+hashed, into ``cache_salt`` (so that vLLM's own block hashes keep tenants apart, too); and the end
+of a session and the wish to keep it into KV hints. A context variable that is set where vLLM asks
+would not work: vLLM runs a handler in a task of its own, and makes the request of a streamed
+response in another. Some routes never ask for a session id (token-in-token-out and others). They
+get their tenant from ``TenantMiddleware``, which runs outside both tasks.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ from vllm_stateful.transport.wire import (
 from vllm_stateful.types import SALT_PREFIX
 
 MAX_TOOL_CHARS = 128
-"""A longer name of a tool is not sent on."""
+"""The most characters of a tool's name. A longer name is not sent to the engine."""
 
 _responses = ResponseChain()
 
 
 class IdentifiedSession(str):
-    """A session id on its way through vLLM's API process; empty when there is none."""
+    """A session id on its way through vLLM's API process; an empty string without a session."""
 
     __slots__ = ("turn",)
     turn: TurnContext
@@ -71,20 +71,20 @@ class IdentifiedSession(str):
 
 
 class TenantMiddleware:
-    """ASGI middleware that remembers, for one HTTP request, whose it is and what it allows."""
+    """ASGI middleware that notes the tenant of an HTTP request, and what its headers allow."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass everything on untouched."""
+        """Pass everything on unchanged."""
         if scope["type"] in ("http", "websocket"):
             begin_http(Headers(scope=scope))
         await self.app(scope, receive, send)
 
 
 def begin_http(headers: Headers) -> None:
-    """An HTTP request begins: read from its headers whose it is and what it allows."""
+    """Begin an HTTP request: read its tenant, and what it allows, from its headers."""
     begin(
         tenant_of(headers) if tenant_isolation() else "",
         CacheControl.of(headers) if process_config().response_cache_bytes else None,
@@ -92,14 +92,15 @@ def begin_http(headers: Headers) -> None:
 
 
 def owned_name(name: str, cache_salt: str | None) -> str:
-    """A client's own name (``uuid``) of an image, sound or video in the prompt being rendered.
+    """A name for an image, sound or video that belongs to the tenant, made from the client's.
 
-    vLLM keeps what it is given under such a name, and takes it from there when the name comes
-    again. Two tenants may give one name to two pictures, and one may guess another's.
+    vLLM keeps what it is given under such a name (``uuid``), and uses it when the name comes again.
+    Two tenants may give one name to two pictures, and one tenant may guess another's name. So the
+    name of a prompt's media is made to depend on the tenant.
 
     Args:
-        name: any text.
-        cache_salt: of the request.
+        name: the client's own name. Any text.
+        cache_salt: the salt of the request that is being rendered.
     """
     owner = None if _engine_off is not None else scoped_salt(current().tenant, cache_salt)
     if owner is None:
@@ -113,10 +114,13 @@ _engine_off: str | None = None
 
 
 def stand_aside(reason: str | None) -> None:
-    """Send requests to the engine as they came, for it serves as stock vLLM; None: it does not.
+    """Send requests to the engine as they came, because it serves as stock vLLM.
 
-    Without sessions a salt by API key would only divide the prefix cache. It stays where the
-    response cache is on, whose answers are found by it.
+    Without sessions, a salt by API key would only divide the prefix cache. The salt stays if the
+    response cache is on, because kept answers are found by it.
+
+    Args:
+        reason: why the engine serves as stock vLLM; None when it does not.
     """
     global _engine_off
     _engine_off = reason
@@ -128,13 +132,13 @@ def tenant_isolation() -> bool:
 
 
 def identify(request: Any, raw_request: Any | None, stock: str | None) -> IdentifiedSession:
-    """Hook of ``session-identity``: the session id that the engine is told, and whose it is.
+    """Hook of ``session-identity``: the session id for the engine, with its turn context.
 
     Args:
-        request: vLLM's parsed chat, completion or responses request. Made from an Anthropic
-            request it lacks fields (``metadata``): these are read from the body.
+        request: vLLM's parsed chat, completion or responses request. One that was made from an
+            Anthropic request lacks fields (``metadata``). These are read from the body.
         raw_request: the HTTP request, or None when there is none.
-        stock: the id that vLLM itself found.
+        stock: the session id that vLLM itself found.
     """
     as_sent = stock
     headers = {} if raw_request is None else raw_request.headers
@@ -160,7 +164,7 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
         is_on=_engine_off is None and process_config().explain != "off",
     )
     if identity.session_id is None and stock is not None and id_fault(stock) is None:
-        stock = None  # a gateway's cookie: it names a server
+        stock = None  # a gateway's cookie, which names a server
     here = current()
     turn = replace(
         here,
@@ -185,11 +189,10 @@ def _forced_tool(choice: Any) -> str | None:
 
 
 def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
-    """Hook of ``request-identity``: tenant, end of session and wish, on the request to the engine.
+    """Hook of ``request-identity``: write the tenant and the KV hints into the engine's request.
 
-    And which engine core it goes to, where there are several.
-
-    Hints that it has already, from the client's own process, are kept as they are.
+    Where there are several engine cores, also choose the one that the request goes to. Hints that
+    the client's own process has set are kept as they are.
     """
     found = request.session_id
     identified = found.turn if isinstance(found, IdentifiedSession) else NOTHING_KNOWN
@@ -238,13 +241,13 @@ def _said(identity: TurnIdentity) -> Said:
 
 
 def salt_of(headers: Any, cache_salt: str | None) -> str | None:
-    """The salt under which the engine knows the sessions of whoever sent these headers."""
+    """The salt under which the engine knows the sessions of the sender of these headers."""
     identity = resolve_turn(headers, lambda _: None, tenant_isolation=tenant_isolation())
     return scoped_salt(identity.tenant, cache_salt)
 
 
 def _offline_session_id(request: EngineCoreRequest) -> str | None:
-    """``SamplingParams(extra_args={"session_id": ...})``, for ``LLM.generate`` and ``LLM.chat``."""
+    """The id in ``SamplingParams(extra_args={"session_id": ...})``, for ``LLM`` without HTTP."""
     params = request.sampling_params
     value = (params.extra_args or {}).get("session_id") if params is not None else None
     return value if isinstance(value, str) and value else None

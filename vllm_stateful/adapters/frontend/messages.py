@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's message parsing and templating, for the messages that a turn adds."""
+"""Parses and renders only the messages that a turn adds, with vLLM's own functions."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ async def parse_new_messages(
     media_io_kwargs: Any,
     mm_processor_kwargs: Any,
 ) -> Any:
-    """Hook of ``message-parsing``: as ``parse_chat_messages_async``.
+    """Hook of ``message-parsing``: does what ``parse_chat_messages_async`` does.
 
-    Only plain conversations are remembered; media may come in the messages that are new.
+    Only plain conversations are remembered. New messages may have media.
     """
     arguments = (model_config, content_format, media_io_kwargs, mm_processor_kwargs)
     images = None if mm_processor_kwargs else images_of(messages)
@@ -70,7 +70,7 @@ class ChatRenderer:
 
     Args:
         render: vLLM's ``safe_apply_chat_template``.
-        resolve: the source of the template that it will use.
+        resolve: gives the source of the template that it will use.
         verified_share: share of the conversations that are rendered in full as well.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prometheus metrics in the API process, fed by its own totals and those of the engine core."""
+"""Exports Prometheus metrics from the totals of the API process and of the engine cores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class MetricsExporter:
     """Turns running totals into increments of Prometheus metrics.
 
     Args:
-        registry: where the metrics are registered; vLLM's ``/metrics`` serves the default one.
+        registry: the registry for the metrics. vLLM's ``/metrics`` serves the default one.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
@@ -24,10 +24,10 @@ class MetricsExporter:
         self._engine = [metric for metric in METRICS if metric.process == "engine"]
         self._totals: dict[tuple[int, str, str], float] = {}
         self._reasons: set[str] = set()
-        """Why engines were off, now or before."""
+        """The reasons why engines are or were off."""
 
     def update(self, snapshots: list[dict[str, Any]]) -> None:
-        """Apply one snapshot per engine. An engine that is off sends ``{"off": reason}``."""
+        """Apply one snapshot per engine; an engine that is off sends ``{"off": reason}``."""
         live = [(rank, s) for rank, s in enumerate(snapshots) if OFF not in s]
         self._apply([metric for metric in self._engine if metric.key != OFF], live)
         off = Counts(s[OFF] for s in snapshots if OFF in s)
@@ -61,7 +61,7 @@ class MetricsExporter:
                 made.labels(label).inc(self._increment(metric, rank, label, total))
 
     def _increment(self, metric: Metric, rank: int, label: str, total: float) -> float:
-        """What came since the last snapshot; an engine that restarted counts from zero."""
+        """The increase since the last snapshot; an engine that restarted counts from zero."""
         key = (rank, metric.name, label)
         before = self._totals.get(key, 0)
         self._totals[key] = total

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``prompt_cache_diagnostics`` of POST /v1/responses and POST /v1/chat/completions.
+"""Adds ``prompt_cache_diagnostics`` to answers of two of OpenAI's routes.
 
-No function of vLLM that a plugin may stand in sees such an answer as an object, so it is completed
-as it is sent. Only the answer to a request that asks is changed: one field comes at the end of the
-object, or into the one event of a stream that has the final numbers. The other events of a stream
-pass at once, byte by byte. An answer that is only to be remembered is read and passes unchanged.
+The routes are POST /v1/responses and POST /v1/chat/completions. No function of vLLM that a plugin
+may replace sees such an answer as an object, so the answer is completed while it is sent. Only the
+answer to a request that asks is changed. It gets one field, at the end of the object, or in the one
+event of a stream that has the final numbers. The other events of a stream pass at once, byte for
+byte. An answer that is only to be remembered is read and passes unchanged.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ class OpenAIDiagnostics:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass everything else on untouched."""
+        """Pass everything else on unchanged."""
         if scope["type"] == "http" and scope["path"].endswith(_PATHS):
             send = _Answer(scope, send)
         await self.app(scope, receive, send)
 
 
 class _Answer:
-    """Sends one answer on.
+    """Sends one answer on, and completes it.
 
     Args:
-        scope: of the HTTP request. Whether it asks is known when the answer starts.
-        send: the server's.
+        scope: the scope of the HTTP request. Whether the request asks is known when the answer
+            starts.
+        send: the server's ``send``.
     """
 
     def __init__(self, scope: Any, send: Any) -> None:
@@ -56,7 +58,7 @@ class _Answer:
         self._is_said = False
 
     async def __call__(self, message: Any) -> None:
-        """As ASGI's ``send``."""
+        """Do what ASGI's ``send`` does."""
         if message["type"] == "http.response.start":
             await self._begin(message)
         elif self._diagnosis is None or message["type"] != "http.response.body":
@@ -79,7 +81,7 @@ class _Answer:
 
     @property
     def _is_held(self) -> bool:
-        """Whether an answer can be sent only when all of it is there, for it gets longer."""
+        """Whether the answer must be complete before it is sent, because it gets longer."""
         return self._diagnosis is not None and self._diagnosis.is_asked and not self._is_stream
 
     async def _part(self, message: Any) -> None:
@@ -100,7 +102,7 @@ class _Answer:
             await self._send({**message, "body": completed})
 
     def _event(self, event: bytes) -> bytes:
-        """An event of a stream, as it is sent."""
+        """The bytes to send for an event of a stream."""
         assert self._diagnosis is not None
         if self._diagnosis.api is Api.RESPONSES:
             is_read = event.startswith(_FINAL)
@@ -112,16 +114,16 @@ class _Answer:
         return self._completed(event, event[start : -len(_END)], event[:start], _END)
 
     def _completed(self, stock: bytes, data: bytes, head: bytes = b"", tail: bytes = b"") -> bytes:
-        """What vLLM sends, with the field in it where there is one to be said."""
+        """The bytes that vLLM sends, with the field in them where it is wanted."""
         try:
             made = self._with_field(data)
-        except Exception as error:  # the answer is vLLM's, and goes out as it is
+        except Exception as error:  # then vLLM's answer is sent as it is
             logger.warning("stateful: an answer could not be completed: %r", error)
             return stock
         return stock if made is None else head + made + tail
 
     def _with_field(self, data: bytes) -> bytes | None:
-        """The object with its field; None where it stays as it is."""
+        """The object with the field; None where it stays as it is."""
         diagnosis = self._diagnosis
         assert diagnosis is not None
         content = json.loads(data)
@@ -142,7 +144,7 @@ class _Answer:
         return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
 
     def _is_last_chunk(self, answer: dict[str, Any]) -> bool:
-        """Whether a chat completion, or what came of its stream, has the final numbers."""
+        """Whether a chat completion, or a chunk of its stream, has the final numbers."""
         assert self._diagnosis is not None
         if not self._is_stream:
             return True
@@ -153,9 +155,9 @@ class _Answer:
 
 
 def _tokens(usage: dict[str, Any], is_chat: bool) -> tuple[int | None, int | None]:
-    """Tokens of the prompt that were read, and that can be read: None where nobody counted them.
+    """The prompt's tokens that were read, and that can be read; None where not counted.
 
-    OpenAI documents the second as the sum of what was read and written.
+    OpenAI documents the second number as the sum of the tokens read and written.
     """
     kind, written = (
         ("prompt", "created_cache_tokens") if is_chat else ("input", "cache_write_tokens")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``GET /stateful``: one static page that shows what ``/v1/sessions`` and ``/v1/turns`` answer.
 
-The page holds no data, so anyone may have it. It asks the routes for what it shows, with the key
-that its reader types. They check that key as ever.
+The page holds no data, so anyone may load it. It asks the routes for the data, with the key that
+its reader types. The routes check that key as always.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HEADERS = {
 
 @page_router.get("/stateful", include_in_schema=False)
 async def show_page() -> Response:
-    """The page. Its script and its style run because they are these, and nothing else does."""
+    """The page; its policy lets a browser run only the page's own script and style."""
     text = page_text()
     headers = {**_HEADERS, "Content-Security-Policy": _policy(text)}
     return Response(text, media_type="text/html; charset=utf-8", headers=headers)
@@ -35,13 +35,13 @@ async def show_page() -> Response:
 
 @cache
 def page_text() -> str:
-    """The file beside this one."""
+    """The text of ``page.html``, which lies beside this file."""
     return resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
 
 @cache
 def _policy(text: str) -> str:
-    """What a browser may run and ask: the script and style in the text, and the same server."""
+    """The policy: a browser may use only the script and style in the text, and this server."""
     return "; ".join(
         (
             "default-src 'none'",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API process: send to the engine core what a prompt adds to one that the engine holds."""
+"""API process: sends the engine core only what a prompt adds to one that the engine holds."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from vllm_stateful.transport.wire import BASE_MISS, HINTS_PROTOCOL
 logger = init_logger("vllm.stateful")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-"""After a failed question, whether an engine takes deltas, and after many of them."""
+"""The pause after the first failed question whether an engine takes deltas, and after many."""
 
 
 class _Readiness:
-    """What is known of one engine core."""
+    """What is known of one engine core: whether it takes deltas, and when to ask it."""
 
     def __init__(self) -> None:
         self.is_ready = False
         self.ask_at = 0.0
-        """By ``time.monotonic``; infinite while a question is on its way, or answered."""
+        """The time of the next question, by ``time.monotonic``. It is infinite while a question is
+        on its way, and after an answer."""
         self.pause_s = FIRST_PAUSE_S
 
 
@@ -48,22 +49,22 @@ class Waiting(NamedTuple):
 
 
 class PromptSender:
-    """What one client of the engine core (``AsyncMPClient``) knows about what it sent."""
+    """Sends the prompts of one client of the engine core (``AsyncMPClient``)."""
 
     def __init__(self) -> None:
         self._versions = SentVersions(f"{os.getpid()}-{uuid.uuid4().hex[:16]}")
         self._waiting: dict[str, Waiting] = {}
         self._again: set[str] = set()
-        """Requests that are about to be sent a second time."""
+        """The ids of requests that are about to be sent a second time."""
         self._engines: dict[Hashable, _Readiness] = {}
         self._asking: set[asyncio.Task[None]] = set()
         self._has_checksums = process_config().check_invariants
 
     def may_send_deltas(self, client: Any, engine: Any) -> bool:
-        """Whether that engine core said that it takes deltas; asks it the first time.
+        """Whether an engine core said that it takes deltas; asks it the first time.
 
-        It may run on another machine, without this plugin: then a delta would be taken for the
-        whole prompt. A question that failed is asked again with a later prompt.
+        The engine core may run on another machine, without this plugin. It would then take a delta
+        for the whole prompt. A question that failed is repeated with a later prompt.
         """
         known = self._engines.get(engine)
         if known is None:
@@ -78,7 +79,7 @@ class PromptSender:
     async def _ask(self, client: Any, engine: Any, known: _Readiness) -> None:
         try:
             answer = await client._call_utility_async("stateful", "transport", {}, engine=engine)
-        except Exception as error:  # whatever the engine answers, or the connection to it
+        except Exception as error:  # any error of the engine or the connection
             PROMPT_COUNTS.question_failed()
             if known.pause_s == FIRST_PAUSE_S:
                 logger.warning("stateful: prompts go to the engine in full: it says %r", error)
@@ -90,7 +91,7 @@ class PromptSender:
             logger.info("stateful: the engine answers again: deltas %s", known.is_ready)
 
     def pack(self, request: EngineCoreRequest, engine: Hashable) -> EngineCoreRequest:
-        """The request to send in place of this one, which stays as it is."""
+        """The request to send in place of this one, which is not changed."""
         ids = request.prompt_token_ids
         if not isinstance(ids, PromptTokenIds) or ids.version == 0 or not _is_plain(request):
             return request
@@ -110,8 +111,8 @@ class PromptSender:
         """Take the misses out of an engine's answer.
 
         Returns:
-            Requests to send again; they will go in full. One that was aborted meanwhile is not
-            among them.
+            The requests to send again; they will be sent in full. Requests that were aborted
+            meanwhile are not among them.
         """
         again = []
         has_misses = False
@@ -130,13 +131,13 @@ class PromptSender:
         return again
 
     def aborted(self, request_ids: Iterable[str]) -> None:
-        """These requests are not to be sent again."""
+        """Note that aborted requests are not to be sent again."""
         for request_id in request_ids:
             self._waiting.pop(request_id, None)
 
 
 def _is_plain(request: EngineCoreRequest) -> bool:
-    """Whether the prompt is nothing but token ids, and its hints are ours."""
+    """Whether the prompt is only token ids, and its hints are ours."""
     hints = request.kv_hints
     return (
         not request.resumable
@@ -179,7 +180,7 @@ def pack(client: Any, request_type: EngineCoreRequestType, message: Any, engine:
 
     Args:
         client: an ``AsyncMPClient``.
-        request_type: of the message.
+        request_type: the type of the message.
         message: a request, a list of request ids to abort, or anything else.
         engine: the identity of the engine core; None for the only one.
     """

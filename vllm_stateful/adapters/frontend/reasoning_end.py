@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a prompt ends inside reasoning, without a search through all of it."""
+"""Says whether reasoning has ended in a prompt, without a search through all of the prompt."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from vllm_stateful.transport.prompt_ids import PromptTokenIds
 
 
 def is_reasoning_end(parser: Any, token_ids: Any) -> bool | None:
-    """Hook of ``reasoning-end``: what the last thinking token says, if its place is known.
+    """Hook of ``reasoning-end``: whether the last thinking token is the one that ends thinking.
 
     Args:
         parser: vLLM's reasoning parser, with the ids of its two thinking tokens.
-        token_ids: of a prompt.
+        token_ids: the token ids of a prompt.
 
     Returns:
-        None where the prompt does not know; vLLM searches then.
+        None where the prompt is a plain list. vLLM then searches.
     """
     if not isinstance(token_ids, PromptTokenIds):
         return None

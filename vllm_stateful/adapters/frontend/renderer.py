@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's Hugging Face renderer, tokenizing only what a turn adds to an earlier one.
+"""vLLM's Hugging Face renderer, which tokenizes only what a turn adds to an earlier one.
 
-Every endpoint that takes text comes through ``_tokenize_prompt`` (chat, completions, responses,
-messages), so this one method is what is extended; whatever is not plain text of a tokenizer that
-passed ``render.probe`` goes to vLLM's own. The class is put in place through vLLM's renderer
-registry.
+Every endpoint that takes text calls ``_tokenize_prompt`` (chat, completions, responses, messages),
+so only this method is extended. A prompt goes to vLLM's own method unless it is plain text and its
+tokenizer passed ``render.probe``. The class is put in place through vLLM's renderer registry.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ from vllm_stateful.transport.prompt_ids import PromptTokenIds
 logger = init_logger("vllm.stateful")
 
 _memories: WeakSet[TextMemory] = WeakSet()
-"""The text memories of this process. There is one, but in tests and with several models."""
+"""The text memories of this process. There is one, except in tests and with several models."""
 
 
 class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
-    """``HfRenderer`` with a memory of the texts that it tokenized."""
+    """An ``HfRenderer`` with a memory of the texts that it tokenized."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,8 +58,8 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         self._verifier = ThreadPoolExecutor(1, thread_name_prefix="stateful-verify")
         self._resources.callback(self._verifier.shutdown, wait=False)
         self._is_verifying = False
-        # ``BaseRenderer.__init__`` binds this name to the synchronous method in a thread pool,
-        # where the request's context variables are not visible.
+        # ``BaseRenderer.__init__`` binds this name to the synchronous method in a thread pool. The
+        # request's context variables are not visible there.
         self._stock_tokenize_prompt_async: Any = self.__dict__["_tokenize_prompt_async"]
         self._tokenize_prompt_async = self._tokenize_prompt_in_context
         if "messages" not in self._stateful_config.disable:
@@ -92,7 +91,7 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         return made
 
     def _try_incremental(self) -> IncrementalTokenizer | str:
-        """A tokenizer in parts, or why not."""
+        """A tokenizer that works in parts, or the reason why there is none."""
         if "tokenize" in self._stateful_config.disable:
             return "disabled (--stateful-disable tokenize)"
         tokenizer: Any = self.tokenizer
@@ -125,21 +124,21 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
     # ---- one prompt ----------------------------------------------------------------------
 
     async def render_chat_async(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; notes the request's cache salt, for nothing is shared across salts."""
+        """Render as vLLM does; note the cache salt, because nothing is shared across salts."""
         note_salt((kwargs.get("prompt_extras") or {}).get("cache_salt"))
         return await super().render_chat_async(*args, **kwargs)
 
     async def render_cmpl_async(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; notes the request's cache salt, for nothing is shared across salts."""
+        """Render as vLLM does; note the cache salt, because nothing is shared across salts."""
         note_salt((kwargs.get("prompt_extras") or {}).get("cache_salt"))
         return await super().render_cmpl_async(*args, **kwargs)
 
     def _process_tokens(self, prompt: TokensPrompt, **options: Any) -> Any:
-        """As vLLM's; a name that the client gave to an image is the name of its tenant's image."""
+        """Process as vLLM does; names that a client gave to media are made its tenant's own."""
         return super()._process_tokens(_with_owned_names(prompt), **options)
 
     async def _process_tokens_async(self, prompt: TokensPrompt, **options: Any) -> Any:
-        """As vLLM's; a name that the client gave to an image is the name of its tenant's image."""
+        """Process as vLLM does; names that a client gave to media are made its tenant's own."""
         return await super()._process_tokens_async(_with_owned_names(prompt), **options)
 
     async def _tokenize_prompt_in_context(
@@ -158,7 +157,7 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         return self._tokenize_as(prompt, params, prompt_owner())
 
     def _why_stock(self, prompt: TextPrompt, params: TokenizeParams) -> Tokenized | None:
-        """Why vLLM's own tokenization is used, if it is."""
+        """Why vLLM's own tokenization is used; None when ours is."""
         if self._incremental is None or self.tokenizer_off is not None:
             return Tokenized.TOKENIZER
         if params.truncate_prompt_tokens is not None or params.pad_prompt_tokens is not None:
@@ -201,9 +200,9 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         return made
 
     def _encode_with(self, params: TokenizeParams) -> Encode:
-        """vLLM's own tokenization of a piece of text, however long.
+        """A function that tokenizes a piece of text with vLLM, without a limit of its length.
 
-        With a limit it would cut off what is too long, and another text would continue that.
+        With a limit, vLLM would cut off what is too long, and a later text would continue that.
         """
         whole = replace(params, max_total_tokens=None, max_output_tokens=0)
 
@@ -215,7 +214,7 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
         return encode
 
     def validate_token_ids(self, token_ids: Any, *, parameter: str | None = None) -> None:
-        """As vLLM's; ids that this renderer made were looked at when they were new."""
+        """Validate as vLLM does; skip ids of this renderer, which were checked when new."""
         if isinstance(token_ids, PromptTokenIds):
             return
         super().validate_token_ids(token_ids, parameter=parameter)
@@ -223,7 +222,7 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
     # ---- watching ------------------------------------------------------------------------
 
     def _maybe_verify(self, text: str, params: TokenizeParams, ids: PromptTokenIds) -> None:
-        """Tokenize a share of the prompts in full as well, behind the request's back."""
+        """Tokenize a share of the prompts in full as well, without delay for the request."""
         share = self._stateful_config.verify_tokens
         if not ids.num_parent_tokens or ids.is_spliced:
             return
@@ -253,7 +252,7 @@ class StatefulHfRenderer(HfRenderer):  # type: ignore[misc]
 
 
 def _with_owned_names(prompt: TokensPrompt) -> TokensPrompt:
-    """The prompt, with names for its media that no other tenant's have."""
+    """The prompt, with names for its media that no other tenant's media have."""
     if not (given := prompt.get("multi_modal_uuids")):
         return prompt
     salt = prompt.get("cache_salt")
@@ -281,7 +280,7 @@ def note_answer(state: Any) -> None:
     if not isinstance(ids, PromptTokenIds) or not ids.version or detokenizer is None:
         return
     answer = tuple(detokenizer.output_token_ids)
-    if not answer:  # vLLM 0.33 comes here with requests that it has rejected, too
+    if not answer:  # vLLM 0.33 also calls this for requests that it has rejected
         return
     for memory in _memories:
         memory.add_answer(ids.version, answer)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat requests: vLLM validates the messages whose shape does not already say the result.
+"""Chat requests: vLLM validates only the messages whose result their shape does not tell.
 
-FastAPI hands the body of a request to the one field of the route. That object of the chat route is
-replaced by one that leaves the plain messages out, and puts them back in. A request with an error
-is validated again as it came, so that the client reads what stock vLLM answers.
+FastAPI hands the body of a request to the one field of the route. For the chat route, we replace
+that object. Ours leaves plain messages out of the validation, and then puts them back in. A request
+with an error is validated again as it came, so the client gets the answer of stock vLLM.
 
-Reading the JSON of a long conversation takes as long again. The event loop runs what is waiting
-(other requests' tokens) between the two.
+Reading the JSON of a long conversation takes as long again. Between the two, the event loop runs
+what is waiting (other requests' tokens).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ logger = init_logger("vllm.stateful")
 CHAT_PATH = "/v1/chat/completions"
 
 MIN_MESSAGES = 16
-"""With fewer there is nothing to gain."""
+"""The fewest messages for which this is done. With fewer there is nothing to gain."""
 
 
 class PlainMessagesField:
     """The body field of the chat route.
 
     Args:
-        field: FastAPI's; everything but the validation of plain messages is its own.
+        field: FastAPI's field. It does everything but the validation of plain messages.
     """
 
     def __init__(self, field: Any) -> None:
@@ -48,7 +48,7 @@ class PlainMessagesField:
         return getattr(self._field, name)
 
     def validate(self, value: Any, values: Any = None, *, loc: tuple[Any, ...] = ()) -> Any:
-        """As ``ModelField.validate``: what was made of the body, and the errors in it."""
+        """Do what ``ModelField.validate`` does: return the parsed body, and the errors in it."""
         messages = value.get("messages") if isinstance(value, dict) else None
         if self._off or not isinstance(messages, list) or len(messages) < MIN_MESSAGES:
             return self._stock(value, values, loc)
@@ -70,12 +70,12 @@ class PlainMessagesField:
     def _validate(
         self, value: dict[str, Any], parts: SplitMessages, values: Any, loc: tuple[Any, ...]
     ) -> Any:
-        """The request; None when there is any error in it, or nothing to gain."""
+        """The parsed request; None when it has any error, or no plain message."""
         if not parts.num_plain:
             return None
         try:
             made, errors = self._stock({**value, "messages": parts.others}, values, loc)
-        except Exception:  # vLLM raises some errors as its own: they come again, in full
+        except Exception:  # vLLM raises some errors itself; it will again, in full
             return None
         if errors:
             return None
@@ -83,8 +83,11 @@ class PlainMessagesField:
         return made
 
     def _compare(self, made: Any, stock: Any, errors: Any, places: list[int]) -> None:
-        """The plain ones: the others are vLLM's, and may be what equals nothing (a content that is
-        an empty list is read when it is asked for)."""
+        """Compare the plain messages with vLLM's; turn this off when they differ.
+
+        The other messages are vLLM's own. Some of them equal nothing, because vLLM reads their
+        content lazily (a content that is an empty list).
+        """
         if errors or len(made.messages) != len(stock.messages):
             is_same = False
         else:
@@ -100,10 +103,10 @@ class PlainMessagesField:
 
 
 def validate_plain_messages(app: FastAPI) -> bool:
-    """Put it into the chat route of an API server; whether that was possible and safe.
+    """Put our field into the chat route of an API server; whether that was possible and safe.
 
-    It is not when the route is not as FastAPI makes it, or when vLLM's own validation of a
-    conversation with all plain shapes returns anything else.
+    It is not possible when the route is not as FastAPI makes it. It is not safe when vLLM's own
+    validation of a conversation with all plain shapes returns anything else.
     """
     for route in app.router.routes:
         if getattr(route, "path", None) != CHAT_PATH:
@@ -123,7 +126,7 @@ def validate_plain_messages(app: FastAPI) -> bool:
 
 
 async def _let_others_run() -> None:
-    """A dependency of the route: resolved after the JSON was read, before it is validated."""
+    """A dependency of the route, which runs after the JSON was read and before it is validated."""
     await asyncio.sleep(0)
 
 
@@ -134,10 +137,10 @@ def _passes_trial(field: Any) -> bool:
 
 
 def _is_same(ours: list[Any], stock: list[Any]) -> bool:
-    """Whether plain messages are equal to the order of the keys."""
+    """Whether plain messages are equal, including the order of the keys."""
     try:
         return json.dumps(ours) == json.dumps(stock)
-    except TypeError:  # what vLLM makes of one of them is no JSON
+    except TypeError:  # vLLM makes something of one of them that is not JSON
         return False
 
 

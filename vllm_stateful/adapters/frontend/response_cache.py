@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """API process: answers from memory, between vLLM's output processor and its engine core.
 
-What is kept is what the engine said, step by step. A request that is answered from memory never
-reaches the engine: its steps go into the client's own queue of outputs, so vLLM's detokenizer, stop
-strings, parsers, streams and ``usage`` make the answer of them as of any other.
+The outputs of the engine are kept, step by step. A request that is answered from memory never
+reaches the engine. Its steps go into the client's own queue of outputs. So vLLM's detokenizer, stop
+strings, parsers, streams and ``usage`` make its answer as they make any other.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from vllm_stateful.transport.wire import BASE_MISS
 logger = init_logger("vllm.stateful")
 
 STEP_BYTES = 400
-"""An ``EngineCoreOutput`` without what it points to."""
+"""The size of an ``EngineCoreOutput`` without what it points to."""
 
 ROUNDS_TO_STREAM = 6
 """Rounds of the event loop from vLLM's queue of outputs to the stream of an answer: three, and some
-for middleware. vLLM adds a step that comes sooner to the one before it, and a parser of tool calls
-would see other pieces than the first time."""
+for middleware. If a step comes sooner, vLLM adds it to the step before. A parser of tool calls
+would then see other pieces than the first time."""
 
 TOKEN_BYTES = 40
-"""A token id in a list."""
+"""The size of a token id in a list."""
 
 WHOLE = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -63,13 +63,13 @@ HARMLESS = frozenset(
         "stateful",
     }
 )
-"""Calls to the engine that leave every answer as it is; after any other all are forgotten."""
+"""Calls to the engine that change no answer. After any other call, all answers are forgotten."""
 
 _all: weakref.WeakSet[Responses] = weakref.WeakSet()
 
 
 class Responses:
-    """What one client of the engine core (``AsyncMPClient``) has been answered."""
+    """The answers that one client of the engine core (``AsyncMPClient``) has got."""
 
     def __init__(self, client: Any, max_bytes: int) -> None:
         self._client = client
@@ -79,7 +79,7 @@ class Responses:
         self._cache: ResponseCache[EngineCoreOutput] = ResponseCache(max_bytes)
         self._flights: Flights[EngineCoreOutput] = Flights()
         self._num_prompt: dict[str, int] = {}
-        """Prompt tokens of requests that follow others."""
+        """The number of prompt tokens of each request that follows another one."""
         self._replays: dict[str, asyncio.Task[None]] = {}
         _all.add(self)
         RESPONSE_COUNTS.watch_memory(lambda: self._cache.num_bytes)
@@ -87,7 +87,7 @@ class Responses:
     def is_answered(self, request: EngineCoreRequest) -> bool:
         """Whether a request is answered from here; else it goes to the engine."""
         if self._flights.led_by(request.request_id) is not None:
-            return False  # sent again, as the engine had lost what the prompt continues
+            return False  # sent again, because the engine had lost the prompt's base
         turn = current()
         key = key_of(request, turn)
         if isinstance(key, Uncached):
@@ -111,7 +111,7 @@ class Responses:
             task.add_done_callback(lambda _: self._replays.pop(name, None))
             return True
         if self._epochs.is_shared:
-            return False  # what it would follow may have begun before another server's call
+            return False  # the other request may have begun before another server's call
         flight = self._flights.join(key, name)
         if flight is None:
             return False
@@ -120,7 +120,7 @@ class Responses:
         return True
 
     def _begin(self, key: bytes, name: str) -> None:
-        """A request goes to the engine."""
+        """Note that a request goes to the engine."""
         flight = self._flights.begin(key, name)
         flight.epoch = self._epochs.last
         if self._epochs.is_shared and flight.epoch is None:
@@ -132,10 +132,10 @@ class Responses:
         task.add_done_callback(self._asking.discard)
 
     async def _hear(self) -> None:
-        """Ask the engine for its epoch; nothing that was made in another is given out any more."""
+        """Ask the engine for its epoch, and forget all answers that were made in another."""
         try:
             epoch = await self._epochs.ask()
-        except Exception as error:  # whatever the engine answers
+        except Exception as error:  # any error of the engine
             logger.warning("stateful: answers are not remembered: the engine says %r", error)
             self.forget()
             return
@@ -146,7 +146,7 @@ class Responses:
     async def _replay_if_it_holds(
         self, request: EngineCoreRequest, answer: Answer[EngineCoreOutput], num_prompt: int
     ) -> None:
-        """Else the engine is asked, as if the answer had not been known."""
+        """Replay an answer that still holds; otherwise ask the engine, as for an unknown answer."""
         await self._hear()
         if self._cache.get(answer.key) is answer:
             await self._replay(request, answer, num_prompt)
@@ -154,13 +154,13 @@ class Responses:
         self._replays.pop(request.request_id, None)
         try:
             await self._client.add_request_async(request)
-        except Exception:  # the engine is gone, which ends every request
+        except Exception:  # the engine has gone, which ends every request
             logger.exception("stateful: a request could not be sent to the engine")
 
     async def _replay(
         self, request: EngineCoreRequest, answer: Answer[EngineCoreOutput], num_prompt: int
     ) -> None:
-        """In the steps in which it came, so that a stream is a stream."""
+        """Replay an answer in the steps in which it came, so that a stream stays a stream."""
         RESPONSE_COUNTS.responded(Response.HIT)
         for number, step in enumerate(answer.steps):
             output = _for(request.request_id, step)
@@ -170,7 +170,7 @@ class Responses:
                 await asyncio.sleep(0)
 
     def came(self, output: EngineCoreOutput) -> list[EngineCoreOutput]:
-        """One output of the engine; the same for each request that follows its own."""
+        """Note one output of the engine; returns copies for the requests that follow its own."""
         if output.stop_reason == BASE_MISS:
             return []
         step = msgspec.structs.replace(
@@ -197,14 +197,14 @@ class Responses:
         return copies
 
     def stopped(self, request_id: str) -> None:
-        """A stop string ended an answer: what has come of it is the whole."""
+        """Note that a stop string ended an answer: what has come of it is the whole answer."""
         flight = self._flights.of(request_id)
         if flight is not None and flight.is_kept:
             self._keep(flight, Answer(flight.key, tuple(flight.steps), flight.num_bytes))
             flight.is_kept = False
 
     def aborted(self, request_ids: list[str]) -> list[str]:
-        """Nobody waits for these; those among them, or others, that the engine may end."""
+        """Note aborted requests; returns those requests, or others, that the engine may now end."""
         left = []
         for name in request_ids:
             replay = self._replays.pop(name, None)
@@ -224,19 +224,19 @@ class Responses:
         return len(self._flights) > 0
 
     def forget(self) -> None:
-        """The model may answer otherwise from now on."""
+        """Forget all answers, because the model may answer differently from now on."""
         self._cache.clear()
         self._flights.forget()
         self._epochs.last = None
 
     async def changed(self, engine: Any) -> None:
-        """A call to the engine is over, behind which it may answer otherwise."""
-        self.forget()  # what was answered meanwhile
+        """Note that a call has ended after which the engine may answer differently."""
+        self.forget()  # what was answered during the call
         if not self._epochs.is_shared:
             return
         try:
             await self._epochs.begin(engine)
-        except Exception as error:  # it has ended, or has no plugin: then nobody remembers anything
+        except Exception as error:  # it has ended or has no plugin, and nobody remembers anything
             logger.warning("stateful: the engine does not count what it was told: %r", error)
 
     def _ends(self, flight: Flight[EngineCoreOutput], *, is_whole: bool) -> None:
@@ -253,7 +253,7 @@ class Responses:
             self._later(self._keep_if_it_holds(flight.epoch, answer))
 
     async def _keep_if_it_holds(self, epoch: int, answer: Answer[EngineCoreOutput]) -> None:
-        """Not where another server's call came between the request and its end."""
+        """Keep an answer, unless another server made a call between the request and its end."""
         await self._hear()
         if self._epochs.last == epoch:
             self._store(answer)
@@ -264,10 +264,10 @@ class Responses:
 
 
 def _for(request_id: str, step: EngineCoreOutput) -> EngineCoreOutput:
-    """A step with a list of tokens of its own.
+    """A copy of a step for a request, with a list of tokens of its own.
 
-    vLLM puts the list into the answer, adds the next steps' tokens to it where a reader is slow
-    (``vllm/outputs.py``, ``RequestOutput.add``) and cuts it at a stop string.
+    vLLM puts the list into the answer. It adds the next steps' tokens to the list where a reader is
+    slow (``vllm/outputs.py``, ``RequestOutput.add``), and cuts it at a stop string.
     """
     return msgspec.structs.replace(
         step, request_id=request_id, new_token_ids=list(step.new_token_ids)
@@ -277,7 +277,7 @@ def _for(request_id: str, step: EngineCoreOutput) -> EngineCoreOutput:
 def _first(
     step: EngineCoreOutput, num_prompt: int, events: list[EngineCoreEvent] | None = None
 ) -> EngineCoreOutput:
-    """With what vLLM's statistics expect at the beginning; no prompt token was computed for it."""
+    """A first step with what vLLM's statistics expect there: no prompt token was computed."""
     if not events:
         now = time.monotonic()
         kinds = (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED)
@@ -288,7 +288,7 @@ def _first(
 
 
 def _num_bytes(step: EngineCoreOutput) -> int:
-    """Memory of a step: its token ids, and the arrays that it points to."""
+    """The memory of a step in bytes: its token ids, and the arrays that it points to."""
     size = STEP_BYTES + TOKEN_BYTES * len(step.new_token_ids)
     waiting: list[Any] = [step.new_logprobs, step.new_sampling_mask, step.routed_experts]
     while waiting:
@@ -320,26 +320,26 @@ def left_to_abort(client: Any, request_ids: list[str]) -> list[str]:
 
 
 def with_followers(outputs: list[EngineCoreOutput]) -> list[EngineCoreOutput]:
-    """Hook of ``response-outputs``: the engine's outputs, and those of requests that follow."""
+    """Hook of ``response-outputs``: the engine's outputs, and copies for requests that follow."""
     clients = [responses for responses in _all if responses.is_flying]
     copies = [copy for each in clients for output in outputs for copy in each.came(output)]
     return [*outputs, *copies] if copies else outputs
 
 
 def stopped(request_ids: list[str]) -> None:
-    """Second hook of ``response-outputs``: stop strings ended these."""
+    """Second hook of ``response-outputs``: note the requests that stop strings ended."""
     for responses in _all:
         for request_id in request_ids:
             responses.stopped(request_id)
 
 
 def called(client: Any, method: str) -> None:
-    """Hook of ``response-forget``: the engine is told to do something else than to answer."""
+    """Hook of ``response-forget``: forget all answers if a call to the engine may change them."""
     if method not in HARMLESS:
         responses_of(client).forget()
 
 
 async def done(client: Any, method: str, engine: Any) -> None:
-    """Second hook of ``response-forget``: it is done."""
+    """Second hook of ``response-forget``: the call has ended."""
     if method not in HARMLESS:
         await responses_of(client).changed(engine)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With several API servers: whether what one of them remembers still holds.
+"""With several API servers: says whether the answers that one of them remembers still hold.
 
-An engine core counts the calls behind which it may answer otherwise (new weights, another adapter,
-an emptied cache), whichever API server made them. Such a call returns to its caller after it was
-counted. So an answer that was made and is given out under the same count is what the engine would
-say: whoever knows that a call has returned is never answered from before it.
+An engine core counts the calls after which it may answer differently (new weights, another adapter,
+an emptied cache), whichever API server made them. Such a call returns to its caller only after it
+was counted. If an answer is made and given out under the same count, it is what the engine would
+say now. So a client that knows that a call has returned never gets an answer from before the call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm_stateful.transport.wire import EPOCH
 
 
 class Epochs:
-    """In an API server: the count of the one engine core of its client.
+    """Reads and raises, in an API server, the count of its client's one engine core.
 
     Args:
         client: an ``AsyncMPClient``.
@@ -26,22 +26,22 @@ class Epochs:
         self.is_shared = getattr(client, "client_count", 1) > 1
         """Whether other API servers speak to the engine core."""
         self.last: int | None = None
-        """As it was heard last; None where something happened since."""
+        """The count as it was last heard; None where something has happened since."""
 
     async def ask(self) -> int:
-        """The count now.
+        """Ask for the count.
 
         Raises:
-            Exception: what the engine, or the connection to it, says.
+            Exception: any error of the engine, or of the connection to it.
         """
         engine = self._client.core_engine
         answer = await self._client._call_utility_async("stateful", EPOCH, {}, engine=engine)
         return int(answer[EPOCH])
 
     async def begin(self, engine: Any) -> None:
-        """Count one more.
+        """Raise the count by one.
 
         Raises:
-            Exception: as ``ask``.
+            Exception: as for ``ask``.
         """
         await self._client._call_utility_async("stateful", EPOCH, {"begins": True}, engine=engine)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes two requests the same: everything that the engine is told of them."""
+"""The key of a request in the response cache: a digest of all that the engine is told of it."""
 
 from __future__ import annotations
 
@@ -18,44 +18,47 @@ from vllm_stateful.transport.wire import RETAIN_ACTION, TOOL_ACTION
 
 
 class Uncached(StrEnum):
-    """Why a request is neither answered from memory nor remembered; label of
-    ``vllm_stateful_responses_uncached_total``."""
+    """Why a request is neither answered from memory nor remembered.
+
+    These are the labels of ``vllm_stateful_responses_uncached_total``.
+    """
 
     SAMPLED = "sampled"
-    """Its answer is drawn anew each time: neither greedy nor with a seed."""
+    """Its answer is sampled anew each time: it is not greedy and has no seed."""
     NO_STORE = "no_store"
-    """``Cache-Control: no-store``."""
+    """It has the header ``Cache-Control: no-store``."""
     SOURCE = "source"
-    """It did not come over HTTP, so nobody knows whose it is."""
+    """It did not come over HTTP, so its tenant is not known."""
     MULTIMODAL = "multimodal"
-    """More than token ids."""
+    """Its prompt is more than token ids."""
     STREAMED_INPUT = "streamed_input"
     PROMPT_LOGPROBS = "prompt_logprobs"
     HINTS = "hints"
-    """It tells the engine more than to answer: to end a session, or to move KV."""
+    """It asks the engine for more than an answer: to end a session, or to move KV."""
     DATA_PARALLEL = "data_parallel"
-    """It names its engine core. With several, none is remembered, nor counted here."""
+    """It names its engine core. With several engine cores, no request is remembered or counted
+    here."""
     PARAMETERS = "parameters"
-    """A parameter cannot be compared."""
+    """One of its parameters cannot be compared."""
 
 
 HANDED_OUT = frozenset({"output_kind", "stream_interval", "skip_clone"})
-"""Fields of SamplingParams that say how an answer is handed out, not what it is."""
+"""Fields of ``SamplingParams`` that say how an answer is delivered, not what it is."""
 
 HARMLESS = frozenset({RETAIN_ACTION, TOOL_ACTION})
 """KV hints that leave the answer and every session as they are."""
 
 SESSION = "session_id"
-"""Key of ``extra_args``: whose turn it is."""
+"""The key in ``extra_args`` of the session id."""
 
 
 def key_of(request: EngineCoreRequest, turn: TurnContext) -> bytes | Uncached:
-    """A digest of 32 bytes that only equal requests share, or why there is none.
+    """A digest of 32 bytes that only equal requests share, or the reason why there is none.
 
-    A field that a later vLLM adds to its sampling parameters is part of it without further ado.
+    If a later vLLM adds a field to its sampling parameters, the digest includes it.
 
     Args:
-        request: as it goes to the engine, with the tenant in its ``cache_salt``.
+        request: the request as it goes to the engine, with the tenant in its ``cache_salt``.
         turn: the turn that it belongs to.
     """
     if turn.cache_control is None:
@@ -106,8 +109,11 @@ def _refused(request: EngineCoreRequest) -> Uncached | None:
 
 
 def _parameters(params: SamplingParams) -> list[tuple[str, Any]]:
-    """Every field but those that only hand the answer out; dictionaries keep their order, as the
-    order of a schema's properties makes another grammar."""
+    """All fields and values, except those that only say how the answer is delivered.
+
+    Dictionaries keep their order, because another order of a schema's properties makes another
+    grammar.
+    """
     said = []
     for name in params.__struct_fields__:
         value = getattr(params, name)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The JSON body of an HTTP request as the client sent it.
 
-vLLM's models of Anthropic requests drop what they do not know (``cache_control``), and the chat
-request that vLLM makes of one has even less (no ``metadata``). FastAPI has read the body before any
-of this, and starlette keeps what it read: nothing is parsed a second time here.
+vLLM's models of Anthropic requests drop fields that they do not know (``cache_control``). The chat
+request that vLLM makes of one has even less (no ``metadata``). FastAPI has read the body before,
+and starlette keeps what it read, so nothing is parsed a second time here.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _WISH = "stateful_retention_wish"
 
 
 def sent_body(raw_request: Any | None) -> dict[str, Any]:
-    """The body of a request whose handler runs; empty where it is no JSON object.
+    """The body of a request whose handler runs; empty where it is not a JSON object.
 
-    Not to be changed. ``await raw_request.json()`` returns the same, but vLLM asks for the session
-    id in a plain function.
+    It must not be changed. ``await raw_request.json()`` would return the same, but vLLM asks for
+    the session id in a function that is not async.
     """
     body = getattr(raw_request, "_json", None)
     return body if isinstance(body, dict) else {}
 
 
 def wish_of(raw_request: Any | None) -> RetentionWish | None:
-    """How long the client wishes its conversation kept. The body is looked through once."""
+    """How long the client wishes its conversation kept; the body is searched only once."""
     body = sent_body(raw_request)
     if raw_request is None or not body:
         return None

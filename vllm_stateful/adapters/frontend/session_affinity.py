@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API process: with data parallelism, send a turn to the engine core that holds its conversation.
+"""API process: with data parallelism, sends a turn to the engine core with its conversation.
 
-vLLM's client of several engine cores goes by ``EngineCoreRequest.data_parallel_rank`` where that is
-set, as a router in front of it may do with a header. Here it is set when the request is made, and
-what vLLM made of it is seen when the request is sent.
+vLLM's client of several engine cores obeys ``EngineCoreRequest.data_parallel_rank`` if it is set. A
+router in front of vLLM may set it with a header. Here it is set when the request is made. When the
+request is sent, we see which engine core vLLM has chosen.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class EngineChooser:
         """Set the rank of a request, or leave it to vLLM.
 
         Args:
-            request: with its session id and salt.
-            opening: how the conversation begins, where nothing names it.
+            request: the request, with its session id and salt.
+            opening: how the conversation begins. It stands for the session id where there is none.
         """
         if request.pooling_params is not None:
             return
@@ -52,12 +52,12 @@ class EngineChooser:
             request.data_parallel_rank = self.client.core_engines.index(chosen.engine)
 
     def went(self, request: EngineCoreRequest, engine: Hashable) -> None:
-        """A request is sent to an engine core; vLLM has given it another id meanwhile."""
+        """Note the engine core that a request is sent to; the request has another id by then."""
         known = request.external_req_id or request.request_id
         self._affinity.went(known, request.prompt_token_ids, engine)
 
     def _loads(self) -> dict[Hashable, float]:
-        """What each engine core has to do, as vLLM's ``get_core_engine_for_request`` sees it."""
+        """The load of each engine core, as vLLM's ``get_core_engine_for_request`` computes it."""
         client, loads = self.client, {}
         for engine, counts in zip(client.core_engines, client.lb_engines, strict=False):
             waiting, running, kv_cache_usage = counts
@@ -70,10 +70,10 @@ _chooser: EngineChooser | None = None
 
 
 def watch(client: Any, sees_sent: bool) -> None:
-    """From now on choose for the requests of this client, if it has several engine cores.
+    """Choose for the requests of this client from now on, if it has several engine cores.
 
     Args:
-        client: of the engine cores.
+        client: the client of the engine cores.
         sees_sent: whether ``went`` is told of each request (the patches of ``transport``).
     """
     global _chooser
@@ -90,19 +90,19 @@ def watch(client: Any, sees_sent: bool) -> None:
 
 
 def choose(request: EngineCoreRequest, opening: str | None) -> None:
-    """Where this request goes, if there is a choice."""
+    """Choose the engine core of a request, if there is a choice."""
     if _chooser is not None:
         _chooser.choose(request, opening)
 
 
 def went(client: Any, request: EngineCoreRequest, engine: Hashable) -> None:
-    """A request is sent."""
+    """Note that a request is sent to an engine core."""
     if _chooser is not None and _chooser.client is client:
         _chooser.went(request, engine)
 
 
 def opening(raw_request: Any | None) -> str | None:
-    """How the conversation of an HTTP request begins; None where nobody asks."""
+    """How the conversation of an HTTP request begins; None if there is no choice of engine core."""
     if _chooser is None:
         return None
     body = sent_body(raw_request)

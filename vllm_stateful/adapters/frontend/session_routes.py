@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP: the sessions of a client, and what became of their turns.
+"""HTTP routes: the sessions of a client, and what became of their turns.
 
-A client sees sessions with its own API key and ``cache_salt`` only; the salt is a parameter.
-Whoever has the operator's key (``--stateful-admin-key``) sees those of all tenants. That key must
-be one of the server's own (``--api-key``), which vLLM checks before any of these routes.
+A client sees only sessions with its own API key and ``cache_salt``. The salt is a parameter. A
+client with the operator's key (``--stateful-admin-key``) sees the sessions of all tenants. That key
+must be one of the server's own (``--api-key``), which vLLM checks before any of these routes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vllm_stateful.transport.wire import CLOSE, SESSION, SESSIONS, TURN, TURNS
 router = APIRouter(tags=["sessions"])
 
 MAX_LIMIT = 200
-"""Entries of one answer: the engine core makes them between two steps."""
+"""The most entries of one answer. The engine core makes them between two steps."""
 
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
 Skip = Annotated[int, Query(ge=0, le=MAX_SESSIONS)]
@@ -90,7 +90,7 @@ class Turn(BaseModel):
     kept: bool
     said: Said
     explanation: list[str]
-    """In plain English: first what it reused, then why not more, at last how long it took."""
+    """In plain English: first what it reused, then why not more, and last how long it took."""
 
 
 class Session(BaseModel):
@@ -240,8 +240,9 @@ async def close_session(
         cache_salt: As for ``GET``.
 
     Returns:
-        How many branches were dropped; or an error of vLLM's form: 404, nothing is kept; 501, the
-        engine serves as stock vLLM, and why. Not raised: vLLM logs those with their stack.
+        How many branches were dropped, or an error in vLLM's form. 404: nothing is kept. 501: the
+        engine serves as stock vLLM, and why. The error is not raised, because vLLM logs raised
+        errors with their stack.
     """
     salt = salt_of(raw_request.headers, cache_salt)
     arguments = {"session_ids": ids_of_client(session_id), "cache_salt": salt}
@@ -257,7 +258,7 @@ async def close_session(
 async def _ask(
     raw_request: Request, operation: str, cache_salt: str | None, **arguments: Any
 ) -> list[dict[str, Any]] | JSONResponse:
-    """What all engine cores answer to whoever sent the request."""
+    """The answers of all engine cores to the sender of a request."""
     arguments["cache_salt"] = salt_of(raw_request.headers, cache_salt)
     arguments["sees_all"] = _is_operator(raw_request)
     return await _ask_engines(raw_request, operation, arguments)
@@ -266,7 +267,7 @@ async def _ask(
 async def _ask_engines(
     raw_request: Request, operation: str, arguments: dict[str, Any]
 ) -> list[dict[str, Any]] | JSONResponse:
-    """The answers of those that keep sessions; an error where none does."""
+    """The answers of the engine cores that keep sessions; an error if none does."""
     client = raw_request.app.state.engine_client
     async with _one_at_a_time:  # the engine cores answer all that were asked before they go on
         results = await ask_all(client, operation, arguments)
@@ -277,7 +278,7 @@ async def _ask_engines(
 
 
 async def ask_all(engine_client: Any, operation: str, arguments: dict[str, Any]) -> list[Any]:
-    """One answer per engine core; several with data parallelism."""
+    """One answer per engine core; there are several with data parallelism."""
     core = engine_client.engine_core
     return list(await core.call_utility_all_async("stateful", operation, arguments))
 
@@ -308,7 +309,7 @@ def _in_words(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pool(answers: list[dict[str, Any]]) -> dict[str, int] | None:
-    """The pools of all engine cores together; None for a client, who is told of none."""
+    """The sums over the pools of all engine cores; None for a client, who may see no pool."""
     pools = [answer["pool"] for answer in answers if "pool" in answer]
     if not pools:
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API process: follow the tool calls in the text of a turn, and end the turn where they say so.
+"""API process: follows the tool calls in a turn's text, and ends the turn where they say so.
 
-The check rides on vLLM's own stop strings: the detokenizer returns one, and vLLM finishes the turn
-and aborts it in the engine.
+The check uses vLLM's own stop strings: our detokenizer returns one, and vLLM finishes the turn and
+aborts it in the engine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = init_logger("vllm.stateful")
 
 
 def state_maker(stock: type[RequestState], request: EngineCoreRequest) -> Callable[..., Any]:
-    """Hook of ``request-state``: what makes the state of a request."""
+    """Hook of ``request-state``: what makes the state of a request: a class or a function."""
     plan = plan_of_request(request.external_req_id)
     if plan is None or request.resumable:
         return stock
@@ -53,7 +53,7 @@ class CheckedRequestState(RequestState):  # type: ignore[misc]
         *others: Any,
         **fields: Any,
     ) -> Any:
-        """As vLLM's; a turn that ended behind its last call looks as if the model had ended it."""
+        """Do as vLLM does; a turn ended behind its last call looks as if the model had ended it."""
         if finish_reason is not None:
             self._calls.finish()
             TOOL_CALL_COUNTS.checked(self._calls.results)
@@ -65,11 +65,11 @@ class CheckedRequestState(RequestState):  # type: ignore[misc]
 
 
 class CheckedDetokenizer:
-    """vLLM's detokenizer of one answer; a verdict is a stop string to it.
+    """vLLM's detokenizer of one answer, with verdicts on its tool calls as stop strings.
 
     Args:
-        stock: the detokenizer.
-        calls: what follows its text.
+        stock: vLLM's detokenizer.
+        calls: follows the tool calls in its text.
     """
 
     def __init__(self, stock: BaseIncrementalDetokenizer, calls: ToolCallStream) -> None:
@@ -80,10 +80,10 @@ class CheckedDetokenizer:
         return getattr(self._stock, name)
 
     def update(self, new_token_ids: list[int], stop_terminated: bool) -> str | None:
-        """Decode, and look at the text token by token; tokens behind the end are dropped.
+        """Decode, and check the text token by token; tokens behind the end are dropped.
 
         Returns:
-            The stop string that was found, or why the turn ends.
+            The stop string that was found, or the reason why the turn ends.
         """
         last = len(new_token_ids) - 1
         for place, token_id in enumerate(new_token_ids):
@@ -98,7 +98,7 @@ class CheckedDetokenizer:
         return None
 
     def _look(self) -> Verdict | None:
-        """Never fails: an error here would end all requests of the server."""
+        """Check the text; never fails, since an error here would end all requests of the server."""
         try:
             return self._calls.look(self._stock.output_text)
         except Exception:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API process: what a request says of its tool calls, and how they will stand in the text.
+"""API process: what a request says of its tool calls, and which form they have in the text.
 
-It is read where a request's session is identified. `TurnContext` takes it to the request's state in
-vLLM's output processor.
+This is read where a request's session is identified. `TurnContext` carries it to the request's
+state in vLLM's output processor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ FORMS = {
     "Llama3JsonToolParser": Form.LLAMA,
     "MistralToolParser": Form.MISTRAL,
 }
-"""By vLLM's class of tool parser: several names of ``--tool-call-parser`` mean one."""
+"""The form of tool calls by vLLM's class of tool parser. Several names of ``--tool-call-parser``
+mean one class."""
 
 REASONING_ENDS = {
     "DeepSeekR1ReasoningParser": "</think>",
@@ -42,10 +43,10 @@ MAX_TOOLS = 512
 """A request with more tools is not checked."""
 
 MAX_WAITING = 32
-"""Schemas that wait to be compiled; beyond, they are rejected."""
+"""The most schemas that wait to be compiled. More of them are rejected."""
 
 PAUSE_S = 0.0005
-"""How long the thread that compiles leaves the interpreter to the event loop, again and again."""
+"""Seconds for which the compiling thread leaves the interpreter to the event loop, each time."""
 
 
 class ToolCallPlan(NamedTuple):
@@ -53,7 +54,7 @@ class ToolCallPlan(NamedTuple):
 
     form: Form
     tools: Mapping[str, Any]
-    """Schemas of the parameters by name."""
+    """The schemas of the parameters, by the name of the tool."""
     limit: int | None
     name: str | None
     """The name of the one tool that must be called."""
@@ -62,7 +63,7 @@ class ToolCallPlan(NamedTuple):
     """The schemas of the same tools. All answers of a request share one budget for them."""
 
     def stream(self, *, strict: bool, reasoning_ended: bool) -> ToolCallStream:
-        """What follows one answer."""
+        """A stream that follows the tool calls in one answer."""
         return ToolCallStream(
             self.form,
             self.tools,
@@ -83,8 +84,9 @@ def plan_of(request: Any, raw_request: Any | None) -> ToolCallPlan | None:
     """What is to be checked in the answer to a request; None when nothing is.
 
     Args:
-        request: vLLM's parsed chat or responses request; an Anthropic one was made a chat request.
-        raw_request: the HTTP request, through which the server's parsers are found.
+        request: vLLM's parsed chat or responses request. vLLM makes a chat request of an Anthropic
+            one.
+        raw_request: the HTTP request. It leads to the server's parsers.
     """
     tools, choice = getattr(request, "tools", None), getattr(request, "tool_choice", None)
     if mode() == "off" or raw_request is None or not tools or choice == "none":
@@ -123,7 +125,7 @@ def _plan(request: Any, tools: list[Any], choice: Any, parser: Any) -> ToolCallP
 
 
 def _form_of(parser: Any, name: str | None, choice: Any) -> Form | None:
-    """How the calls stand in the text; None when it is not known."""
+    """The form that the calls have in the text; None when it is not known."""
     tool_parser = getattr(parser, "tool_parser_cls", None)
     if tool_parser is None or not _is_plain(parser):
         return None
@@ -134,7 +136,7 @@ def _form_of(parser: Any, name: str | None, choice: Any) -> Form | None:
 
 
 def _is_plain(parser: Any) -> bool:
-    """Whether it only hands the text to the two parsers, as harmony's does not."""
+    """Whether a parser only hands the text to its two parsers; harmony's does more."""
     from vllm.parser.abstract_parser import DelegatingParser
 
     return all(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""API process: all that is known of the turn that is being served.
+"""API process: holds what is known of the turn that is being served.
 
 A `TurnContext` grows on its way. ``TenantMiddleware`` begins one for each HTTP request, outside of
 every task that vLLM makes for it. The renderer adds the cache salt of the prompt. ``identify``
 makes one for each request that it identifies. ``stamp`` makes that one current in the task that
-makes the ``EngineCoreRequest``. Nobody changes a context: whoever knows more makes a new one. So
-two requests of one HTTP request never see each other's facts.
+makes the ``EngineCoreRequest``. A context is never changed: code that knows more makes a new one.
+So two requests of one HTTP request never see each other's facts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class CacheControl:
 
     Attributes:
         is_stored: whether the answer may be kept. ``no-store`` says no.
-        is_looked_up: whether a kept answer may be given. ``no-store`` and ``no-cache`` say no.
+        is_looked_up: whether a kept answer may be given. ``no-store``, ``no-cache`` and
+            ``max-age=0`` say no.
     """
 
     is_stored: bool
@@ -50,13 +51,13 @@ class TurnContext:
     identified.
 
     Attributes:
-        tenant: whose HTTP request it is, by its API key. It is "" without a key, and where API keys
-            do not separate tenants.
+        tenant: the tenant of the HTTP request, by its API key. It is "" without a key, and where
+            API keys do not separate tenants.
         salt: the ``cache_salt`` of the prompt that is being rendered.
-        cache_control: what the HTTP request says to the response cache. None outside of HTTP, and
+        cache_control: what the HTTP request tells the response cache. None outside of HTTP, and
             where no answers are kept.
         identity: the session and the tenant of the turn. None where vLLM did not ask for a session.
-        wish: for how long the client wishes its conversation kept.
+        wish: how long the client wishes its conversation kept.
         plan: how the tool calls of the answer are checked. None where they are not.
         tools: a digest of the tools and of how they may be chosen. Empty where no answers are kept.
         opening: how the conversation begins. None where no engine core is chosen by it.
@@ -82,38 +83,38 @@ _current: ContextVar[TurnContext] = ContextVar("stateful_turn", default=NOTHING_
 
 
 def current() -> TurnContext:
-    """The turn that this task serves. Nothing is known of it outside of any request."""
+    """The turn that this task serves; `NOTHING_KNOWN` outside of any request."""
     return _current.get()
 
 
 def begin(tenant: str, cache_control: CacheControl | None) -> None:
-    """An HTTP request begins."""
+    """Begin the context of an HTTP request."""
     _current.set(TurnContext(tenant, cache_control=cache_control))
 
 
 def note_salt(cache_salt: str | None) -> None:
-    """Remember, for the prompt that is being rendered, the cache salt of its request."""
+    """Note the cache salt of the request whose prompt is being rendered."""
     _current.set(replace(current(), salt=cache_salt or ""))
 
 
 def prompt_owner() -> tuple[str, str]:
-    """Tenant and cache salt of the prompt that is being rendered: who may share its memory.
+    """The tenant and cache salt of the prompt being rendered, which may share its memory.
 
-    A thread does not see the context of the task that gave it work, so it has to be told.
+    A thread does not see the context of the task that gave it work, so it must be told them.
     """
     turn = current()
     return (turn.tenant, turn.salt)
 
 
 def enter(turn: TurnContext, request_id: str) -> TurnContext:
-    """Make a turn the current one of this task: its request to the engine is being made.
+    """Make a turn the current one of this task, while its request to the engine is being made.
 
     What the task knows of its HTTP request stays. A task outside of the HTTP request does not learn
-    the tenant, for the next request that it makes may be somebody else's.
+    the tenant, because the next request that it makes may be another tenant's.
 
     Args:
-        turn: as it was identified; `NOTHING_KNOWN` where it was not.
-        request_id: of the request.
+        turn: the turn as it was identified; `NOTHING_KNOWN` where it was not.
+        request_id: the id of the request.
 
     Returns:
         The current turn.
@@ -131,10 +132,10 @@ def enter(turn: TurnContext, request_id: str) -> TurnContext:
 
 
 def plan_of_request(request_id: str | None) -> ToolCallPlan | None:
-    """How to check the tool calls in the answer to a request. None where they are not checked.
+    """How to check the tool calls in the answer to a request; None where they are not checked.
 
-    A request and its state are made in one task, and neither ``EngineCoreRequest`` nor its
-    parameters can hold a plan: they are copied for each of several answers.
+    A request and its state are made in one task. Neither ``EngineCoreRequest`` nor its parameters
+    can hold a plan, because they are copied for each of several answers.
 
     Args:
         request_id: the id that the request had when its turn was entered.
