@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turning the plugin on in one process: check the vLLM version, and patch."""
+"""Turns the plugin on in one process: checks vLLM's version, and applies the patches."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ COMMAND_LINE = patch_of("cli-flags")
 
 
 def install_command_line() -> None:
-    """Make ``--plugin`` and ``--stateful-*`` known to vLLM's parser; nothing else."""
+    """Add only ``--plugin`` and ``--stateful-*`` to vLLM's parser."""
 
     apply_all([COMMAND_LINE], strict=False, log=logger)
 
 
 def activate() -> None:
-    """Apply the patches that the options ask for, and no others. Re-entrant.
+    """Apply the patches that the options ask for, and no others; re-entrant.
 
     Raises:
         ConfigError: an option has a value that is not allowed.
-        UnsupportedError: strict, and the vLLM version or a patched symbol is not supported.
+        UnsupportedError: in strict mode, the vLLM version or a patched symbol is not supported.
     """
     config = process_config()
     _announce_variables()
-    if OFF_ENV in os.environ:  # said by the process that started this one
+    if OFF_ENV in os.environ:  # set by the process that started this one
         return
     processes = _processes(multiprocessing.current_process().name)
     reason = off_reason() or _drift_of_identity(processes)
@@ -61,7 +61,7 @@ def activate() -> None:
         return
     if envs.VLLM_USE_RUST_FRONTEND:
         if "api" in processes and _is_serving():
-            processes = frozenset()  # it holds neither an API server nor an engine: it starts both
+            processes = frozenset()  # it only starts an API server and an engine
         elif "engine" in processes and "api" not in processes:
             _say_what_rust_leaves(config)
     wanted = _patches_of(processes, config)
@@ -90,9 +90,9 @@ def activate() -> None:
 def _processes(name: str) -> frozenset[Process]:
     """What runs in a process, by the name that vLLM gives it.
 
-    A worker and the engine core, which may hold a worker, need only their own: the others would
-    import vLLM's HTTP entry points there. Any other process may hold everything (``LLM`` without
-    multiprocessing).
+    A worker, and the engine core, which may hold a worker, need only their own patches. The others
+    would import vLLM's HTTP entry points there. Any other process may hold everything (``LLM``
+    without multiprocessing).
     """
     if name.startswith("VllmWorker"):
         return frozenset({"worker"})
@@ -108,9 +108,9 @@ def _is_serving() -> bool:
 
 
 def _drift_of_identity(processes: frozenset[Process]) -> str | None:
-    """What has changed in the way of a request from its tenant to the engine, and of our routes.
+    """What of vLLM has changed that tells a request's tenant to the engine, or that our routes use.
 
-    The whole plugin is off then, in the engine as well.
+    If anything has, the whole plugin is off, in the engine as well.
     """
     if "api" not in processes:
         return None
@@ -127,10 +127,10 @@ def _drift_of_identity(processes: frozenset[Process]) -> str | None:
 
 
 def _say_what_rust_leaves(config: StatefulConfig) -> None:
-    """Once in each engine core.
+    """Log what does not work behind the Rust frontend; called once in each engine core.
 
     Raises:
-        UnsupportedError: strict, and API keys were to separate tenants.
+        UnsupportedError: in strict mode, API keys were to separate tenants.
     """
     if config.strict and config.tenant == "api-key":
         raise UnsupportedError(f"{BEHIND_RUST} Strict, it needs --stateful-tenant cache-salt")
@@ -149,12 +149,12 @@ def _patches_of(runs_here: frozenset[Process], config: StatefulConfig) -> list[P
 
 
 def _choose_attention(processes: frozenset[Process], choice: str) -> None:
-    """Where it is asked for, or was before."""
+    """Choose our attention where it is asked for; take it back where it was asked for before."""
     if choice == "off" and "vllm_stateful.adapters.attention_choice" not in sys.modules:
         return
     from vllm_stateful.adapters.attention_choice import choose_attention
 
-    # An API server attends to nothing. Importing vLLM's kernels to look at them takes seconds.
+    # An API server computes no attention. Importing vLLM's kernels to check them takes seconds.
     attends = "api" not in processes or not envs.VLLM_ENABLE_V1_MULTIPROCESSING
     fits = (lambda feature: is_fit(feature, "worker")) if attends else (lambda feature: True)
     choose_attention(choice, report_problem, fits=fits)
@@ -163,7 +163,7 @@ def _choose_attention(processes: frozenset[Process], choice: str) -> None:
 def _register_renderer() -> None:
     """Put our renderer in the place of vLLM's for Hugging Face tokenizers.
 
-    Through the registry, without importing either; another plugin's renderer stays.
+    This is done in the registry, and imports neither of them. Another plugin's renderer stays.
     """
     from vllm.renderers.registry import RENDERER_REGISTRY
 
@@ -183,8 +183,8 @@ def _register_renderer() -> None:
 def _announce_variables() -> None:
     """Tell vLLM our environment variables, so that it does not warn of unknown ones.
 
-    Their values are none of its business: what vLLM can read is part of the key of its compile
-    cache, and no option of ours changes what is compiled.
+    vLLM is not told their values. Values that vLLM can read are part of the key of its compile
+    cache, and none of our options changes what is compiled.
     """
     for name in (ENABLE_ENV, *(option.env for option in OPTIONS)):
         envs.environment_variables.setdefault(name, lambda: None)

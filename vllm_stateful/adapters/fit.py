@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of the plugin does not fit this vLLM or this server, in one process, and why."""
+"""Says what of the plugin does not fit this vLLM or this server, in one process, and why."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vllm_stateful.errors import UnsupportedError
 logger = init_logger("vllm.stateful")
 
 OFF_ENV = "STATEFUL_OFF_REASON"
-"""Set by the process that starts the others where requests could not be told apart: sessions that
-an engine kept all the same would be shared by all API keys."""
+"""Set by the process that starts the others, if requests of different tenants cannot be told apart.
+If an engine kept sessions all the same, all API keys would share them."""
 
 _problems: list[str] = []
 
 _said: set[str] = set()
-"""Drifts that the log has named: several features may use what has drifted."""
+"""Drifts that are already in the log. Several features may use what has drifted."""
 
 
 def problems() -> tuple[str, ...]:
@@ -30,13 +30,13 @@ def problems() -> tuple[str, ...]:
 
 
 def add_problem(text: str) -> None:
-    """Remember why something is off, without a word."""
+    """Remember why something is off, without a line in the log."""
     if text not in _problems:
         _problems.append(text)
 
 
 def report_problem(text: str) -> None:
-    """Log one line and go on as stock vLLM.
+    """Log one line, and go on as stock vLLM.
 
     Raises:
         UnsupportedError: the plugin is strict.
@@ -48,16 +48,18 @@ def report_problem(text: str) -> None:
 
 
 def off_reason() -> str | None:
-    """Why all of the plugin is off, whatever is asked for: this vLLM is none that it knows."""
+    """Why the whole plugin is off: an unknown vLLM, or ``OFF_ENV``; None when it is not."""
     return probe.unsupported_reason(probe.vllm_version()) or os.environ.get(OFF_ENV)
 
 
 def check(feature: str, processes: frozenset[Process]) -> None:
-    """Whether what a feature uses is there. What the engine and its workers use is looked at where
-    they are: importing it takes seconds (`is_fit`).
+    """Check that what a feature uses of vLLM is there.
+
+    What the engine and its workers use is checked in their own processes (`is_fit`), because
+    importing it takes seconds.
 
     Raises:
-        CompatError: it is not.
+        CompatError: something is not there.
     """
     try:
         uses.check(feature, frozenset({"api", "all"}) if "api" in processes else processes)
@@ -67,7 +69,7 @@ def check(feature: str, processes: frozenset[Process]) -> None:
 
 
 def drift_of(feature: str, process: Process) -> str | None:
-    """What of vLLM a feature does not fit; None when it fits all."""
+    """What of vLLM a feature does not fit; None when it fits."""
     try:
         uses.check(feature, frozenset({process, "all"}))
     except CompatError as error:
@@ -76,10 +78,10 @@ def drift_of(feature: str, process: Process) -> str | None:
 
 
 def is_fit(feature: str, process: Process) -> bool:
-    """Whether a feature fits this vLLM. Where it does not, the log says so, once in a process.
+    """Whether a feature fits this vLLM; if it does not, the log says so, once in a process.
 
     Raises:
-        UnsupportedError: it does not, and the plugin is strict.
+        UnsupportedError: it does not fit, and the plugin is strict.
     """
     drift = drift_of(feature, process)
     if drift is None:
