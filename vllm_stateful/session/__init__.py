@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is remembered of sessions and turns, to explain why a turn did not reuse more.
 
-It decides nothing. What a session keeps is in ``prefix``, and how its client named it in
-``request``.
+Nothing is decided by it. ``prefix`` has what a session keeps, and ``request`` has how its client
+named it.
 """
 
 from vllm_stateful.session.fingerprint import Change, Fingerprint, Reason, compare

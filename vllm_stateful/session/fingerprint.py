@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where two requests of one conversation part: from hashes and lengths, never from what was said.
+"""Finds where two requests of one conversation differ, from hashes and lengths without their text.
 
 A `Fingerprint` is made of the JSON body that a client sent. Two bodies have equal parts only if
-they say the same, down to the order of the keys in a tool's schema, except for three things that
-change no prompt:
+they are the same, even in the order of the keys in a tool's schema. Three things that change no
+prompt are ignored:
 
 - Breakpoints (``cache_control``, ``prompt_cache_breakpoint``) do not count. Clients move them.
 - A text and a list with one block of that text are the same.
@@ -24,16 +24,17 @@ from math import ceil
 from typing import Any, NamedTuple
 
 ITEM_BYTES = 8
-"""Of the digest of a message."""
+"""The length of a digest in bytes."""
 
 _MARSHAL = 2
-"""The last format in which equal values are equal bytes. It is the fastest one to write, too."""
+"""The last format of ``marshal`` that writes equal values as equal bytes. It is also the fastest
+one to write."""
 
 _MARKS = frozenset({"cache_control", "prompt_cache_breakpoint"})
 _TEXT_TYPES = frozenset({"text", "input_text", "output_text"})
 _ATTRIBUTION = "x-anthropic-billing-header"
-"""Claude Code begins a block of its system prompt with it. It is another at each request, and vLLM
-leaves it out of the prompt."""
+"""The beginning of a block in Claude Code's system prompt. The block is different in each request,
+and vLLM leaves it out of the prompt."""
 
 _DIAGNOSIS_BETA = "cache-diagnosis-"
 _MESSAGES_SETTINGS = (
@@ -48,7 +49,7 @@ _COMPACTION_TYPES = frozenset({"compaction", "compaction_summary"})
 
 
 class Reason(StrEnum):
-    """What is the first difference, in the words of the two vendors."""
+    """The kind of the first difference, in the words of the two vendors."""
 
     MODEL = "model_changed"
     SYSTEM = "system_changed"
@@ -78,26 +79,26 @@ class Change(NamedTuple):
     share: float = 1.0
 
     def tokens_behind(self, num_prompt: int) -> int:
-        """Tokens of the earlier prompt behind the difference. An estimate.
+        """The estimated number of tokens of the earlier prompt that lie behind the difference.
 
         Args:
-            num_prompt: tokens of the earlier prompt.
+            num_prompt: the number of tokens in the earlier prompt.
         """
         return ceil(self.share * num_prompt)
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """One request.
+    """The fingerprint of one request.
 
     Attributes:
-        facts: a digest of each part but the history, in the order in which they are compared.
-        num_head: bytes of what comes before the history.
-        items: the digests of the messages, one behind the other.
-        ends: the bytes of the messages up to the end of each.
+        facts: a digest of each part except the history, in the order in which they are compared.
+        num_head: the bytes of what comes before the history.
+        items: the digests of the messages, joined, ``ITEM_BYTES`` each.
+        ends: for each message, the bytes of the history up to its end.
         compactions: the digests of the items that stand for an earlier history.
-        previous: the key of the response whose conversation goes on here, and is not part of the
-            request; empty where there is none.
+        previous: the key of the response whose conversation this request continues without
+            repeating it. Empty where there is none.
     """
 
     facts: tuple[tuple[Reason, bytes], ...]
@@ -109,16 +110,16 @@ class Fingerprint:
 
     @property
     def num_request(self) -> int:
-        """Bytes of the whole."""
+        """The bytes of the whole request."""
         return self.num_head + (self.ends[-1] if self.ends else 0)
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes, about."""
+        """The bytes of memory that it takes, estimated."""
         return 512 + 64 * len(self.facts) + len(self.items) + 8 * len(self.ends)
 
     def share_behind(self, num_items: int) -> float:
-        """The part of its bytes that lies behind the first so many messages."""
+        """The share of its bytes that lies behind the first ``num_items`` messages, 0 to 1."""
         before = self.num_head + (self.ends[num_items - 1] if num_items else 0)
         return 1.0 - before / max(1, self.num_request)
 
@@ -127,7 +128,7 @@ def of_messages(body: Mapping[str, Any], betas: Iterable[str] = ()) -> Fingerpri
     """The fingerprint of a Messages request (Anthropic).
 
     Args:
-        body: as the client sent it.
+        body: the JSON body as the client sent it.
         betas: the values of its ``anthropic-beta`` headers.
     """
     system, tools = _image(_blocks(body.get("system"))), _tools(body)
@@ -154,7 +155,7 @@ def of_responses(body: Mapping[str, Any], previous: bytes = b"") -> Fingerprint:
     """The fingerprint of a Responses request (OpenAI).
 
     Args:
-        body: as the client sent it.
+        body: the JSON body as the client sent it.
         previous: see `Fingerprint`.
     """
     tools, instructions = _tools(body), _image(body.get("instructions"))
@@ -173,8 +174,8 @@ def compare(before: Fingerprint, now: Fingerprint, *, grew: bool | None = None) 
     Args:
         before: the earlier request.
         now: a later one to the same API.
-        grew: whether it is known that the conversation of the later request goes on behind the
-            earlier one. False: it cannot be told. None: their messages say so.
+        grew: True if the later request is known to continue the conversation of the earlier one.
+            False if that is not known. None if their messages must be compared.
     """
     input_differs = None
     for (reason, was), (_, digest) in zip(before.facts, now.facts, strict=True):
@@ -208,7 +209,7 @@ def _first_changed_item(before: Fingerprint, now: Fingerprint) -> Change | None:
 def _openai_facts(
     body: Mapping[str, Any], tools: bytes, text_format: Any, effort: Any, verbosity: Any
 ) -> tuple[tuple[Reason, bytes], ...]:
-    """What is the default anyway counts as not said."""
+    """The facts of an OpenAI request; a default value counts as no value."""
     tier = body.get("service_tier")
     if _object(text_format).get("type") == "text":
         text_format = None
@@ -245,7 +246,7 @@ def _with_items(
 
 
 def _item(item: Any) -> Any:
-    """A message, or another item of an input, in its one form."""
+    """A message, or another item of an input, in a canonical form."""
     if not isinstance(item, dict):
         return item
     said = {name: item[name] for name in sorted(item) if name not in _MARKS}
@@ -257,7 +258,7 @@ def _item(item: Any) -> Any:
 
 
 def _blocks(content: Any, *, is_inside: bool = False) -> Any:
-    """The content of a message, a system prompt or a tool's result in its one form."""
+    """The content of a message, a system prompt or a tool's result in a canonical form."""
     if isinstance(content, str):
         return [{"text": content, "type": "text"}]
     if not isinstance(content, list):
@@ -282,7 +283,7 @@ def _is_attribution(block: Any) -> bool:
 
 
 def _tools(body: Mapping[str, Any]) -> bytes:
-    """The image of the tools, in their order; as without any where the list is empty."""
+    """The image of the tools, in their order; an empty list counts as no tools."""
     tools = body.get("tools")
     if not isinstance(tools, list):
         return _image(tools)
@@ -304,10 +305,10 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _image(value: Any) -> bytes:
-    """A JSON value in its one form, but for the order of keys, which prompts show.
+    """The bytes of a JSON value; the order of keys counts, because prompts show it.
 
     Raises:
-        ValueError: it is nested too deeply.
+        ValueError: the value is nested too deeply.
     """
     return marshal.dumps(value, _MARSHAL)
 

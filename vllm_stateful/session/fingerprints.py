@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints of recent requests by their responses. Bounded in number, bytes and age."""
+"""Keeps fingerprints of recent requests by their responses, bounded in number, bytes and age."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ MAX_REQUESTS = 20_000
 MAX_BYTES = 32 << 20
 MAX_AGE_S = 3600.0
 MAX_RESPONSES_BACK = 1000
-"""So far the chain of ``previous_response_id`` is followed."""
+"""The most responses for which a chain of ``previous_response_id`` is followed."""
 
 BYTES_PER_TOKEN = 4
-"""Where nobody counted the tokens of a prompt."""
+"""The estimate that is used where the tokens of a prompt were not counted."""
 
 
 class Remembered(NamedTuple):
     """An earlier request.
 
     Attributes:
-        fingerprint: of its body.
-        num_prompt: tokens of its prompt; 0 where nobody counted them.
-        at_s: when it was answered.
+        fingerprint: the fingerprint of its body.
+        num_prompt: the number of tokens in its prompt; 0 where they were not counted.
+        at_s: when it was answered, in seconds.
     """
 
     fingerprint: Fingerprint
@@ -34,12 +34,12 @@ class Remembered(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of its prompt, estimated where nobody counted them."""
+        """The number of tokens in its prompt, estimated where they were not counted."""
         return self.num_prompt or self.fingerprint.num_request // BYTES_PER_TOKEN
 
 
 def key_of(api: str, tenant: str, cache_salt: str, response_id: str) -> bytes:
-    """Under what a request is remembered: whose it is, and which response it got."""
+    """The key under which a request is remembered: its API, its owner and its response."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (api, tenant, cache_salt, response_id):
         data = part.encode("utf-8", "surrogatepass")
@@ -48,12 +48,12 @@ def key_of(api: str, tenant: str, cache_salt: str, response_id: str) -> bytes:
 
 
 class Fingerprints:
-    """Requests by `key_of`; the least recently used goes first. Not thread-safe.
+    """Remembers requests by `key_of`, and drops the least recently used first. Not thread-safe.
 
     Args:
-        max_requests: requests that are remembered.
-        max_bytes: the memory that they may take.
-        max_age_s: for how long, in seconds.
+        max_requests: the most requests that are remembered.
+        max_bytes: the most bytes of memory that they may take.
+        max_age_s: the seconds for which a request is remembered.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Fingerprints:
 
         Args:
             key: see `key_of`.
-            fingerprint: of the request.
-            num_prompt: tokens of its prompt; 0 where nobody counted them.
-            now_s: a clock.
+            fingerprint: the fingerprint of the request.
+            num_prompt: the number of tokens in its prompt; 0 where they were not counted.
+            now_s: the time now, in seconds.
         """
         self._drop(key)
         self._requests[key] = Remembered(fingerprint, num_prompt, now_s)
@@ -87,7 +87,7 @@ class Fingerprints:
             self._drop(next(iter(self._requests)))
 
     def find(self, key: bytes, now_s: float) -> Remembered | None:
-        """An earlier request; None where it is not known, or not any more."""
+        """An earlier request; None where it is not remembered, or not any more."""
         found = self._requests.get(key)
         if found is None:
             return None
@@ -103,10 +103,10 @@ class Fingerprints:
         """The first difference between an earlier request and this one.
 
         Args:
-            key: of the earlier request.
+            key: the key of the earlier request.
             before: the earlier request.
-            now: this one.
-            now_s: a clock.
+            now: the fingerprint of this request.
+            now_s: the time now, in seconds.
         """
         grew = None
         if now.previous != before.fingerprint.previous:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A turn in plain English: what it reused, and why not more. From what ``/v1/turns`` answers."""
+"""Explains a turn of ``/v1/turns`` in plain English: what it reused, and why not more."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def explained(turn: Mapping[str, Any]) -> list[str]:
     """The sentences that explain a turn, the most important first.
 
     Args:
-        turn: one of ``/v1/turns``.
+        turn: a turn as ``/v1/turns`` gives it.
     """
     missed = turn["missed"]
     sentences = [_summary(turn), reason(missed)]
@@ -73,7 +73,7 @@ def _tokens(count: int) -> str:
 
 
 def reason(missed: Mapping[str, Any]) -> str:
-    """Why a turn did not reuse more, in one sentence. From ``missed`` of a turn."""
+    """Why a turn did not reuse more, in one sentence, from the ``missed`` field of the turn."""
     cause = Cause(missed["cause"])
     why = missed.get("why_gone")
     if cause is Cause.CHANGED:
@@ -125,7 +125,7 @@ def _times(turn: Mapping[str, Any]) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration for people."""
+    """A duration as text for people: in ms, s or min."""
     if value < 1:
         return f"{1000 * value:.0f} ms"
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.0f} min"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The story of each session: its turns so far, where it came from, and how its KV was lost.
 
-Kept longer than the KV, for that is what explains a cold turn. It decides nothing.
+A story is kept longer than the KV, because it must explain a cold turn. Nothing is decided by it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from vllm_stateful.session.turn_record import TurnRecord
 from vllm_stateful.types import Demotion, Identity, SessionKey
 
 MAX_SESSIONS = 10_000
-"""Sessions that are remembered; the one whose last turn is longest ago is forgotten."""
+"""The most sessions that are remembered. The one with the oldest last turn is forgotten first."""
 
 MAX_CHILDREN = 64
-"""Children that are remembered of one session."""
+"""The most children of a session that are remembered."""
 
 MAX_IDENTITIES = 8
-"""Identities that are remembered of one session id."""
+"""The most identities of a session id that are remembered."""
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Gone:
     why: Demotion
     at_s: float
     num_kept: int
-    """Tokens from the beginning that stayed."""
+    """The number of tokens from the beginning whose KV stayed."""
 
 
 @dataclass(slots=True)
@@ -41,13 +41,13 @@ class Story:
         session: its key.
         since_s: when its first turn was admitted, on the engine's clock.
         used_s: when its last turn was admitted or ended.
-        num_turns: turns that were admitted.
-        num_running: of these, turns that have not ended.
-        frontier: tokens whose KV the last turn that ended left.
+        num_turns: the number of turns that were admitted.
+        num_running: the number of these turns that have not ended.
+        frontier: the number of tokens whose KV was left by the last ended turn that left any.
         last: the record of the last turn.
-        parent: the session on whose KV its first turn began.
-        children: sessions that began on its KV, the newest last.
-        gone: the last time that its KV was given back, since its last turn.
+        parent: the session that its client named as parent, or on whose KV its first turn began.
+        children: the sessions with this one as parent, the newest last.
+        gone: how its KV was given back most recently, since its last turn; None if it was not.
     """
 
     session: SessionKey
@@ -63,10 +63,10 @@ class Story:
 
 
 class SessionBook:
-    """The stories of one engine core. Not thread-safe: owned by the scheduler's thread.
+    """The stories of one engine core. Not thread-safe: only the scheduler's thread uses them.
 
     Args:
-        max_sessions: stories that are kept.
+        max_sessions: the most stories that are kept.
     """
 
     def __init__(self, max_sessions: int = MAX_SESSIONS) -> None:
@@ -82,19 +82,19 @@ class SessionBook:
         return self._stories.get(session)
 
     def newest_first(self) -> Iterator[Story]:
-        """All stories, that of the session with the last turn first."""
+        """All stories, first the one of the session with the newest turn."""
         return reversed(self._stories.values())
 
     def identities(self, session_id: str) -> list[Identity]:
-        """Under which identities a session id is known."""
+        """The identities under which a session id is known."""
         return self._identities.get(session_id, [])
 
     def admitted(self, record: TurnRecord, parent: SessionKey | None, now_s: float) -> None:
-        """A turn begins.
+        """Note that a turn begins.
 
         Args:
             record: its record, which names its session.
-            parent: the session on whose KV it begins, if that is another one.
+            parent: the parent session, if there is one. See `Story`.
             now_s: the engine's clock.
         """
         session = record.session
@@ -119,7 +119,7 @@ class SessionBook:
 
         Args:
             session: its session.
-            frontier: tokens whose KV it leaves; 0 when it leaves none.
+            frontier: the number of tokens whose KV it leaves; 0 when it leaves none.
             now_s: the engine's clock.
             is_kept: whether the session has its KV: what it had lost before is there again.
         """
@@ -132,12 +132,12 @@ class SessionBook:
                 story.gone = None
 
     def demoted(self, session: SessionKey, why: Demotion, num_kept: int, now_s: float) -> None:
-        """KV of a session was given back.
+        """Note that KV of a session was given back.
 
         Args:
-            session: its session.
+            session: the session.
             why: the reason.
-            num_kept: tokens from the beginning whose KV stayed.
+            num_kept: the number of tokens from the beginning whose KV stayed.
             now_s: the engine's clock.
         """
         story = self._stories.get(session)

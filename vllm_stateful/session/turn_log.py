@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last turns of an engine core, in the order in which they were admitted. Bounded."""
+"""Keeps the last turns of an engine core in the order of their admission, bounded in number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from vllm_stateful.session.turn_record import TurnRecord
 
 MAX_TURNS = 10_000
-"""About 1 KiB each."""
+"""The most records. Each takes about 1 KiB."""
 
 
 _OF_ENGINE = re.compile(r"(?:\d+_)?(?P<name>.+)-[0-9a-f]{8}")
@@ -18,10 +18,10 @@ _NUMBERED = re.compile(r"(?P<name>.+)[-_]\d+")
 
 
 class TurnLog:
-    """Records by request id; the oldest goes first.
+    """Records by request id. The oldest is dropped first.
 
     Args:
-        max_turns: records that are kept.
+        max_turns: the most records that are kept.
     """
 
     def __init__(self, max_turns: int = MAX_TURNS) -> None:
@@ -34,7 +34,7 @@ class TurnLog:
         return len(self._records)
 
     def add(self, record: TurnRecord) -> None:
-        """A turn was admitted."""
+        """Add the record of a turn that was admitted."""
         self._records[record.request_id] = record
         self._records.move_to_end(record.request_id)
         for key in _keys(record):
@@ -63,7 +63,7 @@ class TurnLog:
         )
 
     def newest_first(self) -> Iterator[TurnRecord]:
-        """All records."""
+        """All records, the newest first."""
         return reversed(self._records.values())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is remembered of one turn: what it reused, why not more, and how long each part took."""
+"""The record of one turn: what it reused, why not more, and how long each part took."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ class Cause(StrEnum):
     NONE = "none"
     """It computed nothing twice."""
     NEVER_SEEN = "never_seen"
-    """The first turn of its session, as far as the engine remembers."""
+    """It is the first turn of its session that the engine remembers."""
     CHANGED = "changed"
-    """The history came back different from the first differing token on."""
+    """The history that the client sent differs from the earlier one at some token."""
     EVICTED = "evicted"
     """The KV of the session was given back."""
     SNAPSHOT_MISSING = "snapshot_missing"
-    """A model with windows or recurrent states can go on only where a resume point was left."""
+    """No resume point was left where the turn could go on. A model with windows or recurrent states
+    needs one."""
     OTHER_TENANT = "other_tenant"
-    """The session id is known, with another API key. Only the operator is told."""
+    """The session id is known with another API key. Only the operator is told."""
     OTHER_SALT = "other_salt"
-    """The session id is known, with another ``cache_salt`` of the same API key."""
+    """The session id is known with another ``cache_salt`` of the same API key."""
     OTHER_LORA = "other_lora"
-    """The session id is known, with another LoRA adapter."""
+    """The session id is known with another LoRA adapter."""
     BYPASSED = "bypassed"
     """Stock vLLM served the turn."""
 
@@ -41,20 +42,21 @@ class Missed:
 
     Attributes:
         cause: the main reason.
-        num_tokens: tokens that it computed although an earlier turn of its session had computed as
-            many at these positions.
-        token: the first token that differs, for `Cause.CHANGED`; 0 is the first of the prompt.
+        num_tokens: the number of tokens that it computed although an earlier turn of its session
+            had computed tokens at these positions.
+        token: the index of the first token that differs, for `Cause.CHANGED`. 0 is the prompt's
+            first.
         message: the index of the message that holds it, or None where boundaries are not known.
-        kind: what that place is in the earlier history: ``system``, ``tools``, ``user``,
+        kind: what is at that place in the earlier history: ``system``, ``tools``, ``user``,
             ``assistant``, ``reasoning``, ``tool_call``, ``tool_result`` or ``other``.
-        num_behind_snapshot: tokens before the difference that were the same, but had no resume
-            point behind them.
+        num_behind_snapshot: the number of tokens before the difference that were the same, but had
+            no resume point behind them.
         why_gone: the reason for `Cause.EVICTED` (``types.Demotion``, or `why.NOT_KEPT`), and for
             `Cause.BYPASSED` (``types.Bypass``).
         gone_s: seconds since the KV was given back.
-        idle_s: seconds for which it had not been used then.
-        before: text of the earlier history at the first difference, where asked for.
-        now: text of this prompt there.
+        idle_s: seconds for which it had not been used when it was given back.
+        before: the text of the earlier history at the first difference, where asked for.
+        now: the text of this prompt at the first difference, where asked for.
     """
 
     cause: Cause = Cause.NONE
@@ -78,7 +80,7 @@ class Said(NamedTuple):
         parent: the session id of the agent that started this one, as the engine knows it.
         compaction: whether the turn summarizes its own history.
         rejected: why session ids that it sent were not used.
-        retry: how often it had sent the same request before.
+        retry: how often the client had sent the same request before.
         window: the number of its context window.
     """
 
@@ -91,7 +93,7 @@ class Said(NamedTuple):
 
     @classmethod
     def of(cls, payload: Mapping[str, Any]) -> Said:
-        """Read what came over the wire; what is not known, or of another type, is left out."""
+        """Read a payload that came over the wire; unknown fields are left out."""
         types = (str, str, bool, str, int, int)
         found: dict[str, Any] = {name: payload.get(name) for name in cls._fields}
         return cls(
@@ -103,7 +105,7 @@ class Said(NamedTuple):
         )
 
     def as_payload(self) -> dict[str, Any]:
-        """For the wire: the fields that say something."""
+        """The payload for the wire: the fields that are not at their defaults."""
         nothing = self._field_defaults
         return {name: value for name, value in self._asdict().items() if value != nothing[name]}
 
@@ -116,25 +118,25 @@ class TurnRecord:
     """One turn. Durations are in seconds; what has not happened yet is None.
 
     Attributes:
-        request_id: the engine's, which begins with the client's.
+        request_id: the engine's id of the request. It begins with the client's id.
         session: the session that it was found to continue.
         arrived_at: wall clock, seconds since 1970.
         outcome: ``types.Outcome``.
-        num_prompt: tokens of the prompt.
-        num_reused: of these, tokens whose KV was on the device.
-        num_loaded: of these, tokens whose KV a connector loaded.
-        num_output: tokens of the answer.
-        missed: why not more.
+        num_prompt: the number of tokens in the prompt.
+        num_reused: the number of these tokens whose KV was on the device.
+        num_loaded: the number of these tokens whose KV a connector loaded.
+        num_output: the number of tokens in the answer.
+        missed: why it did not reuse more.
         waited_for: what the session waited for before this turn: ``user``, or the name of a tool.
-        waited_s: how long.
+        waited_s: how long the session waited.
         queue_s: from arrival until it was scheduled first.
         lookup_s: host time of finding and taking over its KV; a part of ``queue_s``.
         first_token_s: from being scheduled to the first token of the answer.
         decode_s: from the first token to the end.
-        num_accepted: tokens of the answer that were proposed as drafts, and were right.
-        ended: ``stop``, ``length``, ``abort``, ... as vLLM calls the reason.
+        num_accepted: the number of tokens in the answer that were drafted, and were right.
+        ended: vLLM's name of the reason why it ended: ``stop``, ``length``, ``abort``, ...
         is_kept: whether the session keeps its KV.
-        said: what the client said of it.
+        said: what the client said of the turn.
     """
 
     request_id: str
@@ -157,22 +159,25 @@ class TurnRecord:
     is_kept: bool = False
     said: Said = NOTHING_SAID
     since_s: float = field(default=0.0, repr=False)
-    """When the part that runs now began, on the engine's clock."""
+    """When the current part of the turn began, on the engine's clock."""
 
     @property
     def num_computed(self) -> int:
-        """Tokens of the prompt that it computed."""
+        """The number of the prompt's tokens that the turn computed."""
         return self.num_prompt - self.num_reused - self.num_loaded
 
     def sampled(self, num_tokens: int, now_s: float) -> None:
-        """A step sampled so many tokens of the answer, of which all but one were drafts."""
+        """Note that a step sampled ``num_tokens`` of the answer, all but one of them drafts."""
         self.num_accepted += num_tokens - 1
         if self.first_token_s is None:
             self.first_token_s = now_s - self.since_s
             self.since_s = now_s
 
     def as_dict(self) -> dict[str, Any]:
-        """For the wire. The tenant is hashed already; nothing here is content but the excerpts."""
+        """The record for the wire.
+
+        The tenant is already hashed. Only the excerpts are content.
+        """
         missed = {
             name: value
             for name in Missed.__slots__
@@ -205,7 +210,7 @@ class TurnRecord:
 
 
 def name_of(session: SessionKey) -> str:
-    """A name of a session that does not tell its id: 16 hex characters."""
+    """A name of a session that does not reveal its id: 16 hex characters."""
     identity = session.identity
     text = f"{identity.cache_salt}\0{identity.lora}\0{session.session_id}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a turn did not reuse more: from what was found, and from the story of its session."""
+"""Says why a turn did not reuse more, from what was found and from the story of its session."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from vllm_stateful.session.turn_record import Cause, Missed
 from vllm_stateful.types import SessionKey
 
 NOT_KEPT = "not_kept"
-"""Nothing was given back: the turn before runs still, failed, or left nothing."""
+"""Nothing was given back: the turn before still runs, or it failed, or it left nothing."""
 
 
 class Found(NamedTuple):
     """What a lookup found.
 
     Attributes:
-        num_prompt: tokens of the prompt.
-        num_reused: tokens that it does not compute, whoever keeps them.
-        num_shared: tokens that it shares with the nearest history that is kept.
-        num_history: tokens of that history; 0 where none is kept.
+        num_prompt: the number of tokens in the prompt.
+        num_reused: the number of tokens that it does not compute, wherever their KV was kept.
+        num_shared: the number of tokens that it shares with the nearest history that is kept.
+        num_history: the number of tokens in that history; 0 where none is kept.
         is_own: whether that history is of the same session.
-        slack: tokens at the end of what is shared that are computed again by design: a draft head
-            needs one.
+        slack: the number of tokens at the end of the shared part that are computed again by design.
+            A draft head needs one.
         has_points: whether the model can go on at resume points only.
     """
 
@@ -37,16 +37,16 @@ class Found(NamedTuple):
 
     @property
     def has_parted(self) -> bool:
-        """Whether prompt and history differ before either ends."""
+        """Whether the prompt and the history differ before either of them ends."""
         return self.num_shared < min(self.num_history, self.num_prompt - 1)
 
 
 def why_not_more(session: SessionKey, found: Found, book: SessionBook, now_s: float) -> Missed:
-    """The reason. The place of a change is filled in by whoever knows the messages.
+    """Why a turn did not reuse more; the caller adds the place of a change in the messages.
 
     Args:
         session: the session of the turn.
-        found: what was found of it.
+        found: what the lookup of the turn found.
         book: the stories, before this turn is added.
         now_s: the engine's clock.
     """
@@ -84,7 +84,7 @@ def _evicted(story: Story, num_missed: int, now_s: float) -> Missed:
 
 
 def _cause_of_first(session: SessionKey, book: SessionBook) -> Cause:
-    """Another identity under the same session id, if there is one."""
+    """The cause of a first turn: another identity with this session id, if there is one."""
     mine = session.identity
     others = [each for each in book.identities(session.session_id) if each != mine]
     of_tenant = [each for each in others if each.tenant == mine.tenant]
