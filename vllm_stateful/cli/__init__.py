@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands beside a server: ``vllm-stateful doctor | explain | top``."""
+"""The commands ``vllm-stateful doctor | explain | top``, which run beside a server."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-stateful COMMAND``, also ``python -m vllm_stateful.cli COMMAND``."""
+"""Runs ``vllm-stateful COMMAND``, or ``python -m vllm_stateful.cli COMMAND``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands ask a running server. ``httpx`` and ``rich`` come with vLLM."""
+"""Asks a running server for the commands. ``httpx`` and ``rich`` come with vLLM."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ KEY_ENV = "OPENAI_API_KEY"
 
 
 class ServerError(Exception):
-    """The server did not answer what was asked; the text says why, in one line."""
+    """The server did not answer the question. The text says why, in one line."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that asks a server."""
+    """Add the options of every command that asks a server."""
     parser.add_argument("url", help="of the server, for example http://localhost:8000")
     parser.add_argument(
         "--api-key",
@@ -31,7 +31,7 @@ class ServerClient:
     """A running server, as one client sees it.
 
     Args:
-        options: parsed by `add_options`.
+        options: the parsed options that `add_options` added.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -45,10 +45,10 @@ class ServerClient:
         self._failed = httpx.HTTPError, httpx.InvalidURL
 
     def get(self, path: str, **parameters: Any) -> Any:
-        """What ``/v1/PATH`` answers.
+        """The answer of ``/v1/PATH``.
 
         Raises:
-            ServerError: no answer, or an error.
+            ServerError: the server did not answer, or answered with an error.
         """
         if self._salt is not None:
             parameters["cache_salt"] = self._salt
@@ -62,7 +62,7 @@ class ServerClient:
 
 
 def _reason(answer: Any) -> str:
-    """vLLM's message, or the status."""
+    """The reason of an error: vLLM's message, or the HTTP status."""
     try:
         said = answer.json()
     except ValueError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``vllm-stateful doctor``: what the plugin will do here, before a server is started.
 
-What needs vLLM runs in a process of its own (``adapters.doctor``): that it fails, hangs or is
-killed is a finding like any other.
+The part that needs vLLM runs in a process of its own (``adapters.doctor``). If that process fails,
+hangs or is killed, this is a finding like any other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vllm_stateful.errors import ConfigError
 EXAMINER = "vllm_stateful.adapters.doctor"
 SECONDS = 55.0
 REFUSED = 2
-"""Exit status for arguments that a server would not start with."""
+"""The exit status for arguments with which a server would not start."""
 
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
@@ -56,7 +56,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:
-    """Look at everything, and print what was found."""
+    """Look at everything, and print the findings; returns the exit status."""
     try:
         findings = look(words)
     except (RefusedError, ConfigError) as error:
@@ -92,9 +92,9 @@ class Examiner:
     """The process that asks vLLM.
 
     Args:
-        words: of the command line, without ours.
-        seconds: how long it may take.
-        module: what is run.
+        words: the words of the command line, without ours.
+        seconds: how long the process may take.
+        module: the module that is run.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Examiner:
         self._folder.cleanup()
 
     def findings(self) -> Iterator[Finding]:
-        """What it found, and why it did not find more.
+        """The findings of the process, and the reason if it did not find more.
 
         Raises:
             RefusedError: vLLM refuses the arguments.

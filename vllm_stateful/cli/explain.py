@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-stateful explain URL [REQUEST]``: why a turn computed what it computed."""
+"""The command ``vllm-stateful explain URL [REQUEST]``: why a turn computed what it computed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    """Print the turns, the newest first. 1: the server did not answer; 0 otherwise."""
+    """Print the turns, the newest first; returns 1 if the server did not answer, else 0."""
     try:
         turns = _turns(ServerClient(options), options)
     except ServerError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a check found: lines with a mark, as text or as JSON."""
+"""The findings of a check: lines with a mark, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _INDENT = 18
 
 @dataclass(frozen=True)
 class Finding:
-    """One line.
+    """One finding, which is one line.
 
     Attributes:
         section: what was looked at.
         mark: ``ok``; ``warn``: slower, or not known; ``off``: left to stock vLLM.
         text: what was found.
-        facts: the same for programs, where there is more to say than the text does.
+        facts: the finding for programs, where there is more to say than the text says.
     """
 
     section: str
@@ -33,7 +33,7 @@ class Finding:
 
 
 def as_text(findings: Iterable[Finding]) -> str:
-    """A table for people."""
+    """The findings as a table for people."""
     return "".join(_line(finding) + "\n" for finding in findings)
 
 
@@ -49,11 +49,11 @@ def _line(finding: Finding) -> str:
 
 
 def as_json(findings: Iterable[Finding], status: int) -> str:
-    """The same for programs; ``status`` is the exit status."""
+    """The findings as JSON for programs; ``status`` is the exit status."""
     made = {"status": status, "findings": [asdict(finding) for finding in findings]}
     return json.dumps(made, indent=1, ensure_ascii=False) + "\n"
 
 
 def status_of(findings: Iterable[Finding]) -> int:
-    """The exit status: 1 where something is off, or where it is not known whether it is."""
+    """The exit status: 1 if something is off, or if it is not known whether it is; else 0."""
     return int(any(f.mark == "off" or f.facts.get("is_known") is False for f in findings))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed here and whether it fits, read without importing vLLM."""
+"""Finds what is installed here and whether it fits, without importing vLLM."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PLUGIN = "stateful"
 _GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 _PROCESSES = {"api": "API server", "engine": "engine core", "worker": "worker"}
 _ASIDE = ("attention-cpu", "attention-cuda", "doctor")
-"""Kernels of one platform each, and this command: a server keeps sessions without them."""
+"""Features without which a server keeps sessions: the kernels of one platform, and this command."""
 
 
 def versions() -> Finding:
-    """Which versions are here, and whether vLLM's is supported."""
+    """The versions that are installed, and whether vLLM's is supported."""
     try:
         vllm = probe.vllm_version()
         reason = probe.unsupported_reason(vllm)
@@ -64,7 +64,7 @@ def entry_points(environ: Mapping[str, str] = os.environ) -> Finding:
 
 
 def fit(version: str) -> Iterator[Finding]:
-    """What of the installed vLLM fits, and what is off in which process where some does not."""
+    """What of the installed vLLM fits, and what is off in which process if not all does."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         yield Finding("fit", "off", "the package vllm cannot be found")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-stateful top URL``: the sessions of a server, and its turns as they come."""
+"""The command ``vllm-stateful top URL``: a server's sessions, and its turns as they come."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, _: list[str]) -> int:
-    """Show until the user ends it. 1: the server did not answer; 0 otherwise."""
+    """Show the tables until the user ends it; returns 1 if the server did not answer, else 0."""
     from rich.console import Console
     from rich.live import Live
 
