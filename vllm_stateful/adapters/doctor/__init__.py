@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``vllm-stateful doctor`` asks vLLM, in a process that serves nobody."""
+"""Asks vLLM for ``vllm-stateful doctor``, in a process that serves nobody."""

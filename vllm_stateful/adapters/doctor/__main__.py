@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m vllm_stateful.adapters.doctor FILE WORDS...
 
-Looks at what ``vllm serve WORDS`` would do with the plugin, and writes what it finds to FILE, one
-JSON object a line, each as soon as it is known.
+Examines what ``vllm serve WORDS`` would do with the plugin. Writes each finding to FILE as soon as
+it is known, as one line with a JSON object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_stateful.adapters.doctor.examination import examine
 
 
 def main() -> None:
-    """Write all findings, and end without vLLM's farewell."""
+    """Write all findings, and end without vLLM's own clean-up."""
     found, words = Path(sys.argv[1]), sys.argv[2:]
     sys.argv[:] = ["vllm-stateful", "doctor", *words]
     with found.open("a") as file:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line as ``vllm serve`` reads it, with the plugin on."""
+"""Reads the command line as ``vllm serve`` does, with the plugin on."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _STRICT = "--stateful-strict"
 _STRICT_ENV = f"{ENABLE_ENV}_STRICT"
 
 MOST_SAID = 400
-"""Characters of an error of vLLM's."""
+"""The most characters of vLLM's error that are shown."""
 
 
 class RefusedError(StatefulError):
-    """vLLM would not start with these arguments; says why in one line."""
+    """vLLM would not start with these arguments. The text says why, in one line."""
 
 
 class Asked(NamedTuple):
     """What was asked for.
 
     Attributes:
-        arguments: of the command line, as vLLM's parser reads them.
-        options: of ours, those that were given: the text, and where it came from.
+        arguments: the arguments of the command line, as vLLM's parser reads them.
+        options: our options that were given, by field: their text, and where it came from.
     """
 
     arguments: argparse.Namespace
@@ -43,23 +43,23 @@ class Asked(NamedTuple):
 
     @property
     def model(self) -> str | None:
-        """The model, where one was named."""
+        """The model; None if none was named."""
         found: str | None = getattr(self.arguments, "model_tag", None)
         return found
 
     @property
     def is_caching_left_to_vllm(self) -> bool:
-        """Whether nobody said if prefixes are cached."""
+        """Whether no argument says if prefixes are cached."""
         return getattr(self.arguments, "enable_prefix_caching", None) is None
 
 
 def parse(words: Sequence[str]) -> Asked:
     """Read the command line, and activate the plugin as it says.
 
-    Strict is left out: why something is off is what is asked here.
+    ``--stateful-strict`` is left out, because the question here is why something is off.
 
     Raises:
-        RefusedError: vLLM, or an option of ours, does not take it.
+        RefusedError: vLLM, or one of our options, refuses the command line.
     """
     before = dict(os.environ)
     is_strict = any(word.replace("_", "-") == _STRICT for word in words)
@@ -72,7 +72,7 @@ def parse(words: Sequence[str]) -> Asked:
     wanted = [word for word in words if word.replace("_", "-") != _STRICT]
     try:
         arguments = parser.parse_args([*wanted, *named])
-        os.environ.pop(_STRICT_ENV, None)  # from a file of options
+        os.environ.pop(_STRICT_ENV, None)  # it may come from a file of options
         if arguments.model_tag is not None:
             arguments.model = arguments.model_tag
         subcommand.validate(arguments)
@@ -104,12 +104,12 @@ def _given(before: dict[str, str], is_strict: bool) -> dict[str, tuple[str, str]
 
 
 def configured(asked: Asked) -> tuple[Any, Any]:
-    """vLLM's configuration, and the same for one device.
+    """vLLM's configuration, and the same configuration for one device.
 
-    Groups of the KV cache are the same on one device, where no other has to be waited for.
+    The groups of the KV cache are the same on one device, which waits for no other device.
 
     Raises:
-        RefusedError: vLLM refuses it.
+        RefusedError: vLLM refuses the configuration.
     """
     model = str(asked.model)
     if model.startswith(("/", "./", "../", "~")) and not Path(model).exists():
@@ -136,8 +136,8 @@ def configured(asked: Asked) -> tuple[Any, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of vLLM says, in one line."""
-    listed = getattr(error, "errors", None)  # of pydantic: each with a message of its own
+    """The text of vLLM's error, in one line."""
+    listed = getattr(error, "errors", None)  # pydantic's: each has a message
     text = "; ".join(str(each["msg"]) for each in listed()) if callable(listed) else str(error)
     text = textwrap.shorten(text.removeprefix("Value error, "), MOST_SAID, placeholder=" ...")
     return text or type(error).__name__

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV connectors that are looked at and not started: starting one opens ports, files and pools."""
+"""Makes KV connectors to examine, and never starts them: a start opens ports, files and pools."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vllm_stateful.adapters.engine.connectors import MULTI
 def stand_in(config: Any) -> Any:
     """An object of the connector's class that was never initialized.
 
-    Its class, its configuration and its parts are all that `unsupported_connector` reads.
+    `unsupported_connector` reads only its class, its configuration and its parts.
 
     Args:
-        config: vLLM's, with a ``kv_transfer_config``.
+        config: vLLM's configuration, with a ``kv_transfer_config``.
 
     Raises:
         ValueError: vLLM knows no such connector.
-        ImportError: what it needs is not installed.
+        ImportError: something that the connector needs is not installed.
     """
     return _uninitialized(KVConnectorFactory.get_connector_class(config.kv_transfer_config), config)
 

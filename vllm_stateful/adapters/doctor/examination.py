@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plugin will do with one command line, finding by finding."""
+"""Finds out what the plugin will do with one command line, finding by finding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SECRETS = tuple(option.field for option in OPTIONS if option.is_secret)
 
 
 def examine(words: Sequence[str]) -> Iterator[Finding]:
-    """All that has to be asked of vLLM.
+    """All findings for which vLLM has to be asked.
 
     Raises:
         RefusedError: vLLM refuses the arguments.
@@ -111,7 +111,7 @@ def _model(asked: Asked) -> Iterator[Finding]:
 
 
 def _connector_of(config: Any) -> tuple[Any, str | None]:
-    """The connector that was asked for, or why vLLM cannot have it."""
+    """The connector that was asked for, and the reason if vLLM cannot make it."""
     from vllm_stateful.adapters.doctor.connectors import stand_in
 
     if config.kv_transfer_config is None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine core whose model has shapes and no weights, to see what it would make of its KV cache.
+"""Makes an engine core with a model that has shapes but no weights, to examine its KV cache.
 
-vLLM's own code does all of it: the model is built on torch's device ``meta``, its layers say what
-KV they keep, and the engine core makes groups, managers and the scheduler of that. No memory is
-taken for weights or KV, no device is touched, and nothing can be computed.
+vLLM's own code does all of it. The model is built on torch's device ``meta``. Its layers say what
+KV they keep. From that, the engine core makes the groups, the managers and the scheduler. No memory
+is taken for weights or KV, no device is touched, and nothing can be computed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vllm_stateful.errors import UnsupportedError
 
 _LEAST_MEMORY = 1 << 28
 _HEADS = ("eagle", "eagle3", "mtp")
-"""Methods whose head is built as any model is."""
+"""Methods whose head is built like any model."""
 
 _WITHOUT_KV = ("medusa", "mlp_speculator")
 
@@ -52,38 +52,41 @@ class Rehearsal(Executor):  # type: ignore[misc]
         self._specs = get_kv_cache_spec(config)
 
     def get_kv_cache_specs(self) -> list[dict[str, Any]]:
-        """What the layers keep."""
+        """The specs of the KV that the layers keep."""
         return [self._specs]
 
     def determine_available_memory(self) -> list[int]:
-        """Enough for a few requests; how much there will be is not known."""
+        """Bytes enough for a few requests; the real memory is not known."""
         sizes = [each.max_memory_usage_bytes(self.vllm_config) for each in self._specs.values()]
         return [max(4 * sum(sizes), _LEAST_MEMORY)]
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
-        """No KV cache. A connector would open ports and files: it is looked at by its class."""
+        """Make no KV cache and no connector.
+
+        A connector would open ports and files, so it is examined by its class.
+        """
         self.vllm_config.kv_transfer_config = None
         self.vllm_config.kv_events_config = None
         self.vllm_config.ec_transfer_config = None
 
     def get_supported_kv_cache_layouts(self) -> list[list[str]]:
-        """What a worker says."""
+        """The layouts that a worker supports."""
         return [WorkerBase.get_supported_kv_cache_layouts(self)]
 
     def set_kv_cache_layout(self, *arguments: Any) -> None:
-        """What a worker does. From vLLM 0.33 on there are two arguments."""
+        """Do what a worker does; from vLLM 0.33 on there are two arguments."""
         WorkerBase.set_kv_cache_layout(self, *arguments)
 
     def collective_rpc(self, *_: Any, **__: Any) -> list[Any]:
-        """There is nobody to call."""
+        """Do nothing, because there is no worker to call."""
         return []
 
     def check_health(self) -> None:
-        """Always well."""
+        """Do nothing: the executor is always healthy."""
 
 
 def _build_head(config: Any) -> None:
-    """The drafting head beside the model, for its layers keep KV too.
+    """Build the drafting head beside the model, because its layers keep KV, too.
 
     Raises:
         UnsupportedError: vLLM's worker builds it in a way that is not followed here.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which stages of a prompt's text cost what a turn adds, and whether messages are told apart."""
+"""Finds which stages of a prompt cost only what a turn adds, and if messages are told apart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IN_FULL = "every conversation is rendered in full"
 
 
 def stages(asked: Asked, config: Any) -> Iterator[Finding]:
-    """The findings. vLLM's renderer is made as an API server makes it."""
+    """The findings about a prompt's text; the renderer is made as an API server makes it."""
     renderer = renderer_from_config(config)
     if not isinstance(renderer, StatefulHfRenderer):
         text = f"vLLM's {type(renderer).__name__} writes and tokenizes every prompt in full"

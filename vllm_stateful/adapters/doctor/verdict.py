@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine core's scheduler would do, asked of the scheduler itself."""
+"""Asks an engine core's scheduler what it would do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_stateful.errors import UnsupportedError
 
 
 def groups_of(scheduler: Any) -> str:
-    """For people: the groups of the KV cache, and how long their blocks are."""
+    """A text about the groups of the KV cache and the length of their blocks in tokens."""
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     if not managers:
         return "none"
@@ -32,8 +32,8 @@ def off_reason_of(scheduler: Any, connector: Any) -> str | None:
     """Why no sessions are kept; None when they are.
 
     Args:
-        scheduler: that of an engine core without a connector.
-        connector: what would be beside it.
+        scheduler: the scheduler of an engine core without a connector.
+        connector: the connector that would be beside it; None without one.
     """
     if not isinstance(scheduler, StatefulScheduler | StatefulAsyncScheduler):
         return f"the scheduler is {type(scheduler).__name__}"
