@@ -138,7 +138,7 @@ def closure(roots: Iterable[str]) -> set[str]:
         open_ones.append(module.rpartition(".")[0])
         for each in statements_of(module):
             if not each.is_lazy:
-                open_ones += [each.module, f"{each.module}.{each.name}"]
+                open_ones += [each.module, *([f"{each.module}.{each.name}"] if each.name else [])]
     return found
 
 
