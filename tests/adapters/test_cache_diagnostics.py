@@ -71,7 +71,7 @@ def test_what_is_off_is_unavailable(counts: DiagnosisCounts) -> None:
         ("/v1/chat/completions", {}, False),
         ("/v1/chat/completions", {"prompt_cache_options": {}}, True),
         ("/v1/responses", {}, True),
-        ("/root/v1/responses", {}, True),
+        ("/behind-a-proxy/v1/responses", {}, True),
         ("/v1/completions", {"diagnostics": {}}, False),
     ],
 )

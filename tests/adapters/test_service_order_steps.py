@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
+from lifecycle import AgentSessions
 from recorded_engine import ALICE, BOB, HISTORY, Engine
 from simulated_engine import expected_answer, vllm_config
-from test_lifecycle_model import AgentSessions, AgentSessionsAsync
+from test_lifecycle_model import AgentSessionsAsync
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, PriorityRequestQueue
 
 from vllm_stateful.adapters.engine import scheduler

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from vllm_stateful.session.turn_record import TurnRecord
 
 MAX_TURNS = 10_000
-"""The most records. Each takes about 1 KiB."""
+"""The most records. Each takes less than 2 KiB."""
 
 
 _OF_ENGINE = re.compile(r"(?:\d+_)?(?P<name>.+)-[0-9a-f]{8}")
