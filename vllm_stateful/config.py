@@ -161,8 +161,7 @@ OPTIONS: tuple[Option, ...] = (
         "'exact' or 'fast'",
         "Sets several options; those that are given themselves win. exact: every prompt has the "
         "token ids of stock vLLM. fast: --stateful-history generated, --stateful-tool-call-check "
-        "end and --stateful-drafts on, with which vLLM refuses requests with min_p or logit_bias. "
-        "Default: exact.",
+        "end and --stateful-drafts on. Default: exact.",
     ),
     Option(
         "pin_fraction",
@@ -262,8 +261,9 @@ OPTIONS: tuple[Option, ...] = (
         "Drafts from sessions: what a session repeats is verified several tokens at once. on makes "
         "the right --speculative-config where none is given. Beside a drafting head (EAGLE, MTP, "
         "...) the draft is taken that was right more often: auto does so in the engine core (model "
-        "runner V1 without async scheduling), on also on the device (model runner V2). The speed "
-        "on a device was not measured yet. off leaves all drafts to the head. Default: auto.",
+        "runner V1 without async scheduling), on also on the device (model runner V2). auto drafts "
+        "nothing without a head: the speed on a device was not measured yet. off leaves all drafts "
+        "to the head. Default: auto.",
     ),
     Option(
         "explain",

@@ -26,7 +26,7 @@ from vllm_stateful.config import FEATURES, process_config
 from vllm_stateful.errors import ConfigError, UnsupportedError
 
 SESSIONS = {patch.name for patch in PATCHES if patch.feature == "sessions"}
-OPT_IN = ("cli", "history", "responses", "tool-call-check")
+OPT_IN = ("cli", "history", "responses", "tool-call-check", "engine-drafts")
 BY_DEFAULT = {p.name for p in PATCHES if p.feature not in OPT_IN}
 HOOKS = [hook for patch in PATCHES for hook in patch.calls]
 
@@ -86,6 +86,9 @@ def test_enabled_all_patches_are_applied_once_and_undone_exactly() -> None:
         "sys.argv = ['vllm', 'serve', 'model', '--stateful-strict']\n"
         "from vllm.plugins import load_general_plugins\n"
         "load_general_plugins()\n"
+        "from vllm_stateful.adapters.speculation import SessionDrafter\n"
+        "assert [p.name for p in PATCHES if not p.is_applied] == ['worker-logits']\n"
+        "SessionDrafter(None)\n"
         "assert all(patch.is_applied for patch in PATCHES)\n"
         "after = members()\n"
         "assert not any(member is before[name] for name, member in after.items())\n"

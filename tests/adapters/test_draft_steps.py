@@ -56,6 +56,13 @@ def test_a_request_can_ask_for_them_where_rows_are_dear(value: object, is_drafte
     assert (drafted > NUM_TOKENS // 2) == is_drafted
 
 
+@pytest.mark.parametrize("asked", [{"logit_bias": {1: 1.0}}, {"temperature": 0.5, "min_p": 0.1}])
+def test_what_drafts_would_not_pass_is_not_drafted(asked: dict[str, Any]) -> None:
+    engine = answered()
+    engine.scheduler.engine_drafts.greedy_only = False
+    assert num_drafted(engine, **asked, extra_args={XARG: 1}) == 0
+
+
 def test_nothing_is_drafted_across_tenants() -> None:
     from_itself = num_drafted(new_engine(), cache_salt="another")
     assert num_drafted(answered("one"), cache_salt="one") > from_itself

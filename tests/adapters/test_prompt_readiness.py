@@ -23,8 +23,12 @@ from vllm_stateful.adapters.engine import prompt_receiver
 from vllm_stateful.adapters.engine.turn import prompt_array
 from vllm_stateful.adapters.engine.worker_ids import worker_ids
 from vllm_stateful.adapters.frontend import prompt_sender
-from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas, pack, sender_of
-from vllm_stateful.compat.ledger import patch_of
+from vllm_stateful.adapters.frontend.prompt_sender import (
+    ask_for_deltas,
+    pack,
+    sender_of,
+    take_misses,
+)
 from vllm_stateful.transport.wire import BASE_MISS
 
 
@@ -233,7 +237,7 @@ def test_a_prompt_that_was_changed_since_stays_a_list(link: Link) -> None:
 def test_with_several_engines_an_aborted_request_is_not_sent_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vLLM's client sends no abort to an engine that has answered with a miss."""
+    """An engine that answers with a miss leaves the request where the client counts it."""
     monkeypatch.setattr(DPLBAsyncMPClient, "__del__", lambda self: None, raising=False)
     link = Link()
     link.send(request_of(prompt(LONG, 1)))
@@ -244,19 +248,21 @@ def test_with_several_engines_an_aborted_request_is_not_sent_again(
     client.streaming_reqs = set()  # from vLLM 0.33 on
     client.engine_inflight = {b"engine-0": 1}
     client.resources = SimpleNamespace(engine_dead=False)
+    sent: list[Any] = []
+
+    async def send(kind: Any, message: Any, engine: Any) -> None:
+        sent.append((kind, pack(client, kind, message, engine), engine))
+
+    client._send_input = send
     miss = EngineCoreOutput("r", [], finish_reason=FinishReason.ERROR, stop_reason=BASE_MISS)
-    outputs = EngineCoreOutputs(finished_requests={"r"}, outputs=[miss])
+    outputs = EngineCoreOutputs(outputs=[miss])
 
     async def miss_then_abort() -> list[Any]:
         await DPLBAsyncMPClient.process_engine_outputs(client, outputs)
         await client.abort_requests_async(["r"])
-        return link.sender.take_misses(outputs)
+        return take_misses(client, outputs)
 
-    applied = patch_of("prompt-abort").is_applied
-    patch_of("prompt-abort").apply()
-    try:
-        assert asyncio.run(miss_then_abort()) == []
-        assert outputs.outputs == []
-    finally:
-        if not applied:
-            patch_of("prompt-abort").undo()
+    assert asyncio.run(miss_then_abort()) == []
+    assert sent == [(EngineCoreRequestType.ABORT, ["r"], b"engine-0")]
+    assert outputs.outputs == []
+    assert (client.reqs_in_flight, client.engine_inflight) == ({}, {b"engine-0": 0})

@@ -35,10 +35,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
-from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
@@ -55,7 +56,6 @@ OWNERS = {
     "detokenizer-prompt": FastIncrementalDetokenizer,
     "prompt-send": AsyncMPClient,
     "prompt-answers": AsyncMPClient,
-    "prompt-abort": DPLBAsyncMPClient,
     "prompt-handover": EngineCore,
     "prompt-miss": EngineCoreProc,
     "worker-ids": NewRequestData,
@@ -71,6 +71,7 @@ OWNERS = {
     "worker-speculator": model_runner,
     "worker-requests": model_runner.GPUModelRunner,
     "worker-batch": model_runner.GPUModelRunner,
+    "worker-logits": gpu_model_runner,
 }
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 by_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
@@ -247,7 +248,7 @@ def test_request_identity_hook_gets_the_finished_request() -> None:
         request.cache_salt = f"tenant of {request.session_id}"
         return request
 
-    patch_of("request-identity").calls[0].set(salt)
+    patch_of("request-identity").calls[-1].set(salt)
     assert process(session_id="s").cache_salt == "tenant of s"
 
 
@@ -260,7 +261,7 @@ def test_request_identity_covers_the_async_path() -> None:
 
     with ThreadPoolExecutor(1) as executor:
         patch_of("request-identity").apply()
-        patch_of("request-identity").calls[0].set(lambda request: ("hooked", request.request_id))
+        patch_of("request-identity").calls[-1].set(lambda request: ("hooked", request.request_id))
         assert asyncio.run(process_async(BareInputProcessor(executor))) == ("hooked", "r")
 
 

@@ -5,7 +5,7 @@
 
 ``beside-head`` has an EAGLE head of random weights, whose drafts are all wrong. Each kind is asked
 three times: what an agent has said before is what it is drafted. Then greedy turns run beside
-others that are not.
+others: drawn ones, and with a logit bias, which are never drafted.
 """
 
 from __future__ import annotations
@@ -52,9 +52,14 @@ KINDS: dict[str, dict[str, Any]] = {
         },
         "max_tokens": 60,
     },
+    "min_p": {"temperature": 1.0, "seed": 7, "min_p": 0.2},
+    "logit_bias": {"logit_bias": {500: 4.0, 23: -100.0, 4000: 3.0}},
     "asked for": {"extra_args": {"stateful_drafts": 1}},
     "without": {"extra_args": {"stateful_drafts": 0}},
 }
+
+
+REFUSED_BESIDE_HEADS = ("min_p", "logit_bias")
 
 
 def speculative(drafts: str, model: Path, folder: Path) -> dict[str, Any] | None:
@@ -101,24 +106,31 @@ def answers(llm: Any, kinds: dict[str, dict[str, Any]]) -> Iterator[tuple[str, d
             )
 
 
-def mixed(llm: Any) -> list[list[int]]:
-    """Greedy answers beside others that are drawn."""
+def together(llm: Any, options: list[dict[str, Any]]) -> list[list[int]]:
+    """The answers of turns that run at the same time."""
     from vllm import SamplingParams
 
-    params = [
-        SamplingParams(
-            temperature=each % 2,
-            top_k=TOP_K,
-            top_p=0.9,
-            max_tokens=NUM_TOKENS,
-            seed=each,
-            ignore_eos=True,
-        )
-        for each in range(8)
-    ]
+    params = [SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, **each) for each in options]
     prompts = [{"prompt_token_ids": PROMPT}] * len(params)
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs[::2]]
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def mixed(llm: Any) -> list[list[int]]:
+    """Greedy answers beside others that are drawn."""
+    options = [
+        {"temperature": each % 2, "top_k": TOP_K, "top_p": 0.9, "seed": each} for each in range(8)
+    ]
+    return together(llm, options)[::2]
+
+
+def biased(llm: Any) -> list[list[int]]:
+    """Greedy answers, each other one with a bias of its own."""
+    options: list[dict[str, Any]] = [
+        {"temperature": 0, **({"logit_bias": {100 * each: 20.0}} if each % 2 else {})}
+        for each in range(8)
+    ]
+    return together(llm, options)
 
 
 def main() -> None:
@@ -144,12 +156,20 @@ def main() -> None:
             speculative_config=speculative(args.drafts, args.model, Path(folder)),
         )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    said = dict(answers(llm, KINDS))
+    is_beside_head = args.drafts == "beside-head"
+    refused = REFUSED_BESIDE_HEADS if is_beside_head else ()
+    said = dict(answers(llm, {name: kind for name, kind in KINDS.items() if name not in refused}))
     stop = said["greedy 0"]["text"][10:14]
     said |= dict(answers(llm, {"stop": {"stop": [stop]}}))
     document: dict[str, Any] = {"answers": said}
-    document["accepted"] = scheduler.engine_drafts.drafts.num_accepted if args.drafts else 0
-    if args.drafts != "beside-head":  # vLLM on a CPU cannot verify drafts beside drawn tokens
+
+    def num_accepted() -> int:
+        return scheduler.engine_drafts.drafts.num_accepted if args.drafts else 0
+
+    document["accepted"] = num_accepted()
+    if not is_beside_head:  # vLLM on a CPU cannot verify drafts beside drawn tokens
+        document["biased"] = biased(llm)
+        document["accepted_beside_bias"] = num_accepted() - document["accepted"]
         document["mixed"] = mixed(llm)
     args.out.write_text(json.dumps(document))
 

@@ -189,6 +189,18 @@ def options(llm: LLM) -> list[list[int]]:
     return ask(llm, prompts, wanted)
 
 
+def processed(llm: LLM) -> list[list[int]]:
+    """What vLLM refuses beside drafts. A ``min_p`` of 1 leaves the likeliest token alone."""
+    wanted = [
+        greedy(SAID, logit_bias={5: 2.0, 9: -100.0}),
+        greedy(SAID, logit_bias={7: 100.0}),
+        greedy(SAID, temperature=1.0, seed=3, min_p=1.0),
+        greedy(SAID),
+    ]
+    prompt = text(Random(11), 9) * 4
+    return [said for _ in range(2) for said in ask(llm, [prompt] * len(wanted), wanted)]
+
+
 def grammars(llm: LLM) -> list[str]:
     """Answers that a grammar bounds, twice: the second time they can be drafted."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -300,6 +312,9 @@ def play(folder: Path) -> dict[str, Any]:
         send_arrays()
     preempted = count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
     found = {"turns": turns(llm), "options": options(llm), "said_before": said_before(llm)}
+    if not SIDE.startswith("head"):
+        before = sum(STEPS)
+        found |= {"processed": processed(llm), "verified beside": sum(STEPS) - before}
     if SIDE in ("stock", "crowded"):
         found["long answers"] = long_answers(llm)
     if SIDE == "stock":

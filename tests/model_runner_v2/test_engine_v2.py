@@ -48,6 +48,16 @@ def test_answers_are_those_of_stock(side: str, kind: str, played: Played) -> Non
     assert [said for *said, _ in ours] == [said for *said, _ in stock]
 
 
+@pytest.mark.parametrize("side", ["plugin", "drafts", "adaptive", "crowded"])
+def test_a_logit_bias_and_min_p_are_served_beside_drafts(side: str, played: Played) -> None:
+    stock, ours = played["stock"]["processed"], played[side]["processed"]
+    assert [said for *said, _ in ours] == [said for *said, _ in stock]
+    assert len({tuple(said) for *said, _ in stock}) == 3, "a bias changes the answer"
+    assert stock[2][:-1] == stock[3][:-1]
+    if side == "drafts":
+        assert played[side]["verified beside"] > 50
+
+
 @pytest.mark.parametrize("side", ["head", "head-alone"])
 def test_turns_are_resumed_beside_a_head(side: str, played: Played) -> None:
     """Of the last turns all but what is new, and the token that the head needs."""

@@ -36,6 +36,10 @@ BEHIND_RUST = (
 
 COMMAND_LINE = patch_of("cli-flags")
 
+ELSEWHERE = (COMMAND_LINE, patch_of("worker-logits"))
+"""Patches that `activate` neither applies nor undoes: `install_command_line` applies the first, and
+`SessionDrafter` the second, in the worker that has one."""
+
 
 def install_command_line() -> None:
     """Add only ``--plugin`` and ``--stateful-*`` to vLLM's parser."""
@@ -67,7 +71,7 @@ def activate() -> None:
     wanted = _patches_of(processes, config)
     try:
         for patch in reversed(PATCHES):
-            if patch not in wanted and patch is not COMMAND_LINE:
+            if patch not in wanted and patch not in ELSEWHERE:
                 patch.undo()
         applied = apply_all(
             wanted,
@@ -144,7 +148,7 @@ def _patches_of(runs_here: frozenset[Process], config: StatefulConfig) -> list[P
     off |= set() if config.response_cache_bytes else {"responses"}
     off |= {"tool-call-check"} if config.tool_call_check == "off" else set()
     off |= {"shared-prefixes"} if config.attention == "off" else set()
-    usable = [p for p in PATCHES if p is not COMMAND_LINE and p.feature not in off]
+    usable = [p for p in PATCHES if p not in ELSEWHERE and p.feature not in off]
     return [patch for patch in usable if patch.process in runs_here]
 
 

@@ -25,9 +25,13 @@ the device with model runner V2, and in the engine core without async scheduling
 
 from __future__ import annotations
 
+import copy
+from importlib.metadata import entry_points
 from typing import Any
 
-from vllm_stateful.config import StatefulConfig
+from vllm_stateful.adapters.fit import off_reason
+from vllm_stateful.compat.ledger import patch_of
+from vllm_stateful.config import StatefulConfig, is_enabled
 
 ON_DEVICE: dict[str, Any] = {
     "method": "ngram_gpu",
@@ -43,7 +47,9 @@ class SessionDrafter:
     """A ``custom_class`` proposer for vLLM's worker, which leaves drafting to the engine core."""
 
     def __init__(self, vllm_config: Any) -> None:
-        pass
+        # The worker makes its drafter just before its logits processors.
+        if is_enabled() and off_reason() is None:
+            patch_of("worker-logits").apply()
 
     def propose(self, sampled_token_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
         """Propose no drafts: one empty list for each request."""
@@ -74,6 +80,57 @@ def is_looked_up(vllm_config: Any) -> bool:
     """Whether drafts are looked up on the device, by model runner V2."""
     config = vllm_config.speculative_config
     return config is not None and config.method == "ngram_gpu" and vllm_config.use_v2_model_runner
+
+
+def without_speculation(vllm_config: Any) -> Any:
+    """Hook of ``worker-logits``: the configuration to build the worker's logits processors for.
+
+    Requests that use them get no drafts (`uses_logits_processors`). So all can be there.
+    """
+    if not is_asked_for(vllm_config):
+        return vllm_config
+    plain = copy.copy(vllm_config)
+    plain.speculative_config = None
+    return plain
+
+
+def uses_logits_processors(params: Any) -> bool:
+    """Whether model runner V1 samples a request with processors that drafts would not pass.
+
+    Args:
+        params: vLLM's ``SamplingParams``.
+    """
+    return params.min_p > MIN_P or bool(params.logit_bias)
+
+
+MIN_P = 1e-5
+"""vLLM's ``_SAMPLING_EPS``: with a smaller ``min_p`` there is none."""
+
+PROCESSOR_GROUP = "vllm.logits_processors"
+
+
+CUSTOM_PROCESSORS = "custom logits processors may change any request"
+
+
+def has_custom_processors(vllm_config: Any) -> bool:
+    """Whether the user added logits processors: which requests they change is not known."""
+    given = vllm_config.model_config.logits_processors
+    return bool(given) or bool(entry_points(group=PROCESSOR_GROUP))
+
+
+def take_all_parameters(processor: Any) -> None:
+    """First hook of ``request-identity``: refuse no request because sessions draft.
+
+    vLLM refuses ``min_p`` and ``logit_bias`` beside all drafts. Model runner V2 verifies drafts
+    under them. On V1, requests with them get no drafts.
+
+    Args:
+        processor: vLLM's ``InputProcessor``.
+    """
+    if processor.speculative_config is None:
+        return
+    if is_asked_for(processor.vllm_config) or is_looked_up(processor.vllm_config):
+        processor.speculative_config = None  # only the refusal reads it
 
 
 NO_HEAD = frozenset({"ngram", "ngram_gpu", "suffix", "custom_class", "extract_hidden_states"})

@@ -50,7 +50,7 @@ _AFFINITY = (
         f"{_ENGINE}.core_client:DPLBAsyncMPClient",
         "transport",
         "api",
-        "lb_engines engine_inflight",
+        "lb_engines engine_inflight reqs_in_flight",
     ),
 )
 
@@ -117,6 +117,12 @@ _API = (
         "supports_required_and_named",
     ),
     Use("vllm.utils.async_utils", "renderer", "api", "make_async"),
+    Use(
+        f"{_ENGINE}.input_processor:InputProcessor",
+        "sessions",
+        "api",
+        "speculative_config vllm_config",
+    ),
     Use(
         "vllm.entrypoints.openai.chat_completion.protocol",
         "requests",

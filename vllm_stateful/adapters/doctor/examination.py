@@ -14,6 +14,8 @@ from vllm_stateful.adapters.activation import BEHIND_RUST
 from vllm_stateful.adapters.doctor.configuration import Asked, configured, one_line, parse
 from vllm_stateful.adapters.fit import OFF_ENV, drift_of, off_reason, problems
 from vllm_stateful.adapters.speculation import (
+    CUSTOM_PROCESSORS,
+    has_custom_processors,
     has_head,
     is_asked_for,
     is_looked_up,
@@ -151,6 +153,8 @@ def _sessions(asked: Asked, config: Any, alone: Any, connector: Any) -> Iterator
 def _drafts(config: Any, options: StatefulConfig) -> Finding:
     method = config.speculative_config.method
     if is_asked_for(config):
+        if has_custom_processors(config):
+            return Finding("drafts", "off", f"off: {CUSTOM_PROCESSORS}")
         return Finding("drafts", "ok", "from sessions, by the engine core")
     if is_looked_up(config):
         return Finding("drafts", "ok", "from sessions, looked up on the device")

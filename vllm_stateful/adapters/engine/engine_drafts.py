@@ -19,6 +19,7 @@ from vllm.v1.request import Request
 
 from vllm_stateful.adapters.engine.agents import agent_of, wish_of
 from vllm_stateful.adapters.engine.kv_blocks import StatefulKVCacheManager
+from vllm_stateful.adapters.speculation import uses_logits_processors
 from vllm_stateful.prefix.boundaries import BoundaryRules
 from vllm_stateful.speculate.beside_head import REST_LOOKS, BesideHead
 from vllm_stateful.speculate.session_drafts import SessionDrafts, compile_now
@@ -230,6 +231,8 @@ class EngineDrafts:
             self.drafts.came(name, token_array(new))
 
     def _draft(self, request: Request, least_chance: float) -> list[int]:
+        if request.sampling_params is None or uses_logits_processors(request.sampling_params):
+            return []
         wish = wish_of(request)
         if wish is not None:
             least_chance = LEAST_CHANCE if wish else 1.0

@@ -164,10 +164,8 @@ def answer_miss(core: Any, request: EngineCoreRequest) -> bool:
         finish_reason=FinishReason.ERROR,
         stop_reason=BASE_MISS,
     )
-    outputs = EngineCoreOutputs(
-        engine_index=core.engine_index,
-        finished_requests={request.request_id},
-        outputs=[missed],
-    )
+    # The request has not finished: a client of several engine cores goes on to count it here, and
+    # sends an abort, or the whole prompt, to this engine core.
+    outputs = EngineCoreOutputs(engine_index=core.engine_index, outputs=[missed])
     core.output_queue.put_nowait((request.client_index, outputs))
     return True

@@ -42,6 +42,8 @@ from vllm_stateful.adapters.engine.turn_records import TurnRecords, decoder
 from vllm_stateful.adapters.engine.waiting_queue import ServiceQueue
 from vllm_stateful.adapters.slots import on_request
 from vllm_stateful.adapters.speculation import (
+    CUSTOM_PROCESSORS,
+    has_custom_processors,
     has_head,
     is_asked_for,
     is_looked_up,
@@ -212,6 +214,8 @@ class _StatefulMixin:
             self.device_drafts = DeviceDrafts(
                 self.kv_cache_manager, rules, is_beside_head=is_beside_head
             )
+        elif is_asked_for(self.vllm_config) and has_custom_processors(self.vllm_config):
+            logger.warning("stateful: no drafts from sessions: %s", CUSTOM_PROCESSORS)
         elif is_asked_for(self.vllm_config) or is_beside_head:
             from vllm_stateful.adapters.engine.engine_drafts import (
                 EngineDrafts,  # numba: a second

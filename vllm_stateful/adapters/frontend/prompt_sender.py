@@ -8,7 +8,8 @@ import copy
 import os
 import time
 import uuid
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,12 +108,18 @@ class PromptSender:
             parcel = parcel._replace(header=parcel.header._replace(checksum=whole))
         return _labelled(request, parcel)
 
-    def take_misses(self, outputs: EngineCoreOutputs) -> list[EngineCoreRequest]:
+    def take_misses(
+        self, outputs: EngineCoreOutputs, dropped: Callable[[str], None] = lambda name: None
+    ) -> list[EngineCoreRequest]:
         """Take the misses out of an engine's answer.
 
+        Args:
+            outputs: the answer. It is changed.
+            dropped: is called with the id of each request that was aborted meanwhile. Such a
+                request is not sent again, so the engine never says that it has finished.
+
         Returns:
-            The requests to send again; they will be sent in full. Requests that were aborted
-            meanwhile are not among them.
+            The requests to send again; they will be sent in full.
         """
         again = []
         has_misses = False
@@ -121,7 +128,9 @@ class PromptSender:
             if output.stop_reason != BASE_MISS:
                 continue
             has_misses = True
-            if waiting is not None:
+            if waiting is None:
+                dropped(output.request_id)
+            else:
                 self._versions.forget(waiting.engine, waiting.request.prompt_token_ids)
                 PROMPT_COUNTS.sent(Sent.RESENT)
                 self._again.add(output.request_id)
@@ -167,12 +176,15 @@ def sender_of(client: Any) -> PromptSender:
 
 def take_misses(client: Any, outputs: Any) -> list[EngineCoreRequest]:
     """Hook of ``prompt-answers``: see `PromptSender.take_misses`."""
-    return sender_of(client).take_misses(outputs)
+    return sender_of(client).take_misses(outputs, partial(_lands, client))
 
 
-def aborted(client: Any, request_ids: list[str]) -> None:
-    """Hook of ``prompt-abort``: see `PromptSender.aborted`."""
-    sender_of(client).aborted(request_ids)
+def _lands(client: Any, request_id: str) -> None:
+    """Take a request out of the account of a client that has several engine cores."""
+    in_flight = getattr(client, "reqs_in_flight", None)
+    engine = None if in_flight is None else in_flight.pop(request_id, None)
+    if engine is not None:
+        client.engine_inflight[engine] -= 1
 
 
 def pack(client: Any, request_type: EngineCoreRequestType, message: Any, engine: Any) -> Any:

@@ -40,7 +40,9 @@ def _session_identity(original: Callable[..., Any], identify: Hook) -> Callable[
     return _get_session_id
 
 
-def _request_identity(original: Callable[..., Any], stamp: Hook) -> Callable[..., Any]:
+def _request_identity(
+    original: Callable[..., Any], prepare: Hook, stamp: Hook
+) -> Callable[..., Any]:
     """Put onto a request who sent it, just before it leaves the API process.
 
     ``InputProcessor.process_inputs_async`` runs this same function in a thread pool. An
@@ -48,10 +50,13 @@ def _request_identity(original: Callable[..., Any], stamp: Hook) -> Callable[...
     The caller's context variables are not visible in the thread pool, but HTTP requests arrive
     rendered and do not use it.
 
+    ``prepare``: gets the InputProcessor before it validates the request.
+
     ``stamp``: gets the finished EngineCoreRequest; may change it, and returns the one to send.
     """
 
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prepare(self)
         return stamp(original(self, *args, **kwargs))
 
     return process_inputs
@@ -194,9 +199,12 @@ PATCHES = (
         name="request-identity",
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         wrap=_request_identity,
-        calls=(Hook("vllm_stateful.adapters.frontend.identity:stamp"),),
+        calls=(
+            Hook("vllm_stateful.adapters.speculation:take_all_parameters"),
+            Hook("vllm_stateful.adapters.frontend.identity:stamp"),
+        ),
         symptom="The API key of a request never reaches the engine, so two tenants share KV "
-        "blocks.",
+        "blocks. min_p and logit_bias are refused beside any drafts.",
         reason="`cache_salt` would keep them apart, but only clients can set it, and nothing "
         "between the HTTP request and the engine can be extended.",
         feature="sessions",

@@ -41,19 +41,6 @@ def _prompt_answers(original: Callable[..., Any], take_misses: Hook) -> Callable
     return get_output_async
 
 
-def _prompt_abort(original: Callable[..., Any], note: Hook) -> Callable[..., Any]:
-    """Note aborts, so that the prompt of an aborted request is not sent again.
-
-    ``note``: gets the client (for several engine cores) and the ids of the aborted requests.
-    """
-
-    async def abort_requests_async(self: Any, request_ids: list[str]) -> None:
-        note(self, request_ids)
-        await original(self, request_ids)
-
-    return abort_requests_async
-
-
 def _prompt_handover(original: Callable[..., Any], receive: Hook) -> Callable[..., Any]:
     """Process only the new part of a prompt; stock vLLM decodes, hashes and converts all of it.
 
@@ -108,20 +95,6 @@ PATCHES = (
         feature="transport",
         process="api",
         signature="async (self)",
-        upstream="vllm-0.32/0008-prompt-transport.patch",
-        remove_when="a plugin can encode and decode the requests to the engine core.",
-    ),
-    Patch(
-        name="prompt-abort",
-        target="vllm.v1.engine.core_client:DPLBAsyncMPClient.abort_requests_async",
-        wrap=_prompt_abort,
-        calls=(Hook("vllm_stateful.adapters.frontend.prompt_sender:aborted"),),
-        symptom="None in stock vLLM: with data parallelism, part of prompt-answers.",
-        reason="The client of several engine cores sends no abort for a request that an engine "
-        "answered with a miss; so it would be sent again after it was aborted.",
-        feature="transport",
-        process="api",
-        signature="async (self, request_ids)",
         upstream="vllm-0.32/0008-prompt-transport.patch",
         remove_when="a plugin can encode and decode the requests to the engine core.",
     ),

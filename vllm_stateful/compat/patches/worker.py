@@ -75,6 +75,18 @@ def _worker_batch(original: Callable[..., Any], note: Hook) -> Callable[..., Any
     return prepare_inputs
 
 
+def _worker_logits(original: Callable[..., Any], config_of: Hook) -> Callable[..., Any]:
+    """Build all logits processors beside drafts from sessions, not only that of ``min_tokens``.
+
+    ``config_of``: gets vLLM's configuration; returns the one to build the processors for.
+    """
+
+    def build_logitsprocs(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(config_of(vllm_config), *args, **kwargs)
+
+    return build_logitsprocs
+
+
 PATCHES = (
     Patch(
         name="staged-ids",
@@ -135,5 +147,20 @@ PATCHES = (
         signature="(self, scheduler_output, batch_req_state, batch_desc, num_active_loras)",
         upstream="vllm-0.32/0016-worker-batch.patch",
         remove_when="a metadata builder sees the SchedulerOutput and the order of its requests.",
+    ),
+    Patch(
+        name="worker-logits",
+        target="vllm.v1.worker.gpu_model_runner:build_logitsprocs",
+        wrap=_worker_logits,
+        calls=(Hook("vllm_stateful.adapters.speculation:without_speculation"),),
+        symptom="With any --speculative-config, requests with min_p or logit_bias are refused, and "
+        "custom logits processors do not start: model runner V1 builds none of them.",
+        reason="V1 verifies no drafts under these processors. It does not have to where requests "
+        "that use them are never given drafts, but it decides for all methods alike.",
+        feature="engine-drafts",
+        process="worker",
+        signature="(vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs=...)",
+        upstream="vllm-0.32/0017-worker-logits.patch",
+        remove_when="vLLM verifies drafts under min_p and logit_bias on model runner V1.",
     ),
 )
