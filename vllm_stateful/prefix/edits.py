@@ -40,6 +40,24 @@ def end_of_question(path_up: Iterable[Node[Any]], num_shared: int) -> Ids | None
     return None
 
 
+def is_asked_whole(path_up: Iterable[Node[Any]], num_shared: int) -> bool:
+    """Whether shared tokens reach to the answer of a history's last question.
+
+    A prompt that has them all holds the prompt of that history, and parts from it in its answer.
+
+    Args:
+        path_up: the history's nodes, from its end to its beginning.
+        num_shared: tokens at the beginning that the new prompt has as well.
+
+    Returns:
+        False where it is not known where the question ends.
+    """
+    for node in path_up:
+        if node.kind in QUESTIONS:
+            return num_shared >= node.end
+    return False
+
+
 def is_found_in(wanted: Ids, tokens: Ids) -> bool:
     """Whether ``wanted`` occurs in ``tokens`` as one run."""
     size = len(wanted)

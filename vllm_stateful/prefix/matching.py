@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vllm_stateful.prefix.edits import end_of_question, is_found_in
+from vllm_stateful.prefix.edits import end_of_question, is_asked_whole, is_found_in
 from vllm_stateful.prefix.groups.table import ResumePoint
 from vllm_stateful.prefix.radix_tree import Known, PrefixMatch, RadixTree
 from vllm_stateful.prefix.residency import Match, PromptBase, Residency, is_anonymous
@@ -29,7 +29,8 @@ class Matching(ResidencyBook):
 
         Args:
             session: its identity must equal that of the residency; its id is a hint that
-                breaks ties. An anonymous id is replaced by that of the session it continues.
+                breaks ties. An anonymous id is replaced by that of the session it continues, or
+                whose last answer came back changed.
             tokens: the prompt, shape ``[num_tokens]``.
             limit: most tokens that may be reused (vLLM must compute at least the last one).
             base: what is known of the prompt's beginning; it is not compared again.
@@ -44,10 +45,22 @@ class Matching(ResidencyBook):
         own = self._own_branch(session, tree, longest)
         if own is not None:
             found, num_tokens = own, min(own.frontier, num_tokens)
+        if is_anonymous(session) and is_anonymous(found.session):
+            if found.is_idle and self.has_its_prompt(found, num_tokens):
+                session = found.session
         if self.has_points:
             return self._at_a_point(session, tree, longest, found, num_tokens)
         match = self._classify(session, found, num_tokens, limit)
         return match._replace(related=found, num_shared=num_tokens)
+
+    def has_its_prompt(self, residency: Residency, num_shared: int) -> bool:
+        """Whether a prompt holds the whole prompt of a history, and at most its answer differs.
+
+        Args:
+            residency: the history.
+            num_shared: the tokens before the first difference.
+        """
+        return residency.alive and is_asked_whole(residency.tree.path_up(residency), num_shared)
 
     def is_asked_again(self, residency: Residency, num_shared: int, prompt: TokenArray) -> bool:
         """Whether a prompt still has the last question of a history from which it parts.

@@ -101,7 +101,7 @@ class ResidencyStore(Matching, Demoting):
         if self.has_points and not turn.points:
             self._let_go(turn)
             return None
-        num_turns = 1 if turn.borrowed is None else turn.borrowed.num_turns + 1
+        num_turns = self._num_turns(turn)
         wait = turn.wait(num_turns)
         wished_until_s = self._clock() + turn.wish_s if turn.wish_s else 0.0
         made = Residency(
@@ -134,6 +134,15 @@ class ResidencyStore(Matching, Demoting):
         self._sessions.setdefault(turn.session, []).append(made)
         self._park(made)
         return made
+
+    def _num_turns(self, turn: FinishedTurn) -> int:
+        """How many turns its conversation has had, this one included."""
+        if turn.borrowed is not None:
+            return turn.borrowed.num_turns + 1
+        base = turn.base
+        if base is None or base.session != turn.session:
+            return 1
+        return base.num_turns + 1 if self.has_its_prompt(base, turn.num_base_tokens) else 1
 
     def _check(self, turn: FinishedTurn) -> None:
         for group, table in zip(self.groups, turn.tables, strict=True):

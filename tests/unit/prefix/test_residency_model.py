@@ -6,6 +6,7 @@ tuples, by residency), each slot of the pool with the tokens that were written t
 reference count with a recount of who holds the block. ``STATEFUL_PROGRAMS=5000`` plays as many.
 """
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ from hypothesis.stateful import (
 
 from vllm_stateful.prefix import demoting, matching, reasoning
 from vllm_stateful.prefix.boundaries import BoundaryRules
+from vllm_stateful.prefix.edits import QUESTIONS
 from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency, is_anonymous
 from vllm_stateful.prefix.residency_store import MAX_BRANCHES
 from vllm_stateful.types import Demotion, Outcome, SessionKey
@@ -126,14 +128,24 @@ class Residencies(RuleBasedStateMachine):
         assert self.tokens_of[found][:num_tokens] == wanted[:num_tokens]
         whole = num_tokens in (found.frontier, len(wanted))
         assert num_tokens == longest or (whole and found.session == session)
-        if match.session != session:
-            assert whole
-            assert is_anonymous(session)
-            assert is_anonymous(found.session)
+        are_unnamed = is_anonymous(session) and is_anonymous(found.session)
+        is_edit = found.is_idle and num_tokens >= self.end_of_question(found)
+        assert (match.session != session) == (
+            are_unnamed and session != found.session and (whole or is_edit)
+        )
         expected = {True: Outcome.RESUMED, False: Outcome.DIVERGED}[whole]
         if match.session != found.session:
             expected = Outcome.FORKED
         assert match.outcome is expected
+
+    def end_of_question(self, residency: Residency) -> float:
+        """Where the last question ends; infinite without one."""
+        assert RULES is not None
+        tokens = self.tokens_of[residency]
+        cuts = RULES.cuts(array(tokens))
+        ends = [*cuts.starts.tolist(), len(tokens)][1:]
+        questions = [end for end, kind in zip(ends, cuts.kinds, strict=False) if kind in QUESTIONS]
+        return questions[-1] if questions else math.inf
 
     def some_turn(self, data: st.DataObject) -> RunningTurn:
         return self.engine.running[data.draw(st.integers(0, len(self.engine.running) - 1))]
