@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 BENCH_ARGS ?=
 
-.PHONY: help environment setup model lint format test next test-next demo bench serve clean
+.PHONY: help environment setup model lint format docs test next test-next demo bench serve clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lint: environment ## ruff and mypy
 format: setup ## let ruff fix and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: environment ## the documentation as a site in out/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # One process more than CI has cores, since servers are waited for; each with one thread for the
 # model. Hypothesis plays the same examples each time; look for new ones with PYTEST_ARGS="--hypothesis-profile=default".

@@ -20,7 +20,7 @@ VLLM_VERSION=0.32.0
 DEV_TOOLS=(
     pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1
     matplotlib==3.11.2 rich==15.0.0 gguf==0.19.0 accelerate==1.15.0
-    scikit-build-core==1.1.2
+    scikit-build-core==1.1.2 mkdocs-material==9.8.2
 )
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 VENV=${VENV:-.venv}
