@@ -45,9 +45,9 @@ class Matching(ResidencyBook):
         own = self._own_branch(session, tree, longest)
         if own is not None:
             found, num_tokens = own, min(own.frontier, num_tokens)
-        if is_anonymous(session) and is_anonymous(found.session):
-            if found.is_idle and self.has_its_prompt(found, num_tokens):
-                session = found.session
+        are_unnamed = is_anonymous(session) and is_anonymous(found.session)
+        if are_unnamed and found.is_idle and self.has_its_prompt(found, num_tokens):
+            session = found.session
         if self.has_points:
             return self._at_a_point(session, tree, longest, found, num_tokens)
         match = self._classify(session, found, num_tokens, limit)
