@@ -22,6 +22,10 @@ from benchmarks.demo.servers import HOST, ServerFailedError, free_port
 
 STOCK, PLUGIN = "stock", "plugin"
 SIDES = (STOCK, PLUGIN)
+FAST = "fast"
+"""The plugin with `--stateful-profile fast`."""
+OURS = {PLUGIN: (), FAST: ("--stateful-profile", "fast")}
+"""The options of the sides with the plugin, behind `--plugin stateful`."""
 NGRAM = "ngram"
 """Stock vLLM with its own drafts from the prompt."""
 MODEL_NAME = "tiny"
@@ -71,7 +75,7 @@ def serve_command(model: Path, port: int, side: str, settings: Settings = ONE_LA
         *(("--enforce-eager",) if settings.is_eager else ()),
         *settings.arguments,
         *settings.side_arguments.get(side, ()),
-        *(("--plugin", "stateful") if side == PLUGIN else ()),
+        *(("--plugin", "stateful", *OURS[side]) if side in OURS else ()),
     ]
 
 
@@ -80,7 +84,7 @@ def environment(side: str, settings: Settings = ONE_LAYER) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not (side != PLUGIN and name.startswith("VLLM_STATEFUL"))
+        if not (side not in OURS and name.startswith("VLLM_STATEFUL"))
     }
     common = {
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_gib),

@@ -50,7 +50,8 @@ class Kind(IntEnum):
     TOOL_RESULT = 7
 
 
-_OF_ONE_ANSWER = frozenset({Kind.ASSISTANT, Kind.REASONING, Kind.TOOL_CALL})
+ANSWERS = frozenset({Kind.ASSISTANT, Kind.REASONING, Kind.TOOL_CALL})
+"""The kinds of the segments of an answer."""
 
 
 def begins_message(kind: Kind, before: Kind) -> bool:
@@ -60,8 +61,8 @@ def begins_message(kind: Kind, before: Kind) -> bool:
         kind: of the segment.
         before: the kind of the segment before it.
     """
-    if kind in _OF_ONE_ANSWER:
-        return before not in _OF_ONE_ANSWER
+    if kind in ANSWERS:
+        return before not in ANSWERS
     return kind in (Kind.SYSTEM, Kind.USER, Kind.TOOL_RESULT)
 
 
@@ -84,8 +85,7 @@ class Cuts(NamedTuple):
 
 
 _ANYWHERE = frozenset(Kind)
-_ANSWER = frozenset({Kind.ASSISTANT, Kind.REASONING, Kind.TOOL_CALL})
-_AGENT = _ANSWER | {Kind.TOOL_RESULT}
+_AGENT = ANSWERS | {Kind.TOOL_RESULT}
 
 
 class _Marker(NamedTuple):
@@ -127,7 +127,7 @@ _HARMONY = (
 _INSIDE = {
     "<think>": _Marker(Kind.REASONING, frozenset({Kind.ASSISTANT})),
     "</think>": _after(Kind.ASSISTANT, Kind.REASONING),
-    "<tool_call>": _Marker(Kind.TOOL_CALL, _ANSWER),
+    "<tool_call>": _Marker(Kind.TOOL_CALL, ANSWERS),
     "<tool_response>": _Marker(Kind.TOOL_RESULT, frozenset({Kind.TOOL_RESULT})),
 }
 """Inside the messages of several styles. In other vocabularies they are text."""
@@ -141,8 +141,8 @@ _CHATML = {
 _LLAMA = {
     "<|start_header_id|>": _Marker(header=_ROLE),
     "<|header_start|>": _Marker(header=_ROLE),
-    "<|python_tag|>": _Marker(Kind.TOOL_CALL, _ANSWER),
-    "<|python_start|>": _Marker(Kind.TOOL_CALL, _ANSWER),
+    "<|python_tag|>": _Marker(Kind.TOOL_CALL, ANSWERS),
+    "<|python_start|>": _Marker(Kind.TOOL_CALL, ANSWERS),
 }
 """Llama 3 and 4. Calls without a token in front are text of the assistant."""
 
@@ -153,7 +153,7 @@ _MISTRAL = {
     "[/INST]": _after(Kind.ASSISTANT, Kind.USER),
     "[THINK]": _Marker(Kind.REASONING, frozenset({Kind.ASSISTANT})),
     "[/THINK]": _after(Kind.ASSISTANT, Kind.REASONING),
-    "[TOOL_CALLS]": _Marker(Kind.TOOL_CALL, _ANSWER),
+    "[TOOL_CALLS]": _Marker(Kind.TOOL_CALL, ANSWERS),
     "[TOOL_RESULTS]": _Marker(Kind.TOOL_RESULT),
     "[/TOOL_RESULTS]": _after(Kind.ASSISTANT, Kind.TOOL_RESULT),
 }
@@ -165,8 +165,8 @@ _DEEPSEEK = {
     "<｜begin▁of▁sentence｜>": _after(Kind.SYSTEM, Kind.OTHER),
     "<｜User｜>": _Marker(Kind.USER),
     "<｜Assistant｜>": _Marker(Kind.ASSISTANT),
-    "<｜tool▁calls▁begin｜>": _Marker(Kind.TOOL_CALL, _ANSWER, takes=("<｜tool▁call▁begin｜>",)),
-    "<｜tool▁call▁begin｜>": _Marker(Kind.TOOL_CALL, _ANSWER),
+    "<｜tool▁calls▁begin｜>": _Marker(Kind.TOOL_CALL, ANSWERS, takes=("<｜tool▁call▁begin｜>",)),
+    "<｜tool▁call▁begin｜>": _Marker(Kind.TOOL_CALL, ANSWERS),
     "<｜tool▁outputs▁begin｜>": _Marker(
         Kind.TOOL_RESULT, _AGENT, takes=("<｜tool▁output▁begin｜>",)
     ),
@@ -189,9 +189,9 @@ _KIMI = {
     "<|im_user|>": _Marker(Kind.USER),
     "<|im_assistant|>": _Marker(Kind.ASSISTANT),
     "<|tool_calls_section_begin|>": _Marker(
-        Kind.TOOL_CALL, _ANSWER, takes=("<|tool_call_begin|>",)
+        Kind.TOOL_CALL, ANSWERS, takes=("<|tool_call_begin|>",)
     ),
-    "<|tool_call_begin|>": _Marker(Kind.TOOL_CALL, _ANSWER),
+    "<|tool_call_begin|>": _Marker(Kind.TOOL_CALL, ANSWERS),
 }
 
 _STYLES: tuple[tuple[tuple[str, ...], Mapping[str, _Marker]], ...] = (

@@ -9,7 +9,7 @@ question: the end of what the model was last asked, a tool's result or the user'
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,22 +40,29 @@ def end_of_question(path_up: Iterable[Node[Any]], num_shared: int) -> Ids | None
     return None
 
 
-def is_asked_whole(path_up: Iterable[Node[Any]], num_shared: int) -> bool:
-    """Whether shared tokens reach to the answer of a history's last question.
+class Question(NamedTuple):
+    """Where a history's last question lies; its answer follows."""
 
-    A prompt that has them all holds the prompt of that history, and parts from it in its answer.
+    start: int
+    end: int
+
+
+def last_question(path_up: Iterable[Node[Any]]) -> Question | None:
+    """The last message that a history's model was asked, a tool's result or the user's message.
 
     Args:
         path_up: the history's nodes, from its end to its beginning.
-        num_shared: tokens at the beginning that the new prompt has as well.
 
     Returns:
-        False where it is not known where the question ends.
+        None where it is not known where messages begin.
     """
+    end = None
     for node in path_up:
-        if node.kind in QUESTIONS:
-            return num_shared >= node.end
-    return False
+        if end is None and node.kind in QUESTIONS:
+            end = node.end
+        if end is not None and node.is_cut:
+            return Question(node.start, end)
+    return None
 
 
 def is_found_in(wanted: Ids, tokens: Ids) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vllm_stateful.prefix.edits import end_of_question, is_asked_whole, is_found_in
+from vllm_stateful.prefix.boundaries import ANSWERS, MAX_HEADER, Kind
+from vllm_stateful.prefix.edits import end_of_question, is_found_in, last_question
 from vllm_stateful.prefix.groups.table import ResumePoint
 from vllm_stateful.prefix.radix_tree import Known, PrefixMatch, RadixTree
 from vllm_stateful.prefix.residency import Match, PromptBase, Residency, is_anonymous
@@ -46,21 +47,36 @@ class Matching(ResidencyBook):
         if own is not None:
             found, num_tokens = own, min(own.frontier, num_tokens)
         are_unnamed = is_anonymous(session) and is_anonymous(found.session)
-        if are_unnamed and found.is_idle and self.has_its_prompt(found, num_tokens):
+        if are_unnamed and found.is_idle and self.is_continued(found, num_tokens, tokens):
             session = found.session
         if self.has_points:
             return self._at_a_point(session, tree, longest, found, num_tokens)
         match = self._classify(session, found, num_tokens, limit)
         return match._replace(related=found, num_shared=num_tokens)
 
-    def has_its_prompt(self, residency: Residency, num_shared: int) -> bool:
-        """Whether a prompt holds the whole prompt of a history, and at most its answer differs.
+    def is_continued(self, residency: Residency, num_shared: int, prompt: TokenArray) -> bool:
+        """Whether a prompt continues the conversation of a history, from which it parts.
+
+        It does if it holds the history's whole prompt, and parts from it in the answer. It does as
+        well if an answer stands where the history's last question was: agents add a reminder to
+        the end of each prompt, and leave it out of the next.
 
         Args:
             residency: the history.
             num_shared: the tokens before the first difference.
+            prompt: shape ``[num_tokens]``.
         """
-        return residency.alive and is_asked_whole(residency.tree.path_up(residency), num_shared)
+        if self._rules is None or not residency.alive:
+            return False
+        question = last_question(residency.tree.path_up(residency))
+        if question is None or num_shared < question.start:
+            return False
+        if num_shared >= question.end:
+            return True
+        start = question.start
+        before = self.kind_at(residency, start - 1) if start else Kind.OTHER
+        cuts = self._rules.cuts(prompt[: start + MAX_HEADER], start, before)
+        return len(cuts.starts) > 0 and cuts.starts[0] == start and int(cuts.kinds[0]) in ANSWERS
 
     def is_asked_again(self, residency: Residency, num_shared: int, prompt: TokenArray) -> bool:
         """Whether a prompt still has the last question of a history from which it parts.

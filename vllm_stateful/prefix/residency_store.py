@@ -142,7 +142,8 @@ class ResidencyStore(Matching, Demoting):
         base = turn.base
         if base is None or base.session != turn.session:
             return 1
-        return base.num_turns + 1 if self.has_its_prompt(base, turn.num_base_tokens) else 1
+        goes_on = self.is_continued(base, turn.num_base_tokens, turn.prompt)
+        return base.num_turns + 1 if goes_on else 1
 
     def _check(self, turn: FinishedTurn) -> None:
         for group, table in zip(self.groups, turn.tables, strict=True):

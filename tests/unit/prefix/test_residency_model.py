@@ -6,7 +6,6 @@ tuples, by residency), each slot of the pool with the tokens that were written t
 reference count with a recount of who holds the block. ``STATEFUL_PROGRAMS=5000`` plays as many.
 """
 
-import math
 import os
 from collections.abc import Sequence
 
@@ -23,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from vllm_stateful.prefix import demoting, matching, reasoning
-from vllm_stateful.prefix.boundaries import BoundaryRules
+from vllm_stateful.prefix.boundaries import ANSWERS, BoundaryRules
 from vllm_stateful.prefix.edits import QUESTIONS
 from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency, is_anonymous
 from vllm_stateful.prefix.residency_store import MAX_BRANCHES
@@ -129,7 +128,7 @@ class Residencies(RuleBasedStateMachine):
         whole = num_tokens in (found.frontier, len(wanted))
         assert num_tokens == longest or (whole and found.session == session)
         are_unnamed = is_anonymous(session) and is_anonymous(found.session)
-        is_edit = found.is_idle and num_tokens >= self.end_of_question(found)
+        is_edit = found.is_idle and self.is_continued(found, num_tokens, prompt)
         assert (match.session != session) == (
             are_unnamed and session != found.session and (whole or is_edit)
         )
@@ -138,14 +137,19 @@ class Residencies(RuleBasedStateMachine):
             expected = Outcome.FORKED
         assert match.outcome is expected
 
-    def end_of_question(self, residency: Residency) -> float:
-        """Where the last question ends; infinite without one."""
+    def is_continued(self, residency: Residency, num_tokens: int, prompt: list[int]) -> bool:
+        """Whether the tokens reach behind the last question, or to an answer in its place."""
         assert RULES is not None
         tokens = self.tokens_of[residency]
         cuts = RULES.cuts(array(tokens))
-        ends = [*cuts.starts.tolist(), len(tokens)][1:]
-        questions = [end for end, kind in zip(ends, cuts.kinds, strict=False) if kind in QUESTIONS]
-        return questions[-1] if questions else math.inf
+        starts = cuts.starts.tolist()
+        asked = [n for n, kind in enumerate(cuts.kinds) if kind in QUESTIONS]
+        if not asked:
+            return False
+        start, end = [*starts, len(tokens)][asked[-1] : asked[-1] + 2]
+        now = RULES.cuts(array(prompt))
+        begins = dict(zip(now.starts.tolist(), now.kinds, strict=True))
+        return num_tokens >= end or (num_tokens >= start and begins.get(start) in ANSWERS)
 
     def some_turn(self, data: st.DataObject) -> RunningTurn:
         return self.engine.running[data.draw(st.integers(0, len(self.engine.running) - 1))]

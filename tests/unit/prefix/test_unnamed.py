@@ -43,6 +43,24 @@ def test_an_answer_that_comes_back_changed_is_the_same_conversation(
     engine.check()
 
 
+def test_a_reminder_that_the_next_prompt_leaves_out_is_the_same_conversation(
+    engine: FakeEngine,
+) -> None:
+    """One from the first turn on, at the end of each prompt."""
+    reminders = [message("user", *words(6000 + 10 * number, 5)) for number in range(3)]
+    history = FIRST[: -len(ASK)]
+    first, _ = asked(engine, 1, [*history, *reminders[0], *ASK])
+    made, num_turns = first, 1
+    for number in (1, 2):
+        history = [*history, *ASK, *ANSWER[number:], *message("tool", *words(7000, 9))]
+        made, outcome = asked(engine, number + 1, [*history, *reminders[number], *ASK])
+        num_turns += 1
+        assert (made.session, outcome) == (unnamed(1), Outcome.DIVERGED)
+        assert made.num_turns == num_turns
+    sibling = [*history, *reminders[0], *ASK]
+    assert engine.start(unnamed(9), sibling).session == unnamed(9), "asked otherwise, beside it"
+
+
 def test_parallel_agents_with_one_system_prompt_stay_apart(engine: FakeEngine) -> None:
     """They part inside the question, even if only its last token differs."""
     first, _ = asked(engine, 1, FIRST)
