@@ -251,3 +251,22 @@ def test_a_fork_names_its_parent(url: str) -> None:
     assert turn["outcome"] == "forked"
     assert child.get(f"sessions/{child.session}").json()["parent"] == parent.session
     assert child.session in parent.get(f"sessions/{parent.session}").json()["children"]
+
+
+@pytest.mark.parametrize("source", ["conversation", "x-session-affinity"])
+def test_names_of_low_rank_name_a_session(url: str, source: str) -> None:
+    """As OpenAI's Responses API and OpenCode send them: the second turn continues the first."""
+    agent = Agent(url)
+    headers = {"Authorization": f"Bearer {ALICE}"}
+    asked = {"role": "user", "content": f"{agent.session}: name a colour."}
+    body = {"model": MODEL, "input": [asked], "max_output_tokens": 4, "store": False}
+    if source == "conversation":
+        body |= {"conversation": {"id": agent.session}, "user": "a-user-of-many"}
+    else:
+        headers[source] = agent.session
+    for _ in range(2):
+        answer = httpx.post(f"{url}/v1/responses", headers=headers, json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+    turns = agent.get(f"sessions/{agent.session}/turns").json()["turns"]
+    assert [turn["said"]["source"] for turn in turns] == [source] * 2
+    assert turns[0]["outcome"] == "resumed"

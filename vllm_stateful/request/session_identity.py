@@ -17,10 +17,15 @@ Sources, first usable one wins (each row is `source` in `TurnIdentity`):
     dynamo              x-dynamo-session-id, -parent-session-id
     multi-turn-session  x-multi-turn-session-id                      Fireworks, LangChain
     litellm             x-litellm-session-id
+    x-session-affinity  x-session-affinity (+ x-parent-session-id)   OpenCode, Fireworks
     prompt-cache-key    body `prompt_cache_key`
     metadata-user-id    body `metadata.user_id`, only if it contains a session (Claude Code)
+    conversation        body `conversation`, a string or `{"id": ...}`  OpenAI Responses
+    metadata-session-id body `metadata.session_id`
+    metadata-thread-id  body `metadata.thread_id`
 
-The first three keep the order of vLLM 0.32 `GenerateBaseServing._get_session_id`.
+`user` names no session, as one user has many. The first three keep the order of vLLM 0.32
+`GenerateBaseServing._get_session_id`.
 `previous-response-id` is resolved by `response_chain.ResponseChain`, which keeps state.
 """
 
@@ -48,9 +53,13 @@ Source = Literal[
     "dynamo",
     "multi-turn-session",
     "litellm",
+    "x-session-affinity",
     "prompt-cache-key",
     "previous-response-id",
     "metadata-user-id",
+    "conversation",
+    "metadata-session-id",
+    "metadata-thread-id",
     "none",
 ]
 _UNPREFIXED: frozenset[Source] = frozenset({"body", "x-session-id", "xargs", "none"})
@@ -93,7 +102,9 @@ _AGENT_HEADERS: tuple[tuple[Source, str, str | None], ...] = (
     ("dynamo", "x-dynamo-session-id", "x-dynamo-parent-session-id"),
     ("multi-turn-session", "x-multi-turn-session-id", None),
     ("litellm", "x-litellm-session-id", None),
+    ("x-session-affinity", "x-session-affinity", "x-parent-session-id"),
 )
+_MAY_NAME_A_SERVER: frozenset[Source] = frozenset({"x-session-id", "x-session-affinity"})
 
 _TENANT = re.compile(rf"[0-9a-f]{{{TENANT_HEX_CHARS}}}")
 
@@ -278,7 +289,13 @@ def _claims(headers: Mapping[str, str], field: FieldReader) -> Iterator[_Claim]:
         parent = headers.get(parent_header) if parent_header else None
         yield _Claim(source, headers.get(id_header), parent)
     yield _Claim("prompt-cache-key", field("prompt_cache_key"))
-    yield _Claim("metadata-user-id", _session_in_user_id(_entry(field("metadata"), "user_id")))
+    metadata = field("metadata")
+    yield _Claim("metadata-user-id", _session_in_user_id(_entry(metadata, "user_id")))
+    conversation = field("conversation")
+    is_object = isinstance(conversation, Mapping)
+    yield _Claim("conversation", _entry(conversation, "id") if is_object else conversation)
+    yield _Claim("metadata-session-id", _entry(metadata, "session_id"))
+    yield _Claim("metadata-thread-id", _entry(metadata, "thread_id"))
 
 
 def _claude_code_claim(headers: Mapping[str, str]) -> _Claim:
@@ -314,7 +331,8 @@ def _escape_slash(text: str) -> str:
 
 def _claim_fault(claim: _Claim) -> str | None:
     fault = id_fault(claim.value)
-    if fault is None and claim.source == "x-session-id" and _is_gateway_cookie(str(claim.value)):
+    may_name_a_server = fault is None and claim.source in _MAY_NAME_A_SERVER
+    if may_name_a_server and _is_gateway_cookie(str(claim.value)):
         return "gateway cookie"
     return fault
 

@@ -147,6 +147,57 @@ CLIENTS: list[tuple[str, dict[str, str], dict[str, object], TurnIdentity]] = [
     ),
     ("LiteLLM", {"x-litellm-session-id": ID}, {}, expected(f"litellm:{ID}", "litellm")),
     (
+        "OpenCode, another vendor's server",
+        {"x-session-affinity": ID, "x-parent-session-id": PARENT},
+        {},
+        expected(
+            f"x-session-affinity:{ID}",
+            "x-session-affinity",
+            parent_id=f"x-session-affinity:{PARENT}",
+        ),
+    ),
+    (
+        "OpenCode, both of its headers",
+        {"x-session-affinity": OTHER, "x-session-id": ID},
+        {},
+        expected(ID, "x-session-id"),
+    ),
+    (
+        "a gateway's affinity, which names a server",
+        {"x-session-affinity": base64.b64encode(b"10.1.2.3:8000").decode()},
+        {},
+        expected(None, "none", rejected="x-session-affinity: gateway cookie"),
+    ),
+    (
+        "OpenAI Responses, a conversation by its id",
+        {},
+        {"conversation": ID, "metadata": {"thread_id": OTHER}},
+        expected(f"conversation:{ID}", "conversation"),
+    ),
+    (
+        "OpenAI Responses, a conversation as an object",
+        {},
+        {"conversation": {"id": ID}},
+        expected(f"conversation:{ID}", "conversation"),
+    ),
+    (
+        "metadata with a session and a thread",
+        {},
+        {"metadata": {"session_id": ID, "thread_id": OTHER}},
+        expected(f"metadata-session-id:{ID}", "metadata-session-id"),
+    ),
+    (
+        "metadata with a session that is too short",
+        {},
+        {"metadata": {"session_id": "s-1", "thread_id": ID}},
+        expected(
+            f"metadata-thread-id:{ID}",
+            "metadata-thread-id",
+            rejected="metadata-session-id: too short",
+        ),
+    ),
+    ("a user is no session", {}, {"user": ID}, expected(None, "none")),
+    (
         "Aibrix gateway cookie",
         {"x-session-id": base64.b64encode(b"10.1.2.3:8000").decode()},
         {},
@@ -182,18 +233,21 @@ def test_precedence_is_the_documented_order() -> None:
         ("header", "x-dynamo-session-id", "dynamo"),
         ("header", "x-multi-turn-session-id", "multi-turn-session"),
         ("header", "x-litellm-session-id", "litellm"),
+        ("header", "x-session-affinity", "x-session-affinity"),
         ("field", "prompt_cache_key", "prompt-cache-key"),
-        ("field", "metadata", "metadata-user-id"),
+        ("metadata", "user_id", "metadata-user-id"),
+        ("field", "conversation", "conversation"),
+        ("metadata", "session_id", "metadata-session-id"),
+        ("metadata", "thread_id", "metadata-thread-id"),
     ]
-    nested: dict[str, object] = {
-        "vllm_xargs": {"session_id": ID},
-        "metadata": {"user_id": f"u_session_{ID}"},
-    }
+    nested: dict[str, object] = {"vllm_xargs": {"session_id": ID}, "user_id": f"u_session_{ID}"}
     for first in range(len(ranked)):
         present = ranked[first:]
-        headers = {name: ID for kind, name, _ in present if kind == "header"}
-        body = {name: nested.get(name, ID) for kind, name, _ in present if kind == "field"}
-        assert resolve(headers, body).source == present[0][2]
+        headers, body, metadata = (
+            {name: nested.get(name, ID) for kind, name, _ in present if kind == wanted}
+            for wanted in ("header", "field", "metadata")
+        )
+        assert resolve(headers, {**body, "metadata": metadata}).source == present[0][2]
 
 
 def test_an_unusable_id_gives_way_to_the_next_source_and_is_remembered() -> None:
@@ -306,7 +360,9 @@ JSON_VALUE = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT, st.binary()),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["session_id", "user_id"]), inner, max_size=2),
+        st.dictionaries(
+            st.sampled_from(["session_id", "user_id", "thread_id", "id"]), inner, max_size=2
+        ),
     ),
     max_leaves=5,
 )
@@ -314,6 +370,7 @@ HEADER_NAMES = [
     "authorization",
     "x-api-key",
     "x-session-id",
+    "x-session-affinity",
     "x-parent-session-id",
     "x-claude-code-session-id",
     "x-claude-code-agent-id",
@@ -326,7 +383,7 @@ HEADER_NAMES = [
     "x-dynamo-session-id",
     "x-dynamo-session-final",
 ]
-FIELD_NAMES = ["session_id", "vllm_xargs", "prompt_cache_key", "metadata"]
+FIELD_NAMES = ["session_id", "vllm_xargs", "prompt_cache_key", "metadata", "conversation"]
 
 
 @settings(max_examples=150, deadline=None)
