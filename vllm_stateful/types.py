@@ -72,6 +72,17 @@ class SessionKey(NamedTuple):
     session_id: str
 
 
+class Shape(StrEnum):
+    """What a request is made of (``request.shape``)."""
+
+    TOOLS = "tools"
+    """It offers tools, as the turns of agents do."""
+    BARE = "bare"
+    """It has neither tools nor an earlier answer: a first question, or a request on the side."""
+    OTHER = "other"
+    """Anything else, or not known."""
+
+
 class Outcome(StrEnum):
     """How a turn found its context; the label of ``vllm_stateful_turns_total``."""
 

@@ -58,6 +58,7 @@ def test_a_turn_keeps_the_ids_that_the_model_gets() -> None:
         cache_salt=None,
         lora_request=None,
         prompt_embeds=None,
+        kv_hints=None,
         stateful_prompt_names=("version", "base"),
     )
     turn = start_turn(request)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from vllm_stateful.adapters.frontend.anthropic_usage import with_cache_creation
 from vllm_stateful.adapters.frontend.identity import identify, stamp
 from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
 from vllm_stateful.compat.ledger import patch_of
-from vllm_stateful.transport.wire import RETAIN_ACTION
+from vllm_stateful.transport.wire import RETAIN_ACTION, TURN_ACTION
 
 HOUR = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 FIVE_MINUTES = {"cache_control": {"type": "ephemeral"}}
@@ -113,6 +113,7 @@ class Server:
         assert validate_plain_messages(app)
         messages = object.__new__(AnthropicServingMessages)
         messages._merge_inline_system = False
+        self.messages = messages
         messages.disabled_thinking_effort_resolver = AsyncMock()  # from vLLM 0.33 on
         messages.create_chat_completion = self.completion_for(messages)
         app.state.anthropic_serving_messages = messages
@@ -212,6 +213,18 @@ def test_a_streamed_request_has_its_wish_too(server: Server) -> None:
 def test_the_session_in_anthropic_metadata_is_found(server: Server) -> None:
     server.answer(metadata={"user_id": USER_ID})
     assert server.engine.seen[-1].session_id == f"metadata-user-id:{USER_ID.rpartition('_')[2]}"
+
+
+@pytest.mark.parametrize("is_merging", [False, True])
+def test_merged_system_messages_are_told(server: Server, is_merging: bool) -> None:
+    """vLLM puts them into the first one, where the template wants the only one in front."""
+    server.messages._merge_inline_system = is_merging
+    reminder = {"role": "system", "content": "be brief"}
+    user, answer = ({"role": role, "content": "hi"} for role in ("user", "assistant"))
+    server.answer(system="you", messages=[user, reminder, answer, user, reminder, user])
+    hints = server.engine.seen[-1].kv_hints
+    told = {} if hints is None else {each.action_type: each.payload for each in hints.actions}
+    assert told.get(TURN_ACTION, {}).get("merged", 0) == 2 * is_merging
 
 
 # ---- usage -----------------------------------------------------------------------------------

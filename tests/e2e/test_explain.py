@@ -78,12 +78,8 @@ class Agent:
     def says(self, messages: list[Any], **options: Any) -> str:
         """One turn; returns the id of its answer."""
         options = {"tools": TOOLS, "max_tokens": 4, "temperature": 0, **options}
-        answer = self._client.chat.completions.create(
-            model=MODEL,
-            messages=messages,
-            extra_headers={"X-Session-ID": self.session},
-            **options,
-        )
+        options.setdefault("extra_headers", {"X-Session-ID": self.session})
+        answer = self._client.chat.completions.create(model=MODEL, messages=messages, **options)
         return str(answer.id)
 
     def get(self, path: str, key: str | None = None, **parameters: Any) -> httpx.Response:
@@ -251,6 +247,37 @@ def test_a_fork_names_its_parent(url: str) -> None:
     assert turn["outcome"] == "forked"
     assert child.get(f"sessions/{child.session}").json()["parent"] == parent.session
     assert child.session in parent.get(f"sessions/{parent.session}").json()["children"]
+
+
+def test_a_request_for_a_title_leaves_the_conversation_as_it_is(url: str) -> None:
+    """As OpenCode asks for one: under the session's id, with the question, but without tools."""
+    agent = Agent(url)
+    agent.says(HISTORY[:2])
+    title = [
+        {"role": "system", "content": "You write a title for a conversation. Answer in six words."},
+        {"role": "user", "content": "Write a title for this conversation:"},
+        HISTORY[1],
+    ]
+    turn = agent.turn(agent.says(title, tools=openai.NOT_GIVEN))
+    assert (turn["missed"]["cause"], turn["missed"]["num_tokens"]) == ("side_request", 0)
+    assert "stands beside" in turn["explanation"][1]
+    turn = agent.turn(agent.says(HISTORY))
+    assert turn["missed"]["cause"] in ("none", "changed")  # the model's own answer is not sent back
+    assert turn["reused_tokens"] > 200
+
+
+def test_what_a_client_counts_is_told(url: str) -> None:
+    """A window that counts up (Codex), and a retry (OpenAI's and Anthropic's libraries)."""
+    agent = Agent(url)
+    window = "x-codex-window-id"
+    agent.says(HISTORY, extra_headers={"thread-id": agent.session, window: f"{agent.session}:1"})
+    headers = {"thread-id": agent.session, window: f"{agent.session}:2"}
+    headers["x-stainless-retry-count"] = "1"
+    turn = agent.turn(agent.says(HISTORY, extra_headers=headers))
+    assert (turn["window_before"], turn["said"]["window"], turn["said"]["retry"]) == (1, 2, 1)
+    said = " ".join(turn["explanation"])
+    assert "context window 2, after 1" in said
+    assert "had sent it once before" in said
 
 
 @pytest.mark.parametrize("source", ["conversation", "x-session-affinity"])

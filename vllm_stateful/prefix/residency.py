@@ -30,7 +30,7 @@ from vllm_stateful.prefix.radix_tree import RadixTree
 from vllm_stateful.prefix.reasoning import Reasoning
 from vllm_stateful.schedule.gaps import Forecast, Wait, WaitKind
 from vllm_stateful.schedule.retention import Worth
-from vllm_stateful.types import BlockIds, Outcome, SessionKey, TokenArray
+from vllm_stateful.types import BlockIds, Outcome, SessionKey, Shape, TokenArray
 
 ANONYMOUS = "anonymous-"
 """Prefix of the ids given to sessions that no client named."""
@@ -72,6 +72,8 @@ class Residency:
     """The point that a borrower took away."""
     borrower: str | None = None
     """The request that continues this residency in place, or None while it is idle."""
+    shape: Shape = Shape.OTHER
+    """What the request of its turn was made of."""
     superseded: bool = False
     alive: bool = True
 
@@ -163,6 +165,8 @@ class FinishedTurn:
     """The tool that its answer calls; empty when the name is not known, None without a call."""
     wish_s: float = 0.0
     """Seconds for which its client asked to keep it."""
+    shape: Shape = Shape.OTHER
+    """What its request was made of."""
 
     def wait(self, num_turns: int) -> Wait:
         """What its session waits for after this turn, its ``num_turns``-th."""

@@ -24,7 +24,7 @@ from vllm_stateful.prefix.reasoning import ReasoningHabits
 from vllm_stateful.prefix.residency import OffloadTier, Residency
 from vllm_stateful.schedule.fairness import FairQueue
 from vllm_stateful.schedule.waits import WaitBook
-from vllm_stateful.types import Demotion, Identity, SessionKey
+from vllm_stateful.types import Demotion, Identity, SessionKey, Shape
 
 WISHED_SHARE = 0.5
 """Wishes of clients count up to this share of the budget."""
@@ -134,6 +134,16 @@ class ResidencyBook:
 
     def branches(self, session: SessionKey) -> tuple[Residency, ...]:
         return tuple(self._sessions.get(session, ()))
+
+    def is_beside(self, session: SessionKey, shape: Shape) -> bool:
+        """Whether a request stands beside what a session keeps, as one for a title does.
+
+        Args:
+            session: its session.
+            shape: what the request is made of.
+        """
+        branches = self.branches(session) if shape is Shape.BARE else ()
+        return any(branch.shape is Shape.TOOLS for branch in branches)
 
     # ---- pins ----------------------------------------------------------------------------
 

@@ -20,9 +20,9 @@ from vllm_stateful.prefix.matching import Matching
 from vllm_stateful.prefix.radix_tree import NO_CUTS, Known, RadixTree
 from vllm_stateful.prefix.reasoning import reasoning_of
 from vllm_stateful.prefix.residency import FinishedTurn, Residency
-from vllm_stateful.schedule.gaps import Forecast, Wait
+from vllm_stateful.schedule.gaps import Forecast, Wait, WaitKind
 from vllm_stateful.schedule.waits import Ended
-from vllm_stateful.types import Demotion, SessionKey
+from vllm_stateful.types import Demotion, SessionKey, Shape
 
 LOOK_BACK = 64
 """Tokens before a position that are read to tell what begins there (``BoundaryRules.cuts``)."""
@@ -104,17 +104,19 @@ class ResidencyStore(Matching, Demoting):
         num_turns = self._num_turns(turn)
         wait = turn.wait(num_turns)
         wished_until_s = self._clock() + turn.wish_s if turn.wish_s else 0.0
+        is_beside = self.is_beside(turn.session, turn.shape)
         made = Residency(
             turn.session,
             turn.frontier,
             turn.tables,
-            self._expect(turn, wait, wished_until_s),
+            self._expect(turn, wait, wished_until_s, is_beside=is_beside),
             self._trees.setdefault(turn.session.identity, RadixTree()),
             num_turns,
             turn.version,
             wished_until_s,
             points=self._chosen(turn.points),
             wait=wait.kind,
+            shape=self._shape(turn),
         )
         self._plant(made, turn)
         self._learn_habits(turn)
@@ -129,7 +131,8 @@ class ResidencyStore(Matching, Demoting):
             self._give(made.tables)
             self.release_points(made.points)
             return None
-        self._mark_superseded(turn)
+        if not is_beside:
+            self._mark_superseded(turn)
         self._make_room(made)
         self._sessions.setdefault(turn.session, []).append(made)
         self._park(made)
@@ -220,9 +223,19 @@ class ResidencyStore(Matching, Demoting):
         self._give(self._shorten(made, made.reasoning.start))
         self.num_reasoning_dropped += before - made.frontier
 
-    def _expect(self, turn: FinishedTurn, wait: Wait, wished_until_s: float) -> Forecast:
-        """When the session is expected back."""
+    @staticmethod
+    def _shape(turn: FinishedTurn) -> Shape:
+        """The shape of what a turn leaves: a history whose turns had tools stays one of tools."""
+        had_tools = turn.borrowed is not None and turn.borrowed.shape is Shape.TOOLS
+        return Shape.TOOLS if had_tools else turn.shape
+
+    def _expect(
+        self, turn: FinishedTurn, wait: Wait, wished_until_s: float, *, is_beside: bool
+    ) -> Forecast:
+        """When the session is expected back; a request on the side changes no wait of it."""
         tenant = turn.session.identity.tenant
+        if is_beside:
+            return self.waits.gaps.forecast(tenant, Wait(WaitKind.ONE_SHOT))
         forecast = self.waits.began(turn.session, tenant, wait, self._clock())
         if self.tier is not None:
             self.tier.waits(turn.session, forecast, turn.frontier, wished_until_s)
@@ -265,6 +278,6 @@ class ResidencyStore(Matching, Demoting):
             if made.tree.num_shared(branch, end) == branch.frontier:
                 self.demote(branch, Demotion.SUPERSEDED)
                 idle.remove(branch)
-        idle.sort(key=lambda branch: branch.worth)
+        idle.sort(key=lambda branch: (branch.worth, branch.shape is not Shape.BARE))
         while len(idle) >= MAX_BRANCHES:
             self.demote(idle.pop(0), Demotion.SUPERSEDED)

@@ -56,7 +56,7 @@ def explained(turn: Mapping[str, Any]) -> list[str]:
         sentences.append(f"The same before that, but without a resume point: {behind}.")
     if "before" in missed and missed["before"] is not None:
         sentences += [f"Before: {missed['before']!r}", f"Now:    {missed['now']!r}"]
-    return sentences + _of_client(turn["said"]) + [_times(turn)]
+    return sentences + _of_client(turn) + [_times(turn)]
 
 
 def _summary(turn: Mapping[str, Any]) -> str:
@@ -96,18 +96,35 @@ _SAYINGS = {
     Cause.NONE: "Nothing that was computed before was computed again.",
     Cause.NEVER_SEEN: "The first turn of its session.",
     Cause.SNAPSHOT_MISSING: "The model can go on at resume points only, and none was further on.",
+    Cause.SIDE_REQUEST: "It stands beside its session's history: it has no tools and no earlier "
+    "answer, as requests for a title have none.",
     Cause.OTHER_TENANT: "Its session id is known with another API key, which shares nothing.",
     Cause.OTHER_SALT: "Its session id is known with another cache_salt, which shares nothing.",
     Cause.OTHER_LORA: "Its session id is known with another LoRA adapter, which shares nothing.",
 }
 
 
-def _of_client(said: Mapping[str, Any]) -> list[str]:
-    found = []
+def _of_client(turn: Mapping[str, Any]) -> list[str]:
+    said, found = turn["said"], []
+    before, window = turn["window_before"], said["window"]
+    if before is not None and window > before:
+        found.append(
+            f"Its client has begun context window {window}, after {before}: it has replaced its "
+            "history by a summary."
+        )
+    if said["merged"]:
+        one = said["merged"] == 1
+        found.append(
+            f"Its client sent {said['merged']} system message{'' if one else 's'} in "
+            f"mid-conversation. vLLM merged {'it' if one else 'them'} into the first one, because "
+            "the chat template wants the only system message in front: each new one changes the "
+            "beginning of the prompt."
+        )
     if said["compaction"]:
         found.append("Its client said that it summarizes its history.")
     if said["retry"]:
-        found.append(f"Its client had sent it {said['retry']} times before.")
+        times = "once" if said["retry"] == 1 else f"{said['retry']} times"
+        found.append(f"Its client had sent it {times} before.")
     if said["rejected"]:
         found.append(f"A session id that it sent was not used: {said['rejected']}.")
     return found

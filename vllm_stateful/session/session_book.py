@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from vllm_stateful.session.turn_record import TurnRecord
-from vllm_stateful.types import Demotion, Identity, SessionKey
+from vllm_stateful.session.turn_record import Cause, TurnRecord
+from vllm_stateful.types import Demotion, Identity, SessionKey, Shape
 
 MAX_SESSIONS = 10_000
 """The most sessions that are remembered. The one with the oldest last turn is forgotten first."""
@@ -48,6 +48,9 @@ class Story:
         parent: the session that its client named as parent, or on whose KV its first turn began.
         children: the sessions with this one as parent, the newest last.
         gone: how its KV was given back most recently, since its last turn; None if it was not.
+        shape: ``Shape.TOOLS`` once a turn of it had tools; ``Shape.BARE`` as long as all its turns
+            are bare; else ``Shape.OTHER``.
+        window: the number of its client's context window, as its last turn that has one says.
     """
 
     session: SessionKey
@@ -60,6 +63,15 @@ class Story:
     parent: SessionKey | None = None
     children: list[SessionKey] = field(default_factory=list)
     gone: Gone | None = None
+    shape: Shape = Shape.BARE
+    window: int | None = None
+
+    def add_shape(self, shape: Shape) -> None:
+        """Note the shape of one more turn."""
+        if Shape.TOOLS in (shape, self.shape):
+            self.shape = Shape.TOOLS
+        elif shape is not Shape.BARE:
+            self.shape = Shape.OTHER
 
 
 class SessionBook:
@@ -89,13 +101,20 @@ class SessionBook:
         """The identities under which a session id is known."""
         return self._identities.get(session_id, [])
 
-    def admitted(self, record: TurnRecord, parent: SessionKey | None, now_s: float) -> None:
-        """Note that a turn begins.
+    def admitted(
+        self,
+        record: TurnRecord,
+        parent: SessionKey | None,
+        now_s: float,
+        shape: Shape = Shape.OTHER,
+    ) -> None:
+        """Note that a turn begins, and tell its record which context window was before it.
 
         Args:
             record: its record, which names its session.
             parent: the parent session, if there is one. See `Story`.
             now_s: the engine's clock.
+            shape: what its request is made of.
         """
         session = record.session
         story = self._stories.get(session)
@@ -106,14 +125,25 @@ class SessionBook:
                 self._note_child(parent, session)
         story.num_turns += 1
         story.num_running += 1
-        story.used_s, story.last, story.gone = now_s, record, None
+        story.used_s, story.last = now_s, record
+        if record.missed.cause is not Cause.SIDE_REQUEST:
+            story.gone = None
+        story.add_shape(shape)
+        if record.said.window is not None:
+            record.window_before, story.window = story.window, record.said.window
         self._stories.move_to_end(session)
         while len(self._stories) > self._max:
             forgotten, _ = self._stories.popitem(last=False)
             self._forget_identity(forgotten)
 
     def ended(
-        self, session: SessionKey, frontier: int, now_s: float, *, is_kept: bool = False
+        self,
+        session: SessionKey,
+        frontier: int,
+        now_s: float,
+        *,
+        is_kept: bool = False,
+        is_beside: bool = False,
     ) -> None:
         """A turn has ended.
 
@@ -122,13 +152,15 @@ class SessionBook:
             frontier: the number of tokens whose KV it leaves; 0 when it leaves none.
             now_s: the engine's clock.
             is_kept: whether the session has its KV: what it had lost before is there again.
+            is_beside: whether it stood beside the session's history, which is as it was before.
         """
         story = self._stories.get(session)
         if story is not None:
             story.num_running = max(0, story.num_running - 1)
             story.used_s = now_s
-            story.frontier = frontier or story.frontier
-            if is_kept:
+            if not is_beside:
+                story.frontier = frontier or story.frontier
+            if is_kept and not is_beside:
                 story.gone = None
 
     def demoted(self, session: SessionKey, why: Demotion, num_kept: int, now_s: float) -> None:

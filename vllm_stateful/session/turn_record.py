@@ -32,6 +32,9 @@ class Cause(StrEnum):
     """The session id is known with another ``cache_salt`` of the same API key."""
     OTHER_LORA = "other_lora"
     """The session id is known with another LoRA adapter."""
+    SIDE_REQUEST = "side_request"
+    """It stands beside the history of its session: it has no tools and no earlier answer, but other
+    turns have tools. Agents ask for titles and summaries in this way."""
     BYPASSED = "bypassed"
     """Stock vLLM served the turn."""
 
@@ -82,6 +85,8 @@ class Said(NamedTuple):
         rejected: why session ids that it sent were not used.
         retry: how often the client had sent the same request before.
         window: the number of its context window.
+        merged: the number of its system messages in mid-conversation that vLLM merged into the
+            first one.
     """
 
     source: str = "none"
@@ -90,11 +95,12 @@ class Said(NamedTuple):
     rejected: str | None = None
     retry: int = 0
     window: int | None = None
+    merged: int = 0
 
     @classmethod
     def of(cls, payload: Mapping[str, Any]) -> Said:
         """Read a payload that came over the wire; unknown fields are left out."""
-        types = (str, str, bool, str, int, int)
+        types = (str, str, bool, str, int, int, int)
         found: dict[str, Any] = {name: payload.get(name) for name in cls._fields}
         return cls(
             **{
@@ -137,6 +143,7 @@ class TurnRecord:
         ended: vLLM's name of the reason why it ended: ``stop``, ``length``, ``abort``, ...
         is_kept: whether the session keeps its KV.
         said: what the client said of the turn.
+        window_before: the number of the context window that the session had before this turn.
     """
 
     request_id: str
@@ -158,6 +165,7 @@ class TurnRecord:
     ended: str | None = None
     is_kept: bool = False
     said: Said = NOTHING_SAID
+    window_before: int | None = None
     since_s: float = field(default=0.0, repr=False)
     """When the current part of the turn began, on the engine's clock."""
 
@@ -206,6 +214,7 @@ class TurnRecord:
             "ended": self.ended,
             "kept": self.is_kept,
             "said": self.said._asdict(),
+            "window_before": self.window_before,
         }
 
 

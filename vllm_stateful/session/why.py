@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from vllm_stateful.session.session_book import SessionBook, Story
 from vllm_stateful.session.turn_record import Cause, Missed
-from vllm_stateful.types import SessionKey
+from vllm_stateful.types import SessionKey, Shape
 
 NOT_KEPT = "not_kept"
 """Nothing was given back: the turn before still runs, or it failed, or it left nothing."""
@@ -25,6 +25,8 @@ class Found(NamedTuple):
         slack: the number of tokens at the end of the shared part that are computed again by design.
             A draft head needs one.
         has_points: whether the model can go on at resume points only.
+        shape: what the request is made of.
+        is_beside: whether it is known to stand beside the history of its session.
     """
 
     num_prompt: int
@@ -34,6 +36,8 @@ class Found(NamedTuple):
     is_own: bool = False
     slack: int = 0
     has_points: bool = False
+    shape: Shape = Shape.OTHER
+    is_beside: bool = False
 
     @property
     def has_parted(self) -> bool:
@@ -52,7 +56,10 @@ def why_not_more(session: SessionKey, found: Found, book: SessionBook, now_s: fl
     """
     story = book.story(session)
     most = found.num_prompt - 1
-    if story is None and not found.is_own:
+    has_tools = story is not None and story.shape is Shape.TOOLS
+    if found.is_beside or (found.shape is Shape.BARE and has_tools):
+        return Missed(Cause.SIDE_REQUEST)
+    if _is_first(story, found):
         return Missed(_cause_of_first(session, book))
     frontier = max(0 if story is None else story.frontier, found.num_history * found.is_own)
     num_missed = max(0, min(frontier, most) - found.num_reused - found.slack)
@@ -69,6 +76,13 @@ def why_not_more(session: SessionKey, found: Found, book: SessionBook, now_s: fl
     if found.has_points:
         return Missed(Cause.SNAPSHOT_MISSING, num_missed, num_behind_snapshot=behind)
     return Missed(Cause.EVICTED, num_missed, why_gone=NOT_KEPT)
+
+
+def _is_first(story: Story | None, found: Found) -> bool:
+    """Whether the session has no history yet; requests on the side may have come before it."""
+    if story is None:
+        return not found.is_own
+    return story.shape is Shape.BARE and found.shape is Shape.TOOLS
 
 
 def _evicted(story: Story, num_missed: int, now_s: float) -> Missed:

@@ -15,6 +15,10 @@ TOOL_ACTION = "session.tool"
 """The tool that the answer must call; payload ``{"name": string}``. The text of such an answer is
 only the arguments."""
 
+SHAPE_ACTION = "session.shape"
+"""What the request is made of; payload ``{"shape": string}``, a ``types.Shape``. Not sent for
+``Shape.OTHER``."""
+
 TURN_ACTION = "session.turn"
 """What the client said of its turn, for the record only (``session.Said``); the payload has its
 fields, those that are not empty."""

@@ -65,3 +65,16 @@ def test_what_the_client_said() -> None:
     assert "Its client said that it summarizes its history." in sentences
     assert "Its client had sent it 2 times before." in sentences
     assert "A session id that it sent was not used: body: too short." in sentences
+
+
+def test_a_retry_a_window_and_merged_system_messages() -> None:
+    made = record(Missed(), Said("codex", retry=1, window=4, merged=1))
+    made.window_before = 3
+    sentences = explained(made.as_dict())
+    assert "Its client had sent it once before." in sentences
+    assert any("context window 4, after 3" in each for each in sentences)
+    assert any("1 system message in mid-conversation. vLLM merged it" in each for each in sentences)
+    made.window_before, made.said = 4, Said("codex", window=4, merged=2)
+    sentences = explained(made.as_dict())
+    assert not any("window" in each for each in sentences)
+    assert any("2 system messages" in each for each in sentences)

@@ -8,9 +8,9 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import given
 
-from vllm_stateful.session import SessionBook, TurnLog, TurnRecord
+from vllm_stateful.session import Cause, Missed, Said, SessionBook, TurnLog, TurnRecord
 from vllm_stateful.session.session_book import MAX_CHILDREN, MAX_IDENTITIES
-from vllm_stateful.types import Demotion, Identity, SessionKey
+from vllm_stateful.types import Demotion, Identity, SessionKey, Shape
 
 NAMES = st.sampled_from("abcdef")
 SALTS = st.sampled_from([None, "salt"])
@@ -121,3 +121,22 @@ def test_a_million_turns_take_what_ten_thousand_do() -> None:
     assert (len(log), len(book), len(book._identities)) == (1000, 1000, 1000)
     size = sum(sys.getsizeof(getattr(made, name)) for name in TurnRecord.__slots__)
     assert size < 2048
+
+
+def test_what_came_on_the_side_leaves_the_story_of_the_history() -> None:
+    book = SessionBook()
+    main = TurnRecord("request-1", key("a"), 0.0, said=Said("codex", window=1))
+    session = main.session
+    book.admitted(main, None, 1.0, Shape.TOOLS)
+    book.ended(session, 100, 2.0)
+    book.demoted(session, Demotion.PRESSURE, 0, 3.0)
+    side = TurnRecord("request-2", session, 0.0, missed=Missed(Cause.SIDE_REQUEST))
+    book.admitted(side, None, 4.0, Shape.BARE)
+    book.ended(session, 20, 5.0, is_kept=True, is_beside=True)
+    story = book.story(session)
+    assert story is not None
+    assert story.gone is not None
+    assert (story.frontier, story.gone.why, story.window) == (100, Demotion.PRESSURE, 1)
+    later = TurnRecord("request-3", session, 0.0, said=Said("codex", window=2))
+    book.admitted(later, None, 6.0, Shape.TOOLS)
+    assert (later.window_before, side.window_before, story.window) == (1, None, 2)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 
 from vllm_stateful.session import Cause, Found, SessionBook, TurnRecord, why_not_more
-from vllm_stateful.types import Demotion, Identity, SessionKey
+from vllm_stateful.types import Demotion, Identity, SessionKey, Shape
 
 SESSION = SessionKey(Identity(), "session-one")
 
@@ -64,6 +64,28 @@ def test_a_first_turn_says_who_else_has_its_id(identity: Identity, cause: Cause)
     known = SessionBook() if cause is Cause.NEVER_SEEN else book()
     missed = why_not_more(SessionKey(identity, SESSION.session_id), Found(150, 0), known, 20.0)
     assert (missed.cause, missed.num_tokens) == (cause, 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "cause"),
+    [
+        ([Shape.TOOLS], Shape.BARE, Cause.SIDE_REQUEST),
+        ([Shape.TOOLS, Shape.OTHER], Shape.BARE, Cause.SIDE_REQUEST),
+        ([Shape.BARE, Shape.OTHER], Shape.BARE, Cause.EVICTED),
+        ([Shape.BARE], Shape.BARE, Cause.EVICTED),
+        ([Shape.BARE], Shape.TOOLS, Cause.NEVER_SEEN),
+        ([Shape.OTHER], Shape.TOOLS, Cause.EVICTED),
+        ([Shape.TOOLS], Shape.OTHER, Cause.EVICTED),
+    ],
+)
+def test_requests_on_the_side_are_no_part_of_the_history(
+    before: list[Shape], now: Shape, cause: Cause
+) -> None:
+    known = SessionBook()
+    for shape in before:
+        known.admitted(TurnRecord("request-1", SESSION, 0.0), None, 1.0, shape)
+        known.ended(SESSION, 100, 2.0)
+    assert why_not_more(SESSION, Found(150, 0, shape=now), known, 20.0).cause is cause
 
 
 @given(

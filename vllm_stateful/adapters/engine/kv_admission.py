@@ -268,6 +268,6 @@ class KVAdmission(KVLookup):
             self.records.admitted(ask.request, turn, outcome, ask.num_computed, num_loaded)
         if turn.offer is not None:
             self.turn_counts.resumed_after(turn.lookup_s)
-        if turn.offer is not None and outcome is Outcome.DIVERGED:
+        if turn.offer is not None and outcome is Outcome.DIVERGED and not turn.is_beside:
             residency, num_tokens = turn.offer.residency, turn.offer.num_tokens
             self.turn_counts.edited(self.store.kind_at(residency, num_tokens).name.lower())

@@ -131,6 +131,7 @@ class StatefulKVCacheManager(KVAdmission):
                 version=turn.version,
                 tool=forced_tool(request) or self.called_tool(request),
                 wish_s=retention_wish(request) or 0.0,
+                shape=turn.shape,
             )
         )
         is_kept = bool(self.store.branches(turn.session))  # one that it repeated counts as well

@@ -215,8 +215,10 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         turn.session = match.session
         if not turn.has_arrived:
             turn.has_arrived = True
+            turn.is_beside = self.store.is_beside(turn.session, turn.shape)
             ago_s = max(0.0, time.time() - request.arrival_time)
-            turn.waited = self.store.arrived(turn.session, ago_s)
+            if not turn.is_beside:
+                turn.waited = self.store.arrived(turn.session, ago_s)
         turn.related = (match.related, match.num_shared) if match.related else None
         if self.records is not None:
             turn.nearest = turn.related or self.store.nearest_own(turn.session, tokens[:limit])

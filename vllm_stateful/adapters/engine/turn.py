@@ -25,10 +25,21 @@ from vllm_stateful.session import Said, TurnRecord
 from vllm_stateful.transport.wire import (
     CLOSE_ACTION,
     RETAIN_ACTION,
+    SHAPE_ACTION,
     TOOL_ACTION,
     TURN_ACTION,
 )
-from vllm_stateful.types import BlockIds, Bypass, Outcome, SessionKey, TokenArray, token_array
+from vllm_stateful.types import (
+    BlockIds,
+    Bypass,
+    Outcome,
+    SessionKey,
+    Shape,
+    TokenArray,
+    token_array,
+)
+
+_SHAPES = frozenset(Shape)
 
 
 class Offer(NamedTuple):
@@ -93,6 +104,9 @@ class Turn:
     """The residency that shares most tokens with it, even if they are too few to be used."""
     waited: Ended | None = None
     """The wait of its session that this turn ended."""
+    shape: Shape = Shape.OTHER
+    is_beside: bool = False
+    """It stands beside the history of its session, as a request for a title does."""
     record: TurnRecord | None = None
     """Its record; None before it is scheduled, and where no records are kept."""
     text: TokenArray | None = None
@@ -176,6 +190,16 @@ def forced_tool(request: Request) -> str | None:
     return None
 
 
+def shape_of(request: Request) -> Shape:
+    """What the API server said that a request is made of (a KV hint)."""
+    hints = request.kv_hints
+    for action in () if hints is None else hints.actions:
+        if action.action_type == SHAPE_ACTION:
+            named = action.payload.get("shape")
+            return Shape(named) if isinstance(named, str) and named in _SHAPES else Shape.OTHER
+    return Shape.OTHER
+
+
 def prompt_array(request: Request) -> TokenArray | None:
     """The prompt, shape ``[num_prompt_tokens]``; None when it came without a header."""
     return of_request(request).prompt
@@ -187,10 +211,11 @@ def start_turn(request: Request) -> Turn:
     array = prompt_array(request)
     if array is None:
         array = token_array(request.prompt_token_ids)
+    found, session, shape = of_request(request), session_of(request), shape_of(request)
     if request.mm_features:  # other prompts with these placeholders show something else
-        return Turn(session_of(request), with_features(array, request.mm_features), text=array)
-    found = of_request(request)
-    return Turn(session_of(request), array, found.version, found.base)
+        tokens = with_features(array, request.mm_features)
+        return Turn(session, tokens, text=array, shape=shape)
+    return Turn(session, array, found.version, found.base, shape=shape)
 
 
 def output_array(request: Request) -> TokenArray:

@@ -68,7 +68,7 @@ class TurnRecords:
         self._note_wait(record, turn.waited)
         turn.record = record
         self.log.add(record)
-        self.book.admitted(record, self._parent(turn, record.said), now_s)
+        self.book.admitted(record, self._parent(turn, record.said), now_s, turn.shape)
 
     def bypassed(self, request: Request, reason: Bypass) -> None:
         """Make the record of a request that stock vLLM serves."""
@@ -111,6 +111,8 @@ class TurnRecords:
             is_own=nearest is not None and self._is_same(turn, nearest, num_shared),
             slack=self._store.groups[0].lookahead,
             has_points=self._store.has_points,
+            shape=turn.shape,
+            is_beside=turn.is_beside,
         )
         missed = why_not_more(turn.session, found, self.book, now_s)
         if missed.token is not None and nearest is not None:
@@ -154,7 +156,8 @@ class TurnRecords:
         record.num_output = int(request.num_output_tokens)
         record.ended = str(request.get_finished_reason())
         record.is_kept = is_kept
-        self.book.ended(record.session, frontier, now_s, is_kept=is_kept)
+        is_beside = record.missed.cause is Cause.SIDE_REQUEST
+        self.book.ended(record.session, frontier, now_s, is_kept=is_kept, is_beside=is_beside)
 
     def demoted(self, session: SessionKey, why: Demotion, num_kept: int) -> None:
         """Note that KV of a session was given back (``ResidencyBook.on_demoted``)."""

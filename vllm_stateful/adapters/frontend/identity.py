@@ -22,7 +22,12 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
 from vllm_stateful.adapters.frontend import cache_diagnostics, session_affinity
-from vllm_stateful.adapters.frontend.sent_body import digest_of_tools, sent_body, wish_of
+from vllm_stateful.adapters.frontend.sent_body import (
+    digest_of_tools,
+    num_merged_system,
+    sent_body,
+    wish_of,
+)
 from vllm_stateful.adapters.frontend.tool_call_plan import plan_of
 from vllm_stateful.adapters.frontend.turn_context import (
     NOTHING_KNOWN,
@@ -41,15 +46,17 @@ from vllm_stateful.request import (
     tenant_of,
 )
 from vllm_stateful.request.session_identity import id_fault
+from vllm_stateful.request.shape import shape_of
 from vllm_stateful.session import Said
 from vllm_stateful.transport.wire import (
     CLOSE_ACTION,
     HINTS_PROTOCOL,
     RETAIN_ACTION,
+    SHAPE_ACTION,
     TOOL_ACTION,
     TURN_ACTION,
 )
-from vllm_stateful.types import SALT_PREFIX
+from vllm_stateful.types import SALT_PREFIX, Shape
 
 MAX_TOOL_CHARS = 128
 """The most characters of a tool's name. A longer name is not sent to the engine."""
@@ -174,6 +181,8 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
         tools=b"" if here.cache_control is None else digest_of_tools(body),
         opening=session_affinity.opening(raw_request),
         forced_tool=_forced_tool(getattr(request, "tool_choice", None)),
+        shape=shape_of(body),
+        num_merged=num_merged_system(request, raw_request, body),
         request_id="",
     )
     session_id = (identity.session_id or stock) if _engine_off is None else as_sent
@@ -219,7 +228,9 @@ def _hints(turn: TurnContext) -> KvHintsEnvelope | None:
         said.append((RETAIN_ACTION, {"seconds": turn.wish.seconds}))
     if turn.forced_tool is not None:
         said.append((TOOL_ACTION, {"name": turn.forced_tool}))
-    told = {} if turn.identity is None else _said(turn.identity).as_payload()
+    if turn.shape is not Shape.OTHER:
+        said.append((SHAPE_ACTION, {"shape": str(turn.shape)}))
+    told = {} if turn.identity is None else _said(turn.identity, turn.num_merged).as_payload()
     if told and process_config().explain != "off":
         said.append((TURN_ACTION, told))
     actions = [
@@ -229,7 +240,7 @@ def _hints(turn: TurnContext) -> KvHintsEnvelope | None:
     return KvHintsEnvelope(HINTS_PROTOCOL, turn.request_id, actions) if actions else None
 
 
-def _said(identity: TurnIdentity) -> Said:
+def _said(identity: TurnIdentity, num_merged: int) -> Said:
     return Said(
         identity.source,
         identity.parent_id,
@@ -237,6 +248,7 @@ def _said(identity: TurnIdentity) -> Said:
         identity.rejected,
         identity.retry,
         identity.window,
+        num_merged,
     )
 
 

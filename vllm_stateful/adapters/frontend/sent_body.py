@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_stateful.render.message_memory import exact_image
 from vllm_stateful.request import RetentionWish, retention_wish
+from vllm_stateful.request.shape import num_inline_system
 
 TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call")
 """Fields of a chat, responses or Anthropic request that say which tools there are."""
@@ -39,6 +40,26 @@ def wish_of(raw_request: Any | None) -> RetentionWish | None:
         setattr(raw_request.state, _WISH, retention_wish(body))
     wish: RetentionWish | None = getattr(raw_request.state, _WISH)
     return wish
+
+
+def num_merged_system(chat: Any, raw_request: Any | None, body: dict[str, Any]) -> int:
+    """The number of system messages in mid-conversation that vLLM merged into the first one.
+
+    vLLM's Messages route does so where the chat template wants the only system message in front.
+
+    Args:
+        chat: the chat request that vLLM made of the body.
+        raw_request: the HTTP request.
+        body: its JSON body.
+    """
+    scope = getattr(raw_request, "scope", None) or {}
+    num_sent = 0
+    if str(scope.get("path", "")).endswith("/v1/messages"):
+        num_sent = num_inline_system(body)
+    if not num_sent:
+        return 0
+    made = {"messages": list(getattr(chat, "messages", ()))[1:]}
+    return max(0, num_sent - num_inline_system(made))
 
 
 def digest_of_tools(body: dict[str, Any]) -> bytes:

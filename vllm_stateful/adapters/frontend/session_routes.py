@@ -62,6 +62,7 @@ class Said(BaseModel):
     rejected: str | None
     retry: int
     window: int | None
+    merged: int
 
 
 class Turn(BaseModel):
@@ -89,6 +90,7 @@ class Turn(BaseModel):
     ended: str | None
     kept: bool
     said: Said
+    window_before: int | None
     explanation: list[str]
     """In plain English: first what it reused, then why not more, and last how long it took."""
 

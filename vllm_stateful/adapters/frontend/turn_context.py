@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from vllm_stateful.adapters.frontend.tool_call_plan import ToolCallPlan
 from vllm_stateful.request import RetentionWish, TurnIdentity
+from vllm_stateful.types import Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,9 @@ class TurnContext:
         tools: a digest of the tools and of how they may be chosen. Empty where no answers are kept.
         opening: how the conversation begins. None where no engine core is chosen by it.
         forced_tool: the tool that the answer must call.
+        shape: what the request is made of.
+        num_merged: the number of system messages in mid-conversation that vLLM merges into the
+            first one.
         request_id: the id of the request to the engine. It is "" before there is one.
     """
 
@@ -74,6 +78,8 @@ class TurnContext:
     tools: bytes = b""
     opening: str | None = None
     forced_tool: str | None = None
+    shape: Shape = Shape.OTHER
+    num_merged: int = 0
     request_id: str = ""
 
 
