@@ -83,6 +83,30 @@ class Shape(StrEnum):
     """Anything else, or not known."""
 
 
+class HintSource(StrEnum):
+    """Where a hint of a client stood; the label of ``vllm_stateful_hints_ignored_total``."""
+
+    AGENT_HINT = "agent_hint"
+    """``X-Agent-Hint``, or a part of it."""
+    SESSION_ID = "session_id"
+    """A session id that names nothing, in any header or field."""
+    SESSION_FINAL = "session_final"
+    """``x-dynamo-session-final``."""
+    COMPACTION = "compaction"
+    """``x-codex-turn-metadata`` or ``x-deepseek-harness-compact``."""
+    RETRY = "retry"
+    """``X-Stainless-Retry-Count``."""
+    WINDOW = "window"
+    """``x-codex-window-id``."""
+    CACHE_CONTROL = "cache_control"
+    """A breakpoint in the body."""
+    CACHE_RETENTION = "prompt_cache_retention"
+    CACHE_OPTIONS = "prompt_cache_options"
+    """Its ``ttl``."""
+    SESSION_RETAIN = "session_retain"
+    """The KV hint ``session.retain``."""
+
+
 class Outcome(StrEnum):
     """How a turn found its context; the label of ``vllm_stateful_turns_total``."""
 

@@ -9,6 +9,7 @@ from simulated_engine import SimulatedEngine
 
 from vllm_stateful.adapters.frontend.metrics_exporter import MetricsExporter
 from vllm_stateful.observe.diagnosis_counts import DiagnosisCounts
+from vllm_stateful.observe.hint_counts import HintCounts
 from vllm_stateful.observe.metrics import METRICS, OFF, RESUME_BUCKETS_S
 from vllm_stateful.observe.prompt_counts import PromptCounts, Sent, Tokenized, Verified
 from vllm_stateful.observe.response_counts import ResponseCounts
@@ -61,7 +62,7 @@ def exported() -> Exported:
 def own_snapshot(**values: Any) -> dict[str, Any]:
     """What an API process says of itself, all zero but for ``values``."""
     own = PromptCounts().snapshot() | ResponseCounts().snapshot() | DiagnosisCounts().snapshot()
-    return {**own, **ToolCallCounts().snapshot(), **values}
+    return {**own, **ToolCallCounts().snapshot(), **HintCounts().snapshot(), **values}
 
 
 def test_every_metric_is_registered_under_its_name(exported: Exported) -> None:

@@ -323,7 +323,7 @@ def test_a_body_is_looked_through_once(server: Server, monkeypatch: pytest.Monke
     looked_at: list[Any] = []
     stock = sent_body.retention_wish
     monkeypatch.setattr(
-        sent_body, "retention_wish", lambda body: looked_at.append(body) or stock(body)
+        sent_body, "retention_wish", lambda *given: looked_at.append(given) or stock(*given)
     )
     assert server.answer(**HOUR).json()["usage"] == COUNTS | split(0, 20)
     assert len(looked_at) == 1

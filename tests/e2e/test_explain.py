@@ -7,7 +7,9 @@ by step in `tests/adapters/test_turn_records.py`.
 
 from __future__ import annotations
 
+import base64
 import copy
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -278,6 +280,27 @@ def test_what_a_client_counts_is_told(url: str) -> None:
     said = " ".join(turn["explanation"])
     assert "context window 2, after 1" in said
     assert "had sent it once before" in said
+
+
+def test_a_hint_in_a_header_names_the_session_and_ends_it(url: str) -> None:
+    """As Hermes Agent sends one: base64url of JSON. One that is none is counted, and no more."""
+    agent = Agent(url)
+
+    def hint(**said: Any) -> dict[str, str]:
+        text = json.dumps({"session_id": agent.session, **said}).encode()
+        return {"X-Agent-Hint": base64.urlsafe_b64encode(text).decode().rstrip("=")}
+
+    turn = agent.turn(agent.says(HISTORY, extra_headers=hint(ttl=600, lifecycle="active")))
+    assert turn["said"]["source"] == "agent-hint"
+    assert agent.get(f"sessions/{agent.session}").json()["state"] == "waits_for_user"
+    agent.says(HISTORY, extra_headers=hint(lifecycle="final"))
+    assert agent.get(f"sessions/{agent.session}").json()["state"] == "closed"
+    agent.says(HISTORY, extra_headers={"X-Agent-Hint": "neither JSON nor base64"})
+    for _ in range(30):
+        if 'hints_ignored_total{source="agent_hint"} 1.0' in httpx.get(f"{url}/metrics").text:
+            return
+        time.sleep(0.2)
+    pytest.fail("the hint was not counted")
 
 
 @pytest.mark.parametrize("source", ["conversation", "x-session-affinity"])

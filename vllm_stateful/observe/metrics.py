@@ -311,6 +311,16 @@ METRICS: tuple[Metric, ...] = (
         "api",
     ),
     Metric(
+        "vllm_stateful_hints_ignored",
+        "counter",
+        "hints_ignored",
+        "source",
+        "Requests with a hint that could not be read, by where it stood: agent_hint, session_id, "
+        "session_final, compaction, retry, window, cache_control, prompt_cache_retention, "
+        "prompt_cache_options, session_retain.",
+        "api",
+    ),
+    Metric(
         "vllm_stateful_render_bytes",
         "gauge",
         "render_bytes",

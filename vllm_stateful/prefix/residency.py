@@ -163,6 +163,8 @@ class FinishedTurn:
     """The prompt's own name, by which a later one refers to it (``PromptBase``)."""
     tool: str | None = None
     """The tool that its answer calls; empty when the name is not known, None without a call."""
+    expected_s: float | None = None
+    """Seconds after which its client expects the tool to have ended; None where it does not say."""
     wish_s: float = 0.0
     """Seconds for which its client asked to keep it."""
     shape: Shape = Shape.OTHER

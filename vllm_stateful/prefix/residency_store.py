@@ -236,7 +236,8 @@ class ResidencyStore(Matching, Demoting):
         tenant = turn.session.identity.tenant
         if is_beside:
             return self.waits.gaps.forecast(tenant, Wait(WaitKind.ONE_SHOT))
-        forecast = self.waits.began(turn.session, tenant, wait, self._clock())
+        now_s = self._clock()
+        forecast = self.waits.began(turn.session, tenant, wait, now_s, turn.expected_s)
         if self.tier is not None:
             self.tier.waits(turn.session, forecast, turn.frontier, wished_until_s)
         return forecast

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """For how long a client wishes the KV of its conversation to be kept.
 
-A client can say so in four ways. A wish is soft: it says what is worth keeping, but never holds
-back another request. A wish that cannot be read is ignored.
+A client can say so in five ways. A wish is soft: it says what is worth keeping, but never holds
+back another request. A wish that cannot be read is ignored, and counted.
 
     cache_control            Anthropic's breakpoint, `{"type": "ephemeral", "ttl": "5m" | "1h"}`: at
                              system blocks, tools, content blocks (also those in a tool's result),
@@ -10,6 +10,7 @@ back another request. A wish that cannot be read is ignored.
                              send it at messages, their content parts and functions.
     prompt_cache_retention   OpenAI: "in_memory" or "24h"
     prompt_cache_options     OpenAI, in the place of the former: `{"ttl": "30m" | "12h"}`
+    x-agent-hint             a header with `pin` or `ttl`, in seconds (`agent_hint`)
     session.retain           a KV hint with the payload `{"seconds": number}`, in process
 
 The longest wish of a request counts, for its whole conversation. Anthropic keeps content before the
@@ -18,13 +19,13 @@ a session is kept as a whole, so everything that a turn writes counts as kept fo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-Ttl = Literal["5m", "1h"]
+from vllm_stateful.request.agent_hint import MAX_SECONDS, seconds_of
+from vllm_stateful.types import HintSource
 
-MAX_SECONDS = 86_400.0
-"""No wish is longer than a day."""
+Ttl = Literal["5m", "1h"]
 
 _TTL_SECONDS: dict[Ttl, float] = {"5m": 300.0, "1h": 3600.0}
 _DEFAULT_TTL: Ttl = "5m"
@@ -48,31 +49,43 @@ class RetentionWish:
     ttl: Ttl | None = None
 
 
-def retention_wish(body: object) -> RetentionWish | None:
+def retention_wish(body: object, ignored: set[HintSource] | None = None) -> RetentionWish | None:
     """The wish in the parsed JSON body of a chat, responses or messages request.
+
+    Args:
+        body: the body.
+        ignored: gets the wishes that were looked at and could not be read.
 
     Raises nothing, whatever the body holds.
     """
     if not isinstance(body, dict):
         return None
-    ttl = _longest_ttl(body)
+    unread = set() if ignored is None else ignored
+    ttl = _longest_ttl(body, unread)
     seconds = 0.0 if ttl is None else _TTL_SECONDS[ttl]
     retention = body.get("prompt_cache_retention")
-    if isinstance(retention, str):
-        seconds = max(seconds, _RETENTION_SECONDS.get(retention, 0.0))
+    kept_s = _named_seconds(retention, _RETENTION_SECONDS, HintSource.CACHE_RETENTION, unread)
     options = body.get("prompt_cache_options")
     named = options.get("ttl") if isinstance(options, dict) else None
-    if isinstance(named, str):
-        seconds = max(seconds, _OPTIONS_SECONDS.get(named, 0.0))
+    options_s = _named_seconds(named, _OPTIONS_SECONDS, HintSource.CACHE_OPTIONS, unread)
+    if not isinstance(options, dict | None):
+        unread.add(HintSource.CACHE_OPTIONS)
+    seconds = max(seconds, kept_s, options_s)
     return RetentionWish(seconds, ttl) if seconds else None
+
+
+def with_seconds(wish: RetentionWish | None, seconds: float | None) -> RetentionWish | None:
+    """The longer one of a wish and of another, of so many seconds."""
+    if seconds is None:
+        return wish
+    if wish is None:
+        return RetentionWish(seconds)
+    return replace(wish, seconds=max(wish.seconds, seconds))
 
 
 def hinted_seconds(payload: object) -> float | None:
     """The seconds in the payload of a `session.retain` hint; None when they cannot be read."""
-    seconds = payload.get("seconds") if isinstance(payload, Mapping) else None
-    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
-        return None
-    return float(min(seconds, MAX_SECONDS)) if 0 < seconds < float("inf") else None
+    return seconds_of(payload.get("seconds")) if isinstance(payload, Mapping) else None
 
 
 def cache_creation(ttl: Ttl, num_written: int) -> dict[str, int]:
@@ -80,12 +93,26 @@ def cache_creation(ttl: Ttl, num_written: int) -> dict[str, int]:
     return {f"ephemeral_{each}_input_tokens": num_written * (each == ttl) for each in _TTL_SECONDS}
 
 
-def _longest_ttl(body: dict[Any, Any]) -> Ttl | None:
+def _named_seconds(
+    named: object, times: Mapping[str, float], source: HintSource, ignored: set[HintSource]
+) -> float:
+    """The seconds of a time that a body names; 0 where it names none, or none that is known."""
+    if named is None:
+        return 0.0
+    seconds = times.get(named, 0.0) if isinstance(named, str) else 0.0
+    if not seconds:
+        ignored.add(source)
+    return seconds
+
+
+def _longest_ttl(body: dict[Any, Any], ignored: set[HintSource]) -> Ttl | None:
     """The longest time at a breakpoint. Messages are not searched if the head has an hour."""
     longest = None
     for find in (_in_head, _in_messages):
         for control in find(body):
             ttl = _ttl(control)
+            if ttl is None and control is not None:
+                ignored.add(HintSource.CACHE_CONTROL)
             if ttl == _LONGEST_TTL:
                 return ttl
             longest = ttl or longest

@@ -11,6 +11,7 @@ Sources, first usable one wins (each row is `source` in `TurnIdentity`):
     x-session-id        header X-Session-ID (+ X-Parent-Session-ID)  read by vLLM itself
     xargs               body `vllm_xargs.session_id`                 read by vLLM itself
     claude-code         x-claude-code-session-id, -agent-id, -parent-agent-id
+    agent-hint          x-agent-hint, see `agent_hint`               Hermes Agent
     codex               thread-id, else session-id; x-codex-parent-thread-id
     opencode            x-opencode-session (+ x-parent-session-id)
     deepseek-harness    x-deepseek-harness-session-id, -parent-session-id
@@ -33,20 +34,22 @@ import base64
 import binascii
 import hashlib
 import ipaddress
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from vllm_stateful.types import SALT_PREFIX, TENANT_HEX_CHARS
+from vllm_stateful.request.agent_hint import NO_HINT, AgentHint, agent_hint
+from vllm_stateful.request.client_signs import MAX_JSON_CHARS, Signs, json_object, signs_of
+from vllm_stateful.types import SALT_PREFIX, TENANT_HEX_CHARS, HintSource
 
 Source = Literal[
     "body",
     "x-session-id",
     "xargs",
     "claude-code",
+    "agent-hint",
     "codex",
     "opencode",
     "deepseek-harness",
@@ -67,7 +70,6 @@ FieldReader = Callable[[str], object]
 
 MIN_ID_CHARS = 8
 MAX_ID_CHARS = 256
-MAX_JSON_CHARS = 8192
 
 # Ids from these sources are sent to the engine unchanged, as stock vLLM does, so KV events keep
 # their meaning. Ids from all other sources are sent as "<source>:<id>".
@@ -126,6 +128,8 @@ class TurnIdentity:
     retry: how often the client's library had sent the same request before; 0 for the first time.
     window: the number of the context window, where the client counts them (Codex); it grows by one
         with each compaction.
+    hint: what its `X-Agent-Hint` says beside that.
+    ignored: the hints that could not be read.
     """
 
     session_id: str | None
@@ -137,6 +141,8 @@ class TurnIdentity:
     rejected: str | None = None
     retry: int = 0
     window: int | None = None
+    hint: AgentHint = NO_HINT
+    ignored: frozenset[HintSource] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,38 +172,40 @@ def resolve_turn(
     Raises nothing for any header or body value.
     """
     tenant = tenant_of(headers) if tenant_isolation else ""
-    compaction, retry = _is_compaction(headers), _retry_count(headers)
-    window = _window_number(headers)
+    signs, hint = signs_of(headers), agent_hint(headers)
+    named, reasons = _named(_claims(headers, field, hint))
+    raw_id = None if named is None else str(named.value)
+    ignored = set(signs.ignored)
+    if reasons:
+        ignored.add(HintSource.SESSION_ID)
+    if hint.is_ignored:
+        ignored.add(HintSource.AGENT_HINT)
+    return TurnIdentity(
+        session_id=None if named is None else _engine_id(named.source, named.child or str(raw_id)),
+        source="none" if named is None else named.source,
+        tenant=tenant,
+        parent_id=None if named is None else _parent_id(named),
+        final=_is_final(headers, signs, hint, raw_id),
+        compaction=signs.compaction,
+        rejected="; ".join(reasons) or None,
+        retry=signs.retry,
+        window=signs.window,
+        hint=hint,
+        ignored=frozenset(ignored),
+    )
+
+
+def _named(claims: Iterator[_Claim]) -> tuple[_Claim | None, list[str]]:
+    """The first claim that names a session, and why those before it do not."""
     reasons: list[str] = []
-    for claim in _claims(headers, field):
+    for claim in claims:
         if claim.value is None or claim.value == "":
             continue
         reason = _claim_fault(claim)
-        if reason is not None:
-            reasons.append(f"{claim.source}: {reason}")
-            continue
-        raw_id = str(claim.value)
-        return TurnIdentity(
-            session_id=_engine_id(claim.source, claim.child or raw_id),
-            source=claim.source,
-            tenant=tenant,
-            parent_id=_parent_id(claim),
-            final=_is_final(headers, raw_id),
-            compaction=compaction,
-            rejected="; ".join(reasons) or None,
-            retry=retry,
-            window=window,
-        )
-    return TurnIdentity(
-        session_id=None,
-        source="none",
-        tenant=tenant,
-        final=_is_final(headers, None),
-        compaction=compaction,
-        rejected="; ".join(reasons) or None,
-        retry=retry,
-        window=window,
-    )
+        if reason is None:
+            return claim, reasons
+        reasons.append(f"{claim.source}: {reason}")
+    return None, reasons
 
 
 def ids_of_client(raw_id: str) -> list[str]:
@@ -279,12 +287,13 @@ def _tenant_hex(tenant: str) -> str:
     return _sha256_hex(b"tenant-in-salt:" + _to_bytes(tenant))[:TENANT_HEX_CHARS]
 
 
-def _claims(headers: Mapping[str, str], field: FieldReader) -> Iterator[_Claim]:
+def _claims(headers: Mapping[str, str], field: FieldReader, hint: AgentHint) -> Iterator[_Claim]:
     """Yield every place that may name a session, best first. Later ones are read only if needed."""
     yield _Claim("body", field("session_id"))
     yield _Claim("x-session-id", headers.get("x-session-id"), headers.get("x-parent-session-id"))
     yield _Claim("xargs", _entry(field("vllm_xargs"), "session_id"))
     yield _claude_code_claim(headers)
+    yield _Claim("agent-hint", hint.session, hint.parent)
     for source, id_header, parent_header in _AGENT_HEADERS:
         parent = headers.get(parent_header) if parent_header else None
         yield _Claim(source, headers.get(id_header), parent)
@@ -368,36 +377,18 @@ def _parent_id(claim: _Claim) -> str | None:
     return _engine_id(claim.source, str(claim.parent))
 
 
-def _is_final(headers: Mapping[str, str], raw_id: str | None) -> bool:
+def _is_final(
+    headers: Mapping[str, str], signs: Signs, hint: AgentHint, raw_id: str | None
+) -> bool:
     """Whether the client releases the session of this turn, and not another one."""
-    if not _is_true(headers.get("x-dynamo-session-final")):
-        return False
-    named = headers.get("x-dynamo-session-id")
-    return not named or raw_id is None or named == raw_id
-
-
-def _is_compaction(headers: Mapping[str, str]) -> bool:
-    if _is_true(headers.get("x-deepseek-harness-compact")):
-        return True
-    metadata = _json_object(headers.get("x-codex-turn-metadata"))
-    return metadata.get("request_kind") == "compaction"
-
-
-def _retry_count(headers: Mapping[str, str]) -> int:
-    """What OpenAI's and Anthropic's libraries count in a header; 0 where it is no small number."""
-    count: object = headers.get("x-stainless-retry-count")
-    return int(count) if isinstance(count, str) and re.fullmatch(r"[0-9]{1,3}", count) else 0
-
-
-def _window_number(headers: Mapping[str, str]) -> int | None:
-    """The number in Codex's ``<thread>:<window>``."""
-    window: object = headers.get("x-codex-window-id")
-    found = re.fullmatch(r".{1,256}:([0-9]{1,6})", window) if isinstance(window, str) else None
-    return int(found.group(1)) if found else None
-
-
-def _is_true(value: object) -> bool:
-    return isinstance(value, str) and value.strip().casefold() in ("1", "true")
+    releases = (
+        (signs.is_final, headers.get("x-dynamo-session-id")),
+        (hint.is_final, hint.session),
+    )
+    return any(
+        is_final and (not named or raw_id is None or named == raw_id)
+        for is_final, named in releases
+    )
 
 
 def _session_in_user_id(user_id: object) -> object:
@@ -409,20 +400,9 @@ def _session_in_user_id(user_id: object) -> object:
     if not isinstance(user_id, str) or len(user_id) > MAX_JSON_CHARS:
         return None
     if user_id.startswith("{"):
-        return _json_object(user_id).get("session_id")
+        return (json_object(user_id) or {}).get("session_id")
     match = _USER_ID_SESSION.search(user_id)
     return match.group(1) if match else None
-
-
-def _json_object(text: object) -> Mapping[str, object]:
-    """`text` parsed as a JSON object; empty if it is not one or is too large."""
-    if not isinstance(text, str) or not 0 < len(text) <= MAX_JSON_CHARS:
-        return {}
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
 
 
 def _entry(container: object, name: str) -> object:

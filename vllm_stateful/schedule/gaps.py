@@ -54,6 +54,9 @@ CLASS_WEIGHT = 4.0
 MOST_GAPS = 2000.0
 """The most gaps that a histogram counts. Older gaps then count less, so it follows changes."""
 
+EXPECTED_WEIGHT = 4.0
+"""The number of gaps that a time counts as which the client expects."""
+
 OWN_DECAY = 0.9
 """The weight of a gap of a session, relative to the gap after it."""
 
@@ -134,9 +137,7 @@ class OwnGaps:
         """Add a gap, spread over its bin (half) and the two bins beside it (a quarter each)."""
         counts = self._counts.setdefault(kind, np.zeros(NUM_BINS))
         counts *= OWN_DECAY
-        place = bin_of(gap_s)
-        for step, share in ((-1, 0.25), (0, 0.5), (1, 0.25)):
-            counts[min(NUM_BINS - 1, max(0, place + step))] += share
+        counts += _spread(gap_s)
 
     def mixed_into(self, kind: WaitKind, shares: Floats) -> Floats:
         """Mix this session's gaps into the shares of all sessions; the share of "never" stays.
@@ -146,11 +147,22 @@ class OwnGaps:
             shares: shape ``[NUM_BINS + 1]``, sum 1.
         """
         counts = self._counts.get(kind)
-        if counts is None:
-            return shares
-        returns = 1 - shares[-1]
-        mixed = (CLASS_WEIGHT * shares[:-1] / returns + counts) / (CLASS_WEIGHT + counts.sum())
-        return np.append(mixed * returns, shares[-1])
+        return shares if counts is None else _mixed(shares, counts)
+
+
+def _spread(gap_s: float) -> Floats:
+    """Shape ``[NUM_BINS]``, sum 1: a gap in its bin (half) and the two beside it (a quarter)."""
+    counts, place = np.zeros(NUM_BINS), bin_of(gap_s)
+    for step, share in ((-1, 0.25), (0, 0.5), (1, 0.25)):
+        counts[min(NUM_BINS - 1, max(0, place + step))] += share
+    return counts
+
+
+def _mixed(shares: Floats, counts: Floats) -> Floats:
+    """Shares with gaps mixed in, which are counted by bin; the share of "never" stays."""
+    returns = 1 - shares[-1]
+    mixed = (CLASS_WEIGHT * shares[:-1] / returns + counts) / (CLASS_WEIGHT + counts.sum())
+    return np.append(mixed * returns, shares[-1])
 
 
 class Forecast:
@@ -260,13 +272,21 @@ class GapModel:
         """Learn from a session that was closed, or was silent for ``LOST_S``."""
         self._add(tenant, wait, NUM_BINS)
 
-    def forecast(self, tenant: Hashable, wait: Wait, own: OwnGaps | None = None) -> Forecast:
+    def forecast(
+        self,
+        tenant: Hashable,
+        wait: Wait,
+        own: OwnGaps | None = None,
+        expected_s: float | None = None,
+    ) -> Forecast:
         """The forecast for a session that begins to wait.
 
         Args:
             tenant: the tenant whose histograms are used.
             wait: what the session waits for.
             own: the session's own gaps so far.
+            expected_s: the seconds that the client expects it to wait. Counts as `EXPECTED_WEIGHT`
+                gaps of the session, and only for this wait.
         """
         kind, tool = _keys(wait)
         book = self._books.get(tenant)
@@ -275,7 +295,11 @@ class GapModel:
         else:
             self._books.move_to_end(tenant)
             shares = self._shares(book, kind, tool)
-        return Forecast(shares if own is None else own.mixed_into(wait.kind, shares))
+        if own is not None:
+            shares = own.mixed_into(wait.kind, shares)
+        if expected_s is not None:
+            shares = _mixed(shares, EXPECTED_WEIGHT * _spread(expected_s))
+        return Forecast(shares)
 
     def _shares(self, book: _Book, kind: _Key, tool: _Key) -> Floats:
         found = book.tools.get(tool)

@@ -71,7 +71,14 @@ class WaitBook:
         known = self._known.get(session)
         return None if known is None or known.wait is None else (known.wait, known.since_s)
 
-    def began(self, session: Hashable, tenant: Hashable, wait: Wait, now_s: float) -> Forecast:
+    def began(
+        self,
+        session: Hashable,
+        tenant: Hashable,
+        wait: Wait,
+        now_s: float,
+        expected_s: float | None = None,
+    ) -> Forecast:
         """Record that a turn ended and its session waits.
 
         Args:
@@ -79,6 +86,7 @@ class WaitBook:
             tenant: the tenant whose gaps the forecast uses.
             wait: what the session waits for now.
             now_s: when the turn ended.
+            expected_s: the seconds that the client expects it to wait; None where it does not say.
 
         Returns:
             When the session is expected back.
@@ -95,7 +103,7 @@ class WaitBook:
         while len(self._known) > self._max:
             forgotten, _ = self._known.popitem(last=False)
             self._waiting.pop(forgotten, None)
-        return self.gaps.forecast(tenant, wait, known.own)
+        return self.gaps.forecast(tenant, wait, known.own, expected_s)
 
     def closed(self, session: Hashable) -> None:
         """Forget a session that was closed. A session that waited counts as never come back."""

@@ -15,6 +15,9 @@ TOOL_ACTION = "session.tool"
 """The tool that the answer must call; payload ``{"name": string}``. The text of such an answer is
 only the arguments."""
 
+EXPECT_ACTION = "session.expect"
+"""How long tools are expected to take; payload ``{"seconds": {name: number}}``."""
+
 SHAPE_ACTION = "session.shape"
 """What the request is made of; payload ``{"shape": string}``, a ``types.Shape``. Not sent for
 ``Shape.OTHER``."""

@@ -4,6 +4,7 @@
 import json
 
 from vllm_stateful.observe.diagnosis_counts import DiagnosisCounts
+from vllm_stateful.observe.hint_counts import HintCounts
 from vllm_stateful.observe.metrics import METRICS
 from vllm_stateful.observe.prompt_counts import PromptCounts, Sent, Tokenized, Verified
 from vllm_stateful.observe.response_counts import ResponseCounts
@@ -65,7 +66,7 @@ def test_a_snapshot_is_a_copy_of_plain_data() -> None:
 
 def test_the_snapshot_feeds_exactly_the_metrics_of_the_api_process() -> None:
     own = {metric.key for metric in METRICS if metric.process == "api"}
-    all_counts = (PromptCounts, ResponseCounts, ToolCallCounts, DiagnosisCounts)
+    all_counts = (PromptCounts, ResponseCounts, ToolCallCounts, DiagnosisCounts, HintCounts)
     snapshots = [counts().snapshot() for counts in all_counts]
     assert {key for snapshot in snapshots for key in snapshot} == own
 

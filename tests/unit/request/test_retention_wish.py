@@ -15,7 +15,9 @@ from vllm_stateful.request.retention_wish import (
     cache_creation,
     hinted_seconds,
     retention_wish,
+    with_seconds,
 )
+from vllm_stateful.types import HintSource
 
 FIVE_MINUTES = RetentionWish(300.0, "5m")
 ONE_HOUR = RetentionWish(3600.0, "1h")
@@ -252,3 +254,34 @@ def test_the_ttl_of_prompt_cache_options_is_a_wish(
     assert retention_wish({"prompt_cache_options": options}) == wish
     longer = retention_wish({"prompt_cache_options": options, "prompt_cache_retention": "24h"})
     assert longer == RetentionWish(86_400.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "sources"),
+    [
+        ({"cache_control": {"type": "ephemeral", "ttl": "2h"}}, {HintSource.CACHE_CONTROL}),
+        ({"cache_control": 7}, {HintSource.CACHE_CONTROL}),
+        ({"cache_control": None}, set()),
+        ({"cache_control": {"type": "ephemeral"}}, set()),
+        ({"prompt_cache_retention": "for ever"}, {HintSource.CACHE_RETENTION}),
+        ({"prompt_cache_retention": ["24h"]}, {HintSource.CACHE_RETENTION}),
+        ({"prompt_cache_retention": None}, set()),
+        ({"prompt_cache_options": {"ttl": "1y"}}, {HintSource.CACHE_OPTIONS}),
+        ({"prompt_cache_options": "30m"}, {HintSource.CACHE_OPTIONS}),
+        ({"prompt_cache_options": {"mode": "auto"}}, set()),
+    ],
+)
+def test_what_cannot_be_read_is_told_by_its_source(
+    body: dict[str, Any], sources: set[HintSource]
+) -> None:
+    ignored: set[HintSource] = set()
+    retention_wish(body, ignored)
+    assert ignored == sources
+
+
+def test_the_longer_of_two_wishes_counts() -> None:
+    wish = RetentionWish(300.0, "5m")
+    assert with_seconds(wish, 600.0) == RetentionWish(600.0, "5m")
+    assert with_seconds(wish, 60.0) == wish
+    assert with_seconds(None, 60.0) == RetentionWish(60.0)
+    assert with_seconds(None, None) is None

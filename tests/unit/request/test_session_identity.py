@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_stateful.request.agent_hint import AgentHint
 from vllm_stateful.request.session_identity import (
     MAX_ID_CHARS,
     PLACEHOLDERS,
@@ -15,9 +16,12 @@ from vllm_stateful.request.session_identity import (
     id_fault,
     resolve_turn,
 )
+from vllm_stateful.types import HintSource
 
 ID = "0d3a9c52-6f1e-4b7a-8a55-2f6d0c9e7b11"
 PARENT = "7be1c6f0-1a2b-4c3d-9e8f-5a6b7c8d9e0f"
+HINTED = {"session_id": ID, "parent_session_id": PARENT, "lifecycle": "final"}
+AGENT_HINT = base64.urlsafe_b64encode(json.dumps(HINTED).encode()).decode().rstrip("=")
 OTHER = "c41f7d7e-91aa-4a3e-b0f6-12d4c5e6f708"
 
 
@@ -31,7 +35,9 @@ def resolve(
 
 
 def expected(session_id: str | None, source: Any, **rest: Any) -> TurnIdentity:
-    return TurnIdentity(session_id=session_id, source=source, tenant="", **rest)
+    ignored = frozenset({HintSource.SESSION_ID}) if "rejected" in rest else frozenset()
+    made = {"ignored": ignored, **rest}
+    return TurnIdentity(session_id=session_id, source=source, tenant="", **made)
 
 
 CLIENTS: list[tuple[str, dict[str, str], dict[str, object], TurnIdentity]] = [
@@ -196,6 +202,18 @@ CLIENTS: list[tuple[str, dict[str, str], dict[str, object], TurnIdentity]] = [
             rejected="metadata-session-id: too short",
         ),
     ),
+    (
+        "Hermes Agent, a sub-agent's last turn",
+        {"x-agent-hint": AGENT_HINT},
+        {"prompt_cache_key": OTHER},
+        expected(
+            f"agent-hint:{ID}",
+            "agent-hint",
+            parent_id=f"agent-hint:{PARENT}",
+            final=True,
+            hint=AgentHint(ID, PARENT, is_final=True),
+        ),
+    ),
     ("a user is no session", {}, {"user": ID}, expected(None, "none")),
     (
         "Aibrix gateway cookie",
@@ -227,6 +245,7 @@ def test_precedence_is_the_documented_order() -> None:
         ("header", "x-session-id", "x-session-id"),
         ("field", "vllm_xargs", "xargs"),
         ("header", "x-claude-code-session-id", "claude-code"),
+        ("header", "x-agent-hint", "agent-hint"),
         ("header", "thread-id", "codex"),
         ("header", "x-opencode-session", "opencode"),
         ("header", "x-deepseek-harness-session-id", "deepseek-harness"),
@@ -241,6 +260,7 @@ def test_precedence_is_the_documented_order() -> None:
         ("metadata", "thread_id", "metadata-thread-id"),
     ]
     nested: dict[str, object] = {"vllm_xargs": {"session_id": ID}, "user_id": f"u_session_{ID}"}
+    nested["x-agent-hint"] = json.dumps({"session_id": ID})
     for first in range(len(ranked)):
         present = ranked[first:]
         headers, body, metadata = (
@@ -320,6 +340,34 @@ def test_final_releases_only_the_session_it_names() -> None:
     assert not resolve({"x-dynamo-session-final": "false", "x-dynamo-session-id": ID}).final
 
 
+def test_a_hint_releases_only_the_session_that_it_names() -> None:
+    def final(**said: Any) -> bool:
+        hint = {"lifecycle": "final", **said}
+        return resolve({"x-agent-hint": json.dumps(hint), "x-session-id": ID}).final
+
+    assert final()
+    assert final(session_id=ID)
+    assert not final(session_id=OTHER)
+    assert not final(lifecycle="idle")
+
+
+def test_headers_that_cannot_be_read_are_told_by_their_source() -> None:
+    unreadable = {
+        "x-agent-hint": ("{", HintSource.AGENT_HINT),
+        "x-session-id": ("abc", HintSource.SESSION_ID),
+        "x-dynamo-session-final": ("perhaps", HintSource.SESSION_FINAL),
+        "x-codex-turn-metadata": ("[]", HintSource.COMPACTION),
+        "x-deepseek-harness-compact": ("7", HintSource.COMPACTION),
+        "x-stainless-retry-count": ("-1", HintSource.RETRY),
+        "x-codex-window-id": ("seven", HintSource.WINDOW),
+    }
+    for name, (value, source) in unreadable.items():
+        assert resolve({name: value}).ignored == {source}, name
+        assert resolve({name: ""}).ignored == frozenset(), name
+    together = resolve({name: value for name, (value, _) in unreadable.items()})
+    assert together.ignored == {source for _, source in unreadable.values()}
+
+
 def test_compaction_does_not_depend_on_where_the_id_was_found() -> None:
     metadata = json.dumps({"request_kind": "compaction"})
     assert resolve({"x-codex-turn-metadata": metadata}, {"session_id": ID}).compaction
@@ -382,6 +430,9 @@ HEADER_NAMES = [
     "x-deepseek-harness-compact",
     "x-dynamo-session-id",
     "x-dynamo-session-final",
+    "x-agent-hint",
+    "x-stainless-retry-count",
+    "x-codex-window-id",
 ]
 FIELD_NAMES = ["session_id", "vllm_xargs", "prompt_cache_key", "metadata", "conversation"]
 

@@ -135,6 +135,17 @@ def test_a_session_is_expected_as_it_came_before() -> None:
     assert rates(other, 0, 99) == rates(model.forecast("a", USER), 0, 99)
 
 
+def test_a_time_that_a_client_expects_counts_for_one_wait_only() -> None:
+    """Neither other sessions nor later waits of this one are expected otherwise."""
+    model, own = GapModel(), OwnGaps()
+    plain, slow = model.forecast("a", TOOL), model.forecast("a", TOOL, own, 600.0)
+    assert slow.rate(400.0) > plain.rate(400.0)
+    assert slow.rate(0.0) < plain.rate(0.0)
+    assert slow.returns == pytest.approx(plain.returns)
+    assert rates(model.forecast("a", TOOL, own), 0.0, 60.0) == rates(plain, 0.0, 60.0)
+    assert len(model) == 0
+
+
 def test_memory_is_bounded() -> None:
     model = GapModel(max_histograms=8)
     for number in range(100):

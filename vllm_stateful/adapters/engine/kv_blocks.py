@@ -13,6 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_stateful.adapters.engine.kv_admission import KVAdmission
 from vllm_stateful.adapters.engine.turn import (
     Turn,
+    expected_seconds,
     forced_tool,
     is_final,
     output_array,
@@ -117,6 +118,7 @@ class StatefulKVCacheManager(KVAdmission):
         last = None if held is None else ResumePoint(num_known, held)
         points, turn.points = self._points_of(turn, last, num_known), []
         related, num_shared = turn.related or (None, 0)
+        tool = forced_tool(request) or self.called_tool(request)
         made = self.store.finish(
             FinishedTurn(
                 session=turn.session,
@@ -129,7 +131,8 @@ class StatefulKVCacheManager(KVAdmission):
                 base=related,
                 num_base_tokens=num_shared,
                 version=turn.version,
-                tool=forced_tool(request) or self.called_tool(request),
+                tool=tool,
+                expected_s=expected_seconds(request, tool),
                 wish_s=retention_wish(request) or 0.0,
                 shape=turn.shape,
             )

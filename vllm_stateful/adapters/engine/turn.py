@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,12 +18,14 @@ from vllm_stateful.adapters.slots import of_request, on_request
 from vllm_stateful.prefix.groups import ResumePoint
 from vllm_stateful.prefix.residency import ANONYMOUS, PromptBase, Residency
 from vllm_stateful.prefix.resume_places import Place
+from vllm_stateful.request.agent_hint import seconds_of
 from vllm_stateful.request.retention_wish import hinted_seconds
 from vllm_stateful.request.session_identity import id_fault
 from vllm_stateful.schedule.waits import Ended
 from vllm_stateful.session import Said, TurnRecord
 from vllm_stateful.transport.wire import (
     CLOSE_ACTION,
+    EXPECT_ACTION,
     RETAIN_ACTION,
     SHAPE_ACTION,
     TOOL_ACTION,
@@ -187,6 +189,16 @@ def forced_tool(request: Request) -> str | None:
         if action.action_type == TOOL_ACTION:
             name = action.payload.get("name")
             return name if isinstance(name, str) else None
+    return None
+
+
+def expected_seconds(request: Request, tool: str | None) -> float | None:
+    """How long the client expects a tool to take (a KV hint); None where it does not say."""
+    hints = request.kv_hints
+    for action in () if hints is None or not tool else hints.actions:
+        if action.action_type == EXPECT_ACTION:
+            expected = action.payload.get("seconds")
+            return seconds_of(expected.get(tool)) if isinstance(expected, Mapping) else None
     return None
 
 

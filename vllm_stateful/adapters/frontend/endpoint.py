@@ -28,6 +28,7 @@ from vllm_stateful.adapters.frontend.session_routes import ask_all, router
 from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.config import is_enabled, process_config, set_by_profile
 from vllm_stateful.observe.diagnosis_counts import DIAGNOSIS_COUNTS
+from vllm_stateful.observe.hint_counts import HINT_COUNTS
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
@@ -133,6 +134,7 @@ async def _poll(
             | RESPONSE_COUNTS.snapshot()
             | TOOL_CALL_COUNTS.snapshot()
             | DIAGNOSIS_COUNTS.snapshot()
+            | HINT_COUNTS.snapshot()
         )
         try:
             if asks_engine and time.monotonic() >= ask_at:

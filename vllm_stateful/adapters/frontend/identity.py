@@ -38,6 +38,7 @@ from vllm_stateful.adapters.frontend.turn_context import (
     enter,
 )
 from vllm_stateful.config import process_config
+from vllm_stateful.observe.hint_counts import HINT_COUNTS
 from vllm_stateful.request import (
     ResponseChain,
     TurnIdentity,
@@ -45,18 +46,20 @@ from vllm_stateful.request import (
     scoped_salt,
     tenant_of,
 )
+from vllm_stateful.request.retention_wish import hinted_seconds, with_seconds
 from vllm_stateful.request.session_identity import id_fault
 from vllm_stateful.request.shape import shape_of
 from vllm_stateful.session import Said
 from vllm_stateful.transport.wire import (
     CLOSE_ACTION,
+    EXPECT_ACTION,
     HINTS_PROTOCOL,
     RETAIN_ACTION,
     SHAPE_ACTION,
     TOOL_ACTION,
     TURN_ACTION,
 )
-from vllm_stateful.types import SALT_PREFIX, Shape
+from vllm_stateful.types import SALT_PREFIX, HintSource, Shape
 
 MAX_TOOL_CHARS = 128
 """The most characters of a tool's name. A longer name is not sent to the engine."""
@@ -156,6 +159,7 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
         return body.get(name) if value is None else value
 
     identity = resolve_turn(headers, field, tenant_isolation=tenant_isolation())
+    HINT_COUNTS.ignore(identity.ignored)
     if hasattr(request, "previous_response_id"):
         identity = _responses.resolve(
             identity,
@@ -176,7 +180,7 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
     turn = replace(
         here,
         identity=identity,
-        wish=wish_of(raw_request),
+        wish=with_seconds(wish_of(raw_request), identity.hint.retain_s),
         plan=plan_of(request, raw_request),
         tools=b"" if here.cache_control is None else digest_of_tools(body),
         opening=session_affinity.opening(raw_request),
@@ -216,8 +220,18 @@ def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     request.cache_salt = scoped_salt(tenant, request.cache_salt)
     if request.kv_hints is None:
         request.kv_hints = _hints(turn)
+    else:
+        _count_unread(request.kv_hints)
     session_affinity.choose(request, turn.opening)
     return request
+
+
+def _count_unread(hints: KvHintsEnvelope) -> None:
+    """Count the wishes of the client's own process that the engine cannot read."""
+    actions = getattr(hints, "actions", ())
+    retained = [each.payload for each in actions if each.action_type == RETAIN_ACTION]
+    if any(hinted_seconds(payload) is None for payload in retained):
+        HINT_COUNTS.ignore((HintSource.SESSION_RETAIN,))
 
 
 def _hints(turn: TurnContext) -> KvHintsEnvelope | None:
@@ -228,6 +242,8 @@ def _hints(turn: TurnContext) -> KvHintsEnvelope | None:
         said.append((RETAIN_ACTION, {"seconds": turn.wish.seconds}))
     if turn.forced_tool is not None:
         said.append((TOOL_ACTION, {"name": turn.forced_tool}))
+    if turn.identity is not None and turn.identity.hint.tools:
+        said.append((EXPECT_ACTION, {"seconds": dict(turn.identity.hint.tools)}))
     if turn.shape is not Shape.OTHER:
         said.append((SHAPE_ACTION, {"shape": str(turn.shape)}))
     told = {} if turn.identity is None else _said(turn.identity, turn.num_merged).as_payload()

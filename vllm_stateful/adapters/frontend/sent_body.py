@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from vllm_stateful.observe.hint_counts import HINT_COUNTS
 from vllm_stateful.render.message_memory import exact_image
 from vllm_stateful.request import RetentionWish, retention_wish
 from vllm_stateful.request.shape import num_inline_system
+from vllm_stateful.types import HintSource
 
 TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call")
 """Fields of a chat, responses or Anthropic request that say which tools there are."""
@@ -37,7 +39,9 @@ def wish_of(raw_request: Any | None) -> RetentionWish | None:
     if raw_request is None or not body:
         return None
     if not hasattr(raw_request.state, _WISH):
-        setattr(raw_request.state, _WISH, retention_wish(body))
+        ignored: set[HintSource] = set()
+        setattr(raw_request.state, _WISH, retention_wish(body, ignored))
+        HINT_COUNTS.ignore(ignored)
     wish: RetentionWish | None = getattr(raw_request.state, _WISH)
     return wish
 
