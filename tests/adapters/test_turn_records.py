@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the engine core remembers of each turn, and the reasons that it gives for what is missed."""
 
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from simulated_groups import MARKERS
 from simulated_tier import offloading
 from test_offload_steps import forget_free_blocks
 
+from vllm_stateful.adapters.engine import scheduler
 from vllm_stateful.adapters.engine.turn_records import decoder
 from vllm_stateful.config import process_config
 from vllm_stateful.types import Demotion
@@ -299,3 +301,29 @@ def test_text_that_cannot_be_read_ends_nothing() -> None:
     assert decode([1, -7, 2, 1 << 30]) == "[1, 2]"
     assert decode([2]) == ""
     assert decoder(Broken(), "places") is decoder(None, "text") is None
+
+
+def test_ended_turns_are_noted_for_spans_only_where_vllm_sends_traces(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = Engine(**options)
+    quiet.turn("first", HISTORY)
+    assert asked_for_ended(quiet) == []
+    monkeypatch.setattr(scheduler._StatefulMixin, "_is_traced", lambda _: True)
+    engine = Engine(**options)
+    request = engine.add("first-0a1b2c3d", HISTORY, session_id=ALICE, max_tokens=1)
+    request.trace_headers = {"traceparent": "00-a-b-01", "tracestate": "x" * 513}
+    engine.run()
+    (ended,) = asked_for_ended(engine)
+    assert ended["headers"] == {"traceparent": "00-a-b-01"}
+    assert ended["turn"]["client_id"] == "first"
+    assert ended["turn"]["missed"]["cause"] == "never_seen"
+    assert ended["at"] == pytest.approx(time.time(), abs=60)
+    assert asked_for_ended(engine) == []
+    engine.turn("second", [*HISTORY, 1])
+    assert [each["headers"] for each in asked_for_ended(engine)] == [{}]
+
+
+def asked_for_ended(engine: Engine) -> list[dict[str, Any]]:
+    found = engine.scheduler.stateful("ended", {})["ended"]
+    return list(found)

@@ -97,6 +97,8 @@ _API = (
     Use("vllm.renderers.registry:RendererRegistry", "renderer", "api", "renderers register"),
     Use("vllm.inputs", "renderer", "api", "TextPrompt TokensPrompt"),
     Use(f"{_ENGINE}.async_llm:AsyncLLM", "endpoint", "api", "engine_core errored renderer"),
+    Use(f"{_ENGINE}.async_llm:AsyncLLM", "tracing", "api", "is_tracing_enabled"),
+    Use("vllm.tracing", "tracing", "api", "extract_trace_context instrument_manual"),
     Use("vllm.config.model:ModelConfig", "endpoint", "api", "is_multimodal_model"),
     Use(
         "vllm.entrypoints.openai.responses.protocol:ResponsesRequest",

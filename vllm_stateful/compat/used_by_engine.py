@@ -68,6 +68,17 @@ _SETTINGS = (
     ),
 )
 
+_TRACING = (
+    Use("vllm.v1.request:Request", "tracing", "engine", "trace_headers"),
+    Use(f"{_CONFIG}.vllm:VllmConfig", "tracing", "engine", "observability_config"),
+    Use(
+        f"{_CONFIG}.observability:ObservabilityConfig",
+        "tracing",
+        "engine",
+        "otlp_traces_endpoint",
+    ),
+)
+
 _REQUESTS = (
     Use(
         "vllm.v1.request:Request",
@@ -276,6 +287,7 @@ _OFFLOAD = (
 
 USES: tuple[Use, ...] = (
     *_SETTINGS,
+    *_TRACING,
     *_REQUESTS,
     *_SCHEDULER,
     *_CONNECTORS,

@@ -8,7 +8,7 @@ named it.
 from vllm_stateful.session.fingerprint import Change, Fingerprint, Reason, compare
 from vllm_stateful.session.fingerprints import Fingerprints, Remembered
 from vllm_stateful.session.session_book import SessionBook, Story
-from vllm_stateful.session.turn_log import TurnLog
+from vllm_stateful.session.turn_log import TurnLog, client_id
 from vllm_stateful.session.turn_record import Cause, Missed, Said, TurnRecord, name_of
 from vllm_stateful.session.why import Found, why_not_more
 
@@ -26,6 +26,7 @@ __all__ = [
     "Story",
     "TurnLog",
     "TurnRecord",
+    "client_id",
     "compare",
     "name_of",
     "why_not_more",

@@ -67,6 +67,11 @@ class TurnLog:
         return reversed(self._records.values())
 
 
+def client_id(record: TurnRecord) -> str:
+    """The id by which a client knows a request; the engine's own where it has no other form."""
+    return next(iter(_names(record)), record.request_id)
+
+
 def _keys(record: TurnRecord) -> list[tuple[str | None, str]]:
     """The salt of a request, with each id that its client may know."""
     return [(record.session.identity.cache_salt, name) for name in _names(record)]

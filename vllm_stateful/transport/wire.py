@@ -49,6 +49,9 @@ STATS, CLOSE, SESSIONS, SESSION, TURNS, TURN = (
 )
 """Asks for all totals; closes sessions; asks for sessions, one of them, turns, one of them."""
 
+ENDED = "ended"
+"""Takes the turns that have ended since the last question, where turns are traced."""
+
 # From the engine core to the API server.
 
 BASE_MISS = "stateful.base_miss"

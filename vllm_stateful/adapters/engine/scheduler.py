@@ -40,6 +40,7 @@ from vllm_stateful.adapters.engine.shared_prefixes import SchedulerPrefixes
 from vllm_stateful.adapters.engine.turn import session_of, take_said
 from vllm_stateful.adapters.engine.turn_records import TurnRecords, decoder
 from vllm_stateful.adapters.engine.waiting_queue import ServiceQueue
+from vllm_stateful.adapters.fit import is_fit
 from vllm_stateful.adapters.slots import on_request
 from vllm_stateful.adapters.speculation import (
     CUSTOM_PROCESSORS,
@@ -188,7 +189,8 @@ class _StatefulMixin:
         )
         manager.store.tier = self.tier
         if self.config.explain != "off":
-            manager.records = TurnRecords(manager.store, decoder(tokenizer, self.config.explain))
+            decode = decoder(tokenizer, self.config.explain)
+            manager.records = TurnRecords(manager.store, decode, is_traced=self._is_traced())
             manager.store.on_demoted = manager.records.demoted
         if self.config.check_invariants and manager.enable_caching:
             algorithm = self.vllm_config.cache_config.prefix_caching_hash_algo
@@ -227,6 +229,12 @@ class _StatefulMixin:
                 self.num_spec_tokens,
                 is_beside_head=is_beside_head,
             )
+
+    def _is_traced(self) -> bool:
+        """Whether vLLM sends traces, so that turns get spans."""
+        settings = getattr(self.vllm_config, "observability_config", None)
+        endpoint = getattr(settings, "otlp_traces_endpoint", None)
+        return endpoint is not None and is_fit("tracing", "engine")
 
     def _are_prefixes_shared(self) -> bool:
         """Whether the worker can attend from several requests to one prefix."""

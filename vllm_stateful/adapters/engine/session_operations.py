@@ -17,8 +17,8 @@ from vllm_stateful.adapters.attention_choice import STEPS
 from vllm_stateful.prefix.pins import PinLedger
 from vllm_stateful.prefix.residency import Residency
 from vllm_stateful.schedule.gaps import WaitKind
-from vllm_stateful.session import Cause, Story, TurnRecord, name_of
-from vllm_stateful.transport.wire import CLOSE, SESSION, SESSIONS, STATS, TURN, TURNS
+from vllm_stateful.session import Cause, Story, TurnRecord, client_id, name_of
+from vllm_stateful.transport.wire import CLOSE, ENDED, SESSION, SESSIONS, STATS, TURN, TURNS
 from vllm_stateful.types import SessionKey
 
 MAX_LISTED = 200
@@ -51,6 +51,7 @@ class SessionOperations:
             SESSION: self.session,
             TURNS: self.turns,
             TURN: self.turn,
+            ENDED: self.ended,
         }
         if operation not in operations:
             raise ValueError(f"stateful: no operation {operation!r}")
@@ -172,6 +173,24 @@ class SessionOperations:
         if record is None or not _is_told(record.session, cache_salt, sees_all=sees_all):
             return {"turns": []}
         return {"turns": [_shown(record, sees_all=sees_all)]}
+
+    def ended(self) -> dict[str, Any]:
+        """The turns that have ended since this was asked last, as their clients may see them."""
+        records = self._manager.records
+        taken = [] if records is None else records.take_ended()
+        return {
+            "ended": [
+                {
+                    "turn": {
+                        **_shown(each.record, sees_all=False),
+                        "client_id": client_id(each.record),
+                    },
+                    "at": each.at,
+                    "headers": each.headers,
+                }
+                for each in taken
+            ]
+        }
 
     def _stories(self, cache_salt: str | None, *, sees_all: bool) -> Iterator[Story]:
         records = self._manager.records

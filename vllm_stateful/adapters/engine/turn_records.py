@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
 from vllm.v1.request import Request
@@ -34,15 +35,39 @@ EXCERPT_TOKENS = 24
 """The tokens shown of each of the two texts at a change, with ``--stateful-explain text``."""
 
 
+MAX_ENDED = 4096
+"""The most ended turns that are noted for their spans. The oldest is dropped first."""
+
+
+MAX_HEADER_CHARS = 512
+"""The most characters of a trace header. The standard asks for no longer ones to be passed on."""
+
+
+class EndedTurn(NamedTuple):
+    """A turn that has ended: its record, when (seconds since 1970), and its trace headers."""
+
+    record: TurnRecord
+    at: float
+    headers: dict[str, str]
+
+
 class TurnRecords:
     """Keeps the records of one scheduler's turns, and the stories of its sessions.
 
     Args:
         store: its residencies.
         decode: turns token ids into text; None where no text is kept.
+        is_traced: whether turns that end are noted for their spans.
     """
 
-    def __init__(self, store: Matching, decode: Callable[[list[int]], str] | None = None) -> None:
+    def __init__(
+        self,
+        store: Matching,
+        decode: Callable[[list[int]], str] | None = None,
+        *,
+        is_traced: bool = False,
+    ) -> None:
+        self._ended: deque[EndedTurn] | None = deque(maxlen=MAX_ENDED) if is_traced else None
         self.log = TurnLog()
         self.book = SessionBook()
         self._store = store
@@ -158,6 +183,17 @@ class TurnRecords:
         record.is_kept = is_kept
         is_beside = record.missed.cause is Cause.SIDE_REQUEST
         self.book.ended(record.session, frontier, now_s, is_kept=is_kept, is_beside=is_beside)
+        if self._ended is not None:
+            headers = request.trace_headers or {}
+            kept = {name: text for name, text in headers.items() if len(text) <= MAX_HEADER_CHARS}
+            self._ended.append(EndedTurn(record, time.time(), kept))
+
+    def take_ended(self) -> list[EndedTurn]:
+        """The turns that have ended since the last call, where they are noted."""
+        taken = list(self._ended or ())
+        if self._ended is not None:
+            self._ended.clear()
+        return taken
 
     def demoted(self, session: SessionKey, why: Demotion, num_kept: int) -> None:
         """Note that KV of a session was given back (``ResidencyBook.on_demoted``)."""
