@@ -118,8 +118,10 @@ class Outcome(StrEnum):
     """Its history was edited. KV was reused up to the first differing token."""
     RESTORED = "restored"
     """Its KV, or the end of it, was loaded from vLLM's offload tier."""
+    CACHED = "cached"
+    """No session holds its prefix, but vLLM's own prefix cache had some of it, or had more."""
     COLD = "cold"
-    """No session holds its prefix. vLLM's own prefix cache may still have hit."""
+    """Nothing of it was there."""
     BYPASSED = "bypassed"
     """Stock vLLM served it; ``Bypass`` says why."""
 

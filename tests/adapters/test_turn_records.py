@@ -303,6 +303,19 @@ def test_text_that_cannot_be_read_ends_nothing() -> None:
     assert decoder(Broken(), "places") is decoder(None, "text") is None
 
 
+def test_a_turn_that_only_vllms_own_cache_served_is_not_cold(engine: Engine) -> None:
+    history = engine.turn("first", HISTORY)
+    engine.scheduler.stateful("close", {"session_ids": [ALICE], "cache_salt": None})
+    engine.turn("second", [*history, 1])
+    forget_free_blocks(engine)
+    engine.scheduler.stateful("close", {"session_ids": [ALICE], "cache_salt": None})
+    forget_free_blocks(engine)
+    engine.turn("third", [*history, 1])
+    records = [turn_of(engine, name) for name in ("first", "second", "third")]
+    found = [(record["outcome"], record["reused_tokens"]) for record in records]
+    assert found == [("cold", 0), ("cached", 20), ("cold", 0)]
+
+
 def test_ended_turns_are_noted_for_spans_only_where_vllm_sends_traces(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

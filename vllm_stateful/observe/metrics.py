@@ -33,7 +33,7 @@ METRICS: tuple[Metric, ...] = (
         "turns",
         "outcome",
         "Turns by how they found their context: resumed, forked, diverged, restored (from vLLM's "
-        "offload tier), cold, bypassed.",
+        "offload tier), cached (only vLLM's own prefix cache had some of it), cold, bypassed.",
     ),
     Metric(
         "vllm_stateful_bypassed_turns",

@@ -260,7 +260,8 @@ class KVAdmission(KVLookup):
     def _count_admission(self, ask: Ask, turn: Turn) -> None:
         turn.is_counted = True
         num_loaded = ask.options.get("num_external_computed_tokens", 0)
-        outcome = Outcome.COLD if turn.offer is None else turn.offer.outcome
+        by_vllm = Outcome.CACHED if ask.num_computed else Outcome.COLD
+        outcome = by_vllm if turn.offer is None else turn.offer.outcome
         outcome = Outcome.RESTORED if num_loaded else outcome
         num_reused = ask.num_computed + num_loaded
         self.turn_counts.admitted(outcome, num_reused, ask.request.num_prompt_tokens)
