@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of the demo, the table of one row a turn, the summary and the JSON file."""
+"""The rows of the demo, the summary, the explained turn and the JSON file."""
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
+from benchmarks.demo.sides import STOCK
 from benchmarks.demo.turns import Measured
-
-STOCK, PLUGIN = "stock", "plugin"
-MISSING = "-"
 
 
 @dataclass(frozen=True)
@@ -23,177 +18,178 @@ class Row:
 
     agent: str
     turn: int
-    tool: str
-    num_new_tokens: int
     sides: dict[str, Measured]
-    is_valid_call: bool
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return next(iter(self.sides.values())).num_prompt_tokens
+    def first(self) -> Measured:
+        """The turn on the first server."""
+        return next(iter(self.sides.values()))
 
     @property
-    def same_answer(self) -> bool | None:
-        """Whether both servers said the same; None when only one was asked."""
-        if len(self.sides) < 2:
+    def tool(self) -> str:
+        """What the first server's answer calls."""
+        return ", ".join(call.name for call in self.first.answer.tool_calls) or "(text)"
+
+    @property
+    def short_name(self) -> str:
+        """Initials of the agent, and the turn."""
+        return "".join(word[0] for word in self.agent.split()) + f" {self.turn}"
+
+    def same_answer(self, side: str) -> bool | None:
+        """Whether this side said the same as stock; None when there is nothing to compare."""
+        if side == STOCK or STOCK not in self.sides:
             return None
-        return self.sides[STOCK].answer.says_the_same(self.sides[PLUGIN].answer)
+        return self.sides[STOCK].answer.says_the_same(self.sides[side].answer)
 
 
-@dataclass(frozen=True)
-class Column:
-    """A heading in two lines, its width, and how a row fills it."""
+Value = Callable[[Measured], float]
 
-    head: tuple[str, str]
-    width: int
-    text: Callable[[Row], str]
-    is_text: bool = False
-
-
-def _side(side: str, write: Callable[[Measured], str]) -> Callable[[Row], str]:
-    return lambda row: write(row.sides[side]) if side in row.sides else MISSING
-
-
-def _cached(measured: Measured) -> str:
-    return str(measured.num_cached_tokens)
-
-
-def _ttft(measured: Measured) -> str:
-    return f"{measured.ttft_ms:.0f}"
-
-
-def _total(measured: Measured) -> str:
-    return f"{measured.total_s:.2f}"
-
-
-def _same(row: Row) -> str:
-    return {True: "yes", False: "NO", None: MISSING}[row.same_answer]
-
-
-TOOL_COLUMN = Column(("", "tool called"), 18, lambda row: row.tool, is_text=True)
-COLUMNS = (
-    Column(("", "agent"), 14, lambda row: row.agent, is_text=True),
-    Column(("", "turn"), 4, lambda row: str(row.turn)),
-    TOOL_COLUMN,
-    Column(("prompt", "tokens"), 6, lambda row: str(row.num_prompt_tokens)),
-    Column(("new", "tokens"), 6, lambda row: str(row.num_new_tokens)),
-    Column(("reused", "stock"), 6, _side(STOCK, _cached)),
-    Column(("reused", "plugin"), 6, _side(PLUGIN, _cached)),
-    Column(("TTFT ms", "stock"), 7, _side(STOCK, _ttft)),
-    Column(("TTFT ms", "plugin"), 7, _side(PLUGIN, _ttft)),
-    Column(("total s", "stock"), 7, _side(STOCK, _total)),
-    Column(("total s", "plugin"), 7, _side(PLUGIN, _total)),
-    Column(("same", "answer"), 6, _same),
+MEDIANS: tuple[tuple[str, str, str, Value], ...] = (
+    ("ttft_ms", "time to first token, median (ms)", ".0f", lambda m: m.ttft_ms),
+    ("total_s", "whole turn, median (s)", ".2f", lambda m: m.total_s),
+    (
+        "tokens_computed",
+        "prompt tokens computed, median",
+        ".0f",
+        lambda m: m.num_computed_tokens,
+    ),
+    ("new_tokens", "prompt tokens that are new, median", ".0f", lambda m: m.num_new_tokens),
+    ("answer_tokens", "answer tokens, median", ".0f", lambda m: m.num_output_tokens),
+    (
+        "accepted_drafts",
+        "of these, accepted drafts, median",
+        ".0f",
+        lambda m: m.num_accepted_drafts,
+    ),
 )
+"""Key, label, format and value of what is told of turns after the first."""
 
-
-def make_table(rows: Sequence[Row], note: str, width: int) -> Table:
-    """The table for a terminal; the note below it says what happens now."""
-    is_wide = width >= sum(column.width + 1 for column in COLUMNS)
-    columns = [column for column in COLUMNS if is_wide or column is not TOOL_COLUMN]
-    table = Table(
-        caption=note, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False
-    )
-    for column in columns:
-        head = "\n".join(column.head)
-        if column.is_text:
-            table.add_column(head)
-        else:
-            table.add_column(head, justify="right", no_wrap=True, min_width=column.width)
-    for row in rows:
-        cells = [column.text(row) for column in columns]
-        table.add_row(*cells, style="yellow" if row.same_answer is False else None)
-    return table
-
-
-def plain_head() -> str:
-    """The heading of the table as two lines of text."""
-    lines = [_plain([column.head[line] for column in COLUMNS]) for line in (0, 1)]
-    return "\n".join([*lines, "-" * len(lines[1])])
-
-
-def plain_row(row: Row) -> str:
-    """One row of the table as a line of text."""
-    return _plain([column.text(row) for column in COLUMNS])
-
-
-def _plain(cells: Sequence[str]) -> str:
-    padded = [
-        cell.ljust(column.width) if column.is_text else cell.rjust(column.width)
-        for cell, column in zip(cells, COLUMNS, strict=True)
-    ]
-    return "  ".join(padded).rstrip()
+SUMS: tuple[tuple[str, str, str, Value], ...] = (
+    ("all_total_s", "all turns together (s)", ".1f", lambda m: m.total_s),
+    (
+        "all_tokens_computed",
+        "prompt tokens computed, all turns",
+        ".0f",
+        lambda m: m.num_computed_tokens,
+    ),
+    ("all_answer_tokens", "answer tokens, all turns", ".0f", lambda m: m.num_output_tokens),
+    ("all_accepted_drafts", "accepted drafts, all turns", ".0f", lambda m: m.num_accepted_drafts),
+)
+FIRST_TURNS = "first_turn_total_s"
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
-    """Medians of each side and their ratios (stock over plugin), first turns kept apart."""
-    sides = {side: _medians(rows, side) for side in (STOCK, PLUGIN) if side in rows[0].sides}
-    answers = [row.same_answer for row in rows]
+    """Medians and sums of each side, and their ratios to stock (stock divided by the side)."""
+    names = list(rows[0].sides)
+    sides = {side: _values(rows, side) for side in names}
     summary: dict[str, Any] = {
         "turns": len(rows),
-        "different_answers": answers.count(False),
-        "valid_calls": sum(row.is_valid_call for row in rows),
+        "valid_calls": {side: sum(row.sides[side].is_valid_call for row in rows) for side in names},
         "sides": sides,
     }
-    if len(sides) == 2:
-        stock, plugin = sides[STOCK], sides[PLUGIN]
-        summary["ratios"] = {
-            key: stock[key] / plugin[key] for key in stock if stock[key] and plugin[key]
+    others = [side for side in names if side != STOCK]
+    if STOCK in sides and others:
+        summary["same_answers"] = {
+            side: sum(row.same_answer(side) is True for row in rows) for side in others
         }
+        summary["ratios"] = {side: _ratios(sides[STOCK], sides[side]) for side in others}
     return summary
 
 
-def _medians(rows: Sequence[Row], side: str) -> dict[str, float]:
+def _values(rows: Sequence[Row], side: str) -> dict[str, float]:
     first = [row.sides[side] for row in rows if row.turn == 1]
     later = [row.sides[side] for row in rows if row.turn > 1]
-    every = first + later
-    values: dict[str, float] = {"first_turn_ttft_ms": statistics.median(m.ttft_ms for m in first)}
+    values = {FIRST_TURNS: statistics.median(turn.total_s for turn in first)}
     if later:
-        values["later_turn_ttft_ms"] = statistics.median(m.ttft_ms for m in later)
-        values["later_turn_first_chunk_ms"] = statistics.median(m.first_chunk_ms for m in later)
-        values["later_turn_total_s"] = statistics.median(m.total_s for m in later)
-        values["later_turn_tokens_computed"] = statistics.median(
-            m.num_computed_tokens for m in later
-        )
-    values["all_turns_total_s"] = sum(m.total_s for m in every)
-    values["all_turns_tokens_computed"] = sum(m.num_computed_tokens for m in every)
-    return values
+        values |= {key: statistics.median(map(value, later)) for key, _, _, value in MEDIANS}
+    return values | {key: sum(map(value, first + later)) for key, _, _, value in SUMS}
 
 
-LINES = (
-    ("first_turn_ttft_ms", "TTFT, first turns, median (ms)", ".0f"),
-    ("later_turn_ttft_ms", "TTFT, later turns, median (ms)", ".0f"),
-    ("later_turn_first_chunk_ms", "first chunk (role), later turns, median (ms)", ".0f"),
-    ("later_turn_total_s", "whole turn, later turns, median (s)", ".2f"),
-    ("later_turn_tokens_computed", "prompt tokens computed, later turns, median", ".0f"),
-    ("all_turns_total_s", "all turns together (s)", ".1f"),
-    ("all_turns_tokens_computed", "prompt tokens computed, all turns", ".0f"),
-)
+def _ratios(stock: dict[str, float], side: dict[str, float]) -> dict[str, float]:
+    return {key: stock[key] / side[key] for key in stock if stock[key] and side[key]}
 
 
 def summary_text(summary: dict[str, Any], about: dict[str, str]) -> str:
     """The summary as it is printed at the end."""
-    sides, ratios = summary["sides"], summary.get("ratios", {})
-    text = [f"{'':<45}" + "".join(f"{side:>10}" for side in sides) + ("  ratio" if ratios else "")]
-    for key, label, form in LINES:
-        values = [side.get(key) for side in sides.values()]
-        if any(value is None for value in values):
+    ratios = summary.get("ratios", {})
+    heads = [*summary["sides"], *(f"{STOCK}/{side}" for side in ratios)]
+    lines = [f"{'':<42}" + "".join(f"{head:>13}" for head in heads)]
+    lines.append("turns after the first")
+    lines += _lines(summary, ratios, MEDIANS)
+    lines.append("")
+    first = (FIRST_TURNS, "first turns, whole turn, median (s)", ".2f", lambda m: m.total_s)
+    lines += _lines(summary, ratios, (first, *SUMS))
+    lines.append("")
+    lines += _answers(summary)
+    lines += [f"{key}: {value}" for key, value in about.items()]
+    return "\n".join(lines)
+
+
+def _lines(
+    summary: dict[str, Any],
+    ratios: dict[str, dict[str, float]],
+    entries: Sequence[tuple[str, str, str, Value]],
+) -> Iterator[str]:
+    for key, label, form, _ in entries:
+        values = [side.get(key) for side in summary["sides"].values()]
+        if None in values:
             continue
-        cells = "".join(f"{format(value, form):>10}" for value in values)
-        ratio = f"{ratios[key]:>6.2f}x" if key in ratios else ""
-        text.append(f"{label:<45}{cells}{ratio}")
-    text.append("")
-    text.append(f"tool calls true to their schema: {summary['valid_calls']} of {summary['turns']}")
-    if ratios:
-        text.append(f"turns with different answers: {summary['different_answers']}")
-    text.extend(f"{key}: {value}" for key, value in about.items())
-    return "\n".join(text)
+        cells = "".join(f"{format(value, form):>13}" for value in values)
+        factors = (f"{side[key]:.2f}x" if key in side else "" for side in ratios.values())
+        yield f"{label:<42}{cells}{''.join(f'{factor:>13}' for factor in factors)}".rstrip()
+
+
+def _answers(summary: dict[str, Any]) -> Iterator[str]:
+    turns = summary["turns"]
+    for side, number in summary["valid_calls"].items():
+        yield f"{side}: {number} of {turns} answers call a tool, true to its schema"
+    for side, number in summary.get("same_answers", {}).items():
+        yield f"{side}: {number} of {turns} answers are stock's"
+
+
+def differences_text(rows: Sequence[Row]) -> str:
+    """The answers that are not stock's, beside those of stock."""
+    lines = []
+    for row in rows:
+        for side, turn in row.sides.items():
+            if row.same_answer(side) is False:
+                lines += [
+                    f"{row.agent}, turn {row.turn}:",
+                    f"  {STOCK:<6} {row.sides[STOCK].answer.written()}",
+                    f"  {side:<6} {turn.answer.written()}",
+                ]
+    return "\n".join(lines)
+
+
+def explained_text(rows: Sequence[Row]) -> str:
+    """One later turn, explained: the one in the middle by what stock computed in it."""
+    later = sorted(
+        (row for row in rows if row.turn > 1), key=lambda row: row.first.num_computed_tokens
+    )
+    if not later:
+        return ""
+    row = later[len(later) // 2]
+    lines = [f"Why the prompt tokens of one turn were computed: {row.agent}, turn {row.turn}"]
+    for side, turn in row.sides.items():
+        if turn.explanation:
+            lines.append(f"  {side} (vllm-stateful explain URL {turn.answer_id})")
+            lines += [f"    {sentence}" for sentence in turn.explanation]
+        else:
+            lines.append(
+                f"  {side}: of {turn.num_prompt_tokens} tokens, {turn.num_cached_tokens} reused, "
+                f"{turn.num_computed_tokens} computed; it does not say why."
+            )
+    return "\n".join(lines)
 
 
 def save_json(
     path: Path, rows: Sequence[Row], summary: dict[str, Any], about: dict[str, str]
 ) -> None:
     """Everything that was measured, answers included."""
-    turns = [asdict(row) | {"same_answer": row.same_answer} for row in rows]
+    turns = [
+        asdict(row)
+        | {"same_answer": {side: row.same_answer(side) for side in row.sides if side != STOCK}}
+        for row in rows
+    ]
     document = {"about": about, "summary": summary, "turns": turns}
     path.write_text(json.dumps(document, indent=1) + "\n")

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from benchmarks.demo.report import Row, make_table, plain_head, plain_row
+from benchmarks.demo.report import Row
 from benchmarks.demo.servers import Server
+from benchmarks.demo.table import make_table, plain_head, plain_row
 
 PLAIN_INTERVAL_S = 10.0
 PLAIN_WIDTH = 140
@@ -58,8 +59,9 @@ class StartView:
 class TurnView:
     """The table of turns. It is drawn between requests only, so that it costs them nothing."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, sides: Sequence[str]) -> None:
         self._console = console
+        self._sides = sides
         self._live = Live(console=console, auto_refresh=False, vertical_overflow="visible")
         self._rows: list[Row] = []
 
@@ -67,7 +69,7 @@ class TurnView:
         if self._console.is_terminal:
             self._live.start()
         else:
-            print(plain_head(), flush=True)
+            print(plain_head(self._sides), flush=True)
         return self
 
     def __exit__(
@@ -82,7 +84,7 @@ class TurnView:
     def note(self, text: str) -> None:
         """Say below the table what happens now."""
         if self._console.is_terminal:
-            table = make_table(self._rows, text, self._console.width)
+            table = make_table(self._sides, self._rows, text, self._console.width)
             self._live.update(table, refresh=True)
 
     def add(self, row: Row) -> None:

@@ -32,7 +32,7 @@ class ServerFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What both servers have in common."""
+    """What all servers have in common."""
 
     model: Path
     dtype: str
@@ -73,6 +73,7 @@ def serve_command(options: ServerOptions, port: int, extra: Sequence[str]) -> li
         *("--chat-template", str(TOOLS_TEMPLATE)),
         "--enable-auto-tool-choice",
         *("--tool-call-parser", "hermes"),
+        "--enable-prefix-caching",
         "--enable-prompt-tokens-details",
         *extra,
     ]
@@ -89,7 +90,7 @@ class Server:
         self.log = log
         self.ready_after_s: float | None = None
         self._arguments = serve_command(options, port, extra)
-        self._environment = _environment(options, is_stock=not extra)
+        self._environment = _environment(options, is_stock="--plugin" not in extra)
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
 
@@ -189,7 +190,12 @@ def _group_exists(process: subprocess.Popen[bytes]) -> bool:
 
 # On CPU vLLM 0.32 cannot load the AOT artifact it has saved ("no attribute 'finalize_loading'") and
 # compiles again at every start. Inductor's own cache does work, and makes the same code.
-DEFAULTS = {"VLLM_USE_AOT_COMPILE": "0"}
+# Stock's own n-gram drafts use numba, whose OpenMP layer leaves the worker's kernels one thread.
+DEFAULTS = {"VLLM_USE_AOT_COMPILE": "0", "NUMBA_THREADING_LAYER": "workqueue"}
+INTEL_OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
+"""Comes with vLLM for CPUs, which asks for it to be preloaded on x86. All servers get it."""
+if INTEL_OPENMP.is_file():
+    DEFAULTS["LD_PRELOAD"] = str(INTEL_OPENMP)
 
 
 def _environment(options: ServerOptions, *, is_stock: bool) -> dict[str, str]:

@@ -36,13 +36,25 @@ class Answer:
     def says_the_same(self, other: "Answer") -> bool:
         return (self.text, self._calls()) == (other.text, other._calls())
 
+    def written(self) -> str:
+        """Text and calls in one line."""
+        calls = [f"{name}({arguments})" for name, arguments in self._calls()]
+        return " ".join(filter(None, [self.text.replace("\n", " "), *calls])) or "(nothing)"
+
     def _calls(self) -> list[tuple[str, str]]:
         return [(call.name, call.arguments) for call in self.tool_calls]
 
 
 @dataclass
 class Measured:
-    """One turn on one server. `first_chunk_ms` is the role chunk, sent with the first token."""
+    """One turn on one server.
+
+    Attributes:
+        first_chunk_ms: Until the role chunk, which is sent with the first token.
+        num_new_tokens: Prompt tokens more than the turn before had.
+        is_valid_call: Whether it called a tool, true to its schema.
+        explanation: Why it computed what it computed, as the plugin says it; without it, nothing.
+    """
 
     answer: Answer
     first_chunk_ms: float
@@ -51,6 +63,11 @@ class Measured:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
+    answer_id: str = ""
+    num_new_tokens: int = 0
+    num_accepted_drafts: int = 0
+    is_valid_call: bool = False
+    explanation: list[str] = field(default_factory=list)
 
     @property
     def num_computed_tokens(self) -> int:
@@ -81,6 +98,7 @@ def measure(client: OpenAI, model: str, session_id: str, body: dict[str, Any]) -
         num_prompt_tokens=reader.usage.prompt_tokens,
         num_cached_tokens=(details.cached_tokens or 0) if details else 0,
         num_output_tokens=reader.usage.completion_tokens,
+        answer_id=reader.answer_id,
     )
 
 
@@ -89,6 +107,7 @@ class _StreamReader:
 
     def __init__(self) -> None:
         self.answer = Answer()
+        self.answer_id = ""
         self.usage: Any = None
         self.first_chunk_at = 0.0
         self.first_output_at: float | None = None
@@ -97,6 +116,7 @@ class _StreamReader:
         for chunk in stream:
             now = time.perf_counter()
             self.first_chunk_at = self.first_chunk_at or now
+            self.answer_id = chunk.id
             self.usage = chunk.usage or self.usage
             for choice in chunk.choices:
                 if self._add(choice) and self.first_output_at is None:
@@ -118,7 +138,7 @@ class _StreamReader:
 
 
 class Session:
-    """The transcript of one agent, the same for every server."""
+    """The transcript of one agent on one server."""
 
     def __init__(self, agent: Agent, run_id: str) -> None:
         self.agent = agent
@@ -139,9 +159,10 @@ class Session:
             "max_tokens": MAX_OUTPUT_TOKENS,
         }
 
-    def advance(self, measured: Measured) -> bool:
-        """End a turn: run the calls and keep answer and results. True when every call was valid."""
+    def advance(self, measured: Measured) -> None:
+        """End a turn: run the calls and keep answer and results; note what is known only now."""
         answer = measured.answer
+        measured.num_new_tokens = measured.num_prompt_tokens - self.num_prompt_tokens
         self.num_prompt_tokens = measured.num_prompt_tokens
         message: Message = {"role": "assistant", "content": answer.text}
         if answer.tool_calls:
@@ -154,7 +175,7 @@ class Session:
             self.messages.append(
                 {"role": "tool", "tool_call_id": call.call_id, "content": result.text}
             )
-        return bool(results) and all(result.is_valid for result in results)
+        measured.is_valid_call = bool(results) and all(result.is_valid for result in results)
 
 
 def _to_openai(call: ToolCall) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     options = ["--plugin", "stateful", "--stateful-profile", "fast", "--stateful-check-invariants"]
     options += ["--served-model-name", "smollm2", "--max-model-len", "2048"]
     options += ["--chat-template", str(template)]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with LiveServer(SMOLLM2, log, *options) as live:
         yield live
         assert live.process.poll() is None, live.last_words()
@@ -59,6 +60,27 @@ def test_what_repeats_is_drafted_and_sessions_resume(server: LiveServer) -> None
     cached = answer.usage.prompt_tokens_details.cached_tokens
     assert cached > len(LINES) // 8
     assert server.metric("vllm_stateful_drafts_accepted_total") > 0
+
+
+def test_a_call_that_ended_its_turn_is_not_computed_again(server: LiveServer) -> None:
+    schema = {"type": "object", "additionalProperties": False, "required": ["city", "days"]}
+    schema |= {"properties": {"city": {"enum": ["Oslo", "Lisbon"]}, "days": {"type": "integer"}}}
+    function = {"name": "get_weather", "strict": True, "parameters": schema}
+    options = {
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    }
+    messages: list[Any] = [{"role": "user", "content": f"Read this.\n{LINES}\nThe weather?"}]
+    answer = ask(server, messages, **options)
+    (call,) = answer.choices[0].message.tool_calls
+    assert server.metric("vllm_stateful_turns_ended_at_tool_call_total", why="complete") == 1
+    messages += [answer.choices[0].message.model_dump(exclude_none=True)]
+    messages += [{"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+    usage = ask(server, messages, **options).usage
+    assert server.metric("vllm_stateful_answers_total", result="unfinished") == 0
+    known = answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert usage.prompt_tokens_details.cached_tokens >= known - 2
 
 
 def test_a_request_that_cannot_be_drafted_for_is_refused_in_words(server: LiveServer) -> None:

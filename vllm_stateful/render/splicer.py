@@ -26,14 +26,14 @@ class Spliced(StrEnum):
     DIFFERENT = "different"
     """The history says something else. It is tokenized anew."""
     UNFINISHED = "unfinished"
-    """The answer did not end with an end-of-turn token. The history is tokenized anew."""
+    """As ``different``, of an answer that did not end with an end-of-turn token."""
 
 
 class Splice(NamedTuple):
     """Generated ids and the text that they replace."""
 
     answer: tuple[int, ...]
-    """The generated ids, without the end-of-turn token."""
+    """The generated ids, without an end-of-turn token."""
     byte: int
     """The byte of the new text at which the end-of-turn token begins."""
 
@@ -69,14 +69,35 @@ class Splicer:
         for answer in reversed(entry.answers):
             end_of_turn = rules.contents.get(answer[-1]) if answer else None
             if end_of_turn is None:
-                continue
-            result = Spliced.DIFFERENT
-            byte = data.find(end_of_turn, entry.num_bytes)
-            if byte < 0:
+                kept, byte = answer, _end_of_unended(answer, entry.num_bytes, data, rules)
+            else:
+                result = Spliced.DIFFERENT
+                kept, byte = answer[:-1], data.find(end_of_turn, entry.num_bytes)
+            if not kept or byte < 0:
                 continue
             rendered = data[entry.num_bytes : byte].decode()
-            if means_the_same(rendered, self._decode(answer[:-1])):
+            if means_the_same(rendered, self._decode(kept)):
                 self._count(Spliced.KEPT)
-                return Splice(answer[:-1], byte)
+                return Splice(kept, byte)
         self._count(result)
         return None
+
+
+def _end_of_unended(answer: Sequence[int], start: int, data: bytes, rules: CutRules) -> int:
+    """Where a text may be cut behind an answer that has no end-of-turn token.
+
+    Such an answer was ended by a tool call that was complete, or by ``max_tokens``. The template
+    still ends its turn. The cut is before the first safe token behind those of the answer itself.
+
+    Returns:
+        The byte, or -1 when there is no such token.
+    """
+    byte = start - 1
+    for _ in range(1 + sum(token_id in rules.contents for token_id in answer)):
+        begin, byte = byte + 1, -1
+        for content in rules.contents.values():
+            place = data.find(content, begin, len(data) if byte < 0 else byte)
+            byte = byte if place < 0 else place
+        if byte < 0:
+            break
+    return byte

@@ -18,7 +18,7 @@ def chunk(usage: Any = None, **delta: Any) -> SimpleNamespace:
     fields = SimpleNamespace(content=None, tool_calls=None)
     fields.__dict__.update(delta)
     choices = [] if usage else [SimpleNamespace(delta=fields, finish_reason=finish_reason)]
-    return SimpleNamespace(choices=choices, usage=usage)
+    return SimpleNamespace(id="chatcmpl-1", choices=choices, usage=usage)
 
 
 def piece(arguments: str, name: str | None = None, call_id: str | None = None) -> SimpleNamespace:
@@ -52,6 +52,7 @@ def test_tool_call_is_put_together_from_its_pieces() -> None:
     assert result.answer == Answer(
         "", [ToolCall("call-1", "get_weather", '{"city": "Oslo"}')], "tool_calls"
     )
+    assert result.answer_id == "chatcmpl-1"
     assert (result.num_prompt_tokens, result.num_computed_tokens) == (300, 44)
     assert 0 < result.first_chunk_ms <= result.ttft_ms <= 1000 * result.total_s
 
@@ -81,7 +82,9 @@ def test_session_grows_by_appending_only() -> None:
         body = session.ask(step)
         transcripts.append(json.dumps(body["messages"])[:-1])
         call = ToolCall("call-1", "get_weather", '{"city": "Oslo", "month": 1, "days": 5}')
-        assert session.advance(measured(Answer("", [call])))
+        turn = measured(Answer("", [call]))
+        session.advance(turn)
+        assert turn.is_valid_call
     for before, after in itertools.pairwise(transcripts):
         assert after.startswith(before)
     assert [message["role"] for message in session.messages[-2:]] == ["assistant", "tool"]
@@ -90,7 +93,10 @@ def test_session_grows_by_appending_only() -> None:
 def test_answer_without_a_call_is_kept_but_not_valid() -> None:
     session = Session(TRAVEL_PLANNER, "run")
     session.ask(TRAVEL_PLANNER.steps[0])
-    assert not session.advance(measured(Answer("I do not know.")))
+    turn = measured(Answer("I do not know."))
+    session.advance(turn)
+    assert not turn.is_valid_call
+    assert turn.num_new_tokens == 100
     assert session.messages[-1] == {"role": "assistant", "content": "I do not know."}
 
 

@@ -63,6 +63,29 @@ def test_a_tool_call_that_means_the_same_keeps_its_ids(client: Client) -> None:
     assert client.counts == {Spliced.KEPT: 1}
 
 
+@pytest.mark.parametrize(
+    ("generated", "rendered"),
+    [(CALL, RENDERED), ("three", "three"), ("a<|im_start|>b", "a<|im_start|>b")],
+)
+def test_an_answer_that_was_ended_keeps_its_ids(
+    client: Client, generated: str, rendered: str
+) -> None:
+    """By its tool call or by max_tokens: the end-of-turn token is the template's."""
+    prompt = client.ask(PROMPT)
+    ids = client.encode(generated)
+    client.answer(prompt, ids)
+    turn = client.ask(PROMPT + rendered + REST)
+    assert list(turn) == [*prompt, *ids, *client.encode(REST)]
+    assert client.counts == {Spliced.KEPT: 1}
+
+
+def test_a_text_that_ends_inside_an_ended_answer_keeps_nothing(client: Client) -> None:
+    prompt = client.ask(PROMPT)
+    client.answer(prompt, client.encode(CALL))
+    turn = client.ask(PROMPT + RENDERED)
+    assert list(turn) == client.encode(PROMPT + RENDERED)
+
+
 def test_the_turns_after_it_build_on_the_kept_ids(client: Client) -> None:
     prompt = client.ask(PROMPT)
     client.answer(prompt, client.encode(CALL + "<|im_end|>"))
@@ -93,7 +116,10 @@ def test_a_text_is_kept_in_the_spelling_that_was_generated(client: Client) -> No
         ("four<|im_end|>", "three", Spliced.DIFFERENT),
         ("<think>x</think>three<|im_end|>", "three", Spliced.DIFFERENT),
         (CALL + "<|im_end|>", RENDERED.replace("1", "7"), Spliced.DIFFERENT),
-        ("three", "three", Spliced.UNFINISHED),
+        ("thr", "three", Spliced.UNFINISHED),
+        ("<think>x</think>three", "three", Spliced.UNFINISHED),
+        (CALL, RENDERED.replace("1", "7"), Spliced.UNFINISHED),
+        (CALL, RENDERED + RENDERED, Spliced.UNFINISHED),
     ],
 )
 def test_anything_else_is_tokenized_as_ever(
