@@ -66,7 +66,7 @@ test-next: setup model next ## what depends on vLLM, on its next release
 	.venv-next/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
 	    --hypothesis-profile=ci --durations=15 $(PYTEST_ARGS) $(NEXT_TESTS)
 
-demo: setup model ## three agents with tools, stock against plugin, table and plot
+demo: setup model ## three agents with tools: stock, plugin, plugin with --stateful-profile fast
 	$(PY) -m benchmarks.demo
 
 bench: setup model ## the paper's workloads: stock, stock with ngram, plugin (BENCH_ARGS="--quick")

@@ -46,7 +46,9 @@ def save_plot(path: Path, rows: Sequence[Row], about: dict[str, str]) -> None:
             if column == 0:
                 axes[line, column].set_ylabel(label)
         axes[0, column].set_title(title, fontsize=10)
-    axes[0, -1].legend(loc="best")
+    top = axes[0, -1]
+    top.set_ylim(top=1.18 * top.get_ylim()[1])
+    top.legend(loc="upper center", ncols=len(COLORS))
     figure.suptitle(
         f"{about['model']}, {about['dtype']}, vLLM {about['vllm']}, commit {about['commit']}, "
         f"{about['machine']}, {about['date']}",

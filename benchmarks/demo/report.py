@@ -41,6 +41,10 @@ class Row:
             return None
         return self.sides[STOCK].answer.says_the_same(self.sides[side].answer)
 
+    def same_values(self, side: str) -> bool:
+        """Whether this side said the same as stock, but for white space in the arguments."""
+        return self.sides[STOCK].answer.means_the_same(self.sides[side].answer)
+
 
 Value = Callable[[Measured], float]
 
@@ -91,6 +95,9 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     if STOCK in sides and others:
         summary["same_answers"] = {
             side: sum(row.same_answer(side) is True for row in rows) for side in others
+        }
+        summary["same_values"] = {
+            side: sum(row.same_values(side) for row in rows) for side in others
         }
         summary["ratios"] = {side: _ratios(sides[STOCK], sides[side]) for side in others}
     return summary
@@ -144,40 +151,42 @@ def _answers(summary: dict[str, Any]) -> Iterator[str]:
     for side, number in summary["valid_calls"].items():
         yield f"{side}: {number} of {turns} answers call a tool, true to its schema"
     for side, number in summary.get("same_answers", {}).items():
-        yield f"{side}: {number} of {turns} answers are stock's"
+        more = summary["same_values"][side] - number
+        yield f"{side}: {number} of {turns} answers are stock's" + (
+            f", and {more} more but for white space" if more else ""
+        )
 
 
 def differences_text(rows: Sequence[Row]) -> str:
-    """The answers that are not stock's, beside those of stock."""
+    """The answers that are not stock's, beside those of stock; empty when all are."""
     lines = []
     for row in rows:
         for side, turn in row.sides.items():
-            if row.same_answer(side) is False:
+            if row.same_answer(side) is False and not row.same_values(side):
                 lines += [
                     f"{row.agent}, turn {row.turn}:",
                     f"  {STOCK:<6} {row.sides[STOCK].answer.written()}",
                     f"  {side:<6} {turn.answer.written()}",
                 ]
-    return "\n".join(lines)
+    if not lines:
+        return ""
+    return "\n".join(["Other answers than stock's, from other token ids or results:", *lines])
 
 
 def explained_text(rows: Sequence[Row]) -> str:
-    """One later turn, explained: the one in the middle by what stock computed in it."""
-    later = sorted(
-        (row for row in rows if row.turn > 1), key=lambda row: row.first.num_computed_tokens
-    )
-    if not later:
+    """One turn explained: the first later one, in which all sides have the same conversation."""
+    row = next((row for row in rows if row.turn > 1), None)
+    if row is None:
         return ""
-    row = later[len(later) // 2]
-    lines = [f"Why the prompt tokens of one turn were computed: {row.agent}, turn {row.turn}"]
+    lines = [f"Why one turn computed what it computed: {row.agent}, turn {row.turn}"]
     for side, turn in row.sides.items():
         if turn.explanation:
             lines.append(f"  {side} (vllm-stateful explain URL {turn.answer_id})")
             lines += [f"    {sentence}" for sentence in turn.explanation]
         else:
             lines.append(
-                f"  {side}: of {turn.num_prompt_tokens} tokens, {turn.num_cached_tokens} reused, "
-                f"{turn.num_computed_tokens} computed; it does not say why."
+                f"  {side}: of {turn.num_prompt_tokens:,} tokens, {turn.num_cached_tokens:,} "
+                f"reused, {turn.num_computed_tokens:,} computed; stock vLLM does not say why."
             )
     return "\n".join(lines)
 

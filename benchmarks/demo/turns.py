@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One measured turn: the request, the streamed answer, and what the server says it reused."""
 
+import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -36,13 +37,26 @@ class Answer:
     def says_the_same(self, other: "Answer") -> bool:
         return (self.text, self._calls()) == (other.text, other._calls())
 
+    def means_the_same(self, other: "Answer") -> bool:
+        """Whether the text is equal, and the calls have equal values, however they are written."""
+        return (self.text, self._values()) == (other.text, other._values())
+
     def written(self) -> str:
         """Text and calls in one line."""
         calls = [f"{name}({arguments})" for name, arguments in self._calls()]
-        return " ".join(filter(None, [self.text.replace("\n", " "), *calls])) or "(nothing)"
+        return " ".join(" ".join([self.text, *calls]).split()) or "(nothing)"
 
     def _calls(self) -> list[tuple[str, str]]:
         return [(call.name, call.arguments) for call in self.tool_calls]
+
+    def _values(self) -> list[tuple[str, Any]]:
+        values: list[tuple[str, Any]] = []
+        for name, arguments in self._calls():
+            try:
+                values.append((name, json.loads(arguments)))
+            except json.JSONDecodeError:
+                values.append((name, arguments))
+        return values
 
 
 @dataclass

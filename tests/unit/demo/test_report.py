@@ -71,14 +71,26 @@ def test_one_side_has_no_ratio_and_no_comparison() -> None:
 
 def test_other_answers_are_shown_beside_those_of_stock(rows: list[Row]) -> None:
     assert differences_text(rows) == (
+        "Other answers than stock's, from other token ids or results:\n"
         "Data Analyst, turn 3:\n  stock  yes query_db({})\n  fast   no query_db({})"
     )
+
+
+def test_white_space_in_arguments_changes_no_value(rows: list[Row]) -> None:
+    rows[1].sides[FAST].answer.tool_calls[0].arguments = "{\n}"
+    assert rows[1].same_answer(FAST) is False
+    assert "fast: 1 of 3 answers are stock's, and 1 more but for white space" in summary_text(
+        summarize(rows), ABOUT
+    )
+    assert "turn 2" not in differences_text(rows)
+    rows[1].sides[FAST].answer.tool_calls[0].arguments = "{"
+    assert not rows[1].same_values(FAST)
 
 
 def test_the_explained_turn_is_one_that_the_plugin_explains(rows: list[Row]) -> None:
     text = explained_text(rows[:2])
     assert "Data Analyst, turn 2" in text
-    assert "stock: of 1000 tokens, 640 reused, 360 computed; it does not say why." in text
+    assert "stock: of 1,000 tokens, 640 reused, 360 computed; stock vLLM does not say why." in text
     assert "    Resumed: of 1,000 tokens, 800 reused, 200 computed." in text
 
 
