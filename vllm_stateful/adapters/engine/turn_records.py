@@ -38,9 +38,8 @@ EXCERPT_TOKENS = 24
 MAX_ENDED = 4096
 """The most ended turns that are noted for their spans. The oldest is dropped first."""
 
-
 MAX_HEADER_CHARS = 512
-"""The most characters of a trace header. The standard asks for no longer ones to be passed on."""
+"""The most characters of a trace header. The standard asks for at least so many to be passed on."""
 
 
 class EndedTurn(NamedTuple):
