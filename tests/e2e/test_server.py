@@ -153,6 +153,40 @@ def test_anthropic_messages_resume_by_metadata(server: Server) -> None:
     assert close(server, session).status_code == 200
 
 
+def test_answers_say_which_conversation_they_belong_to(server: Server) -> None:
+    """The client's own id; else one that is the same at each turn, and names the session."""
+    messages, named = conversation(uuid.uuid4().hex), new_id()
+    raw = server.openai().chat.completions.with_raw_response
+    options: dict[str, Any] = {"model": server.model, "max_tokens": 12, "temperature": 0}
+    own = raw.create(messages=messages, extra_headers=named, stream=True, **options)
+    assert own.headers["x-session-id"] == named["X-Session-ID"]
+    assert len(list(own.parse())) > 0
+
+    messages = conversation(uuid.uuid4().hex)
+    first = raw.create(messages=messages, **options)
+    made, context = first.headers["x-session-id"], first.parse().usage.total_tokens - 1
+    messages += [as_message(first.parse()), {"role": "user", "content": "And then?"}]
+    stuck = raw.create(messages=messages, extra_headers={"X-Session-ID": made}, **options)
+    assert made == stuck.headers["x-session-id"]
+    assert cached(stuck.parse()) == context
+    assert close(server, made).status_code == 200
+
+    client = anthropic.Anthropic(base_url=server.url, api_key="tenant-one", max_retries=0)
+    other: dict[str, Any] = {"model": server.model, "max_tokens": 4, "system": uuid.uuid4().hex}
+    ids = set()
+    for asked in (["Why?"], ["Why?", "So.", "And?"]):
+        roles = ("user", "assistant", "user")[: len(asked)]
+        pairs = zip(roles, asked, strict=True)
+        history: Any = [{"role": role, "content": text} for role, text in pairs]
+        answer = client.messages.with_raw_response.create(messages=history, **other)
+        ids.add(answer.headers["x-session-id"])
+    assert len(ids) == 1
+    assert made not in ids
+
+    failed = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": 7}, headers=named)
+    assert (failed.status_code, failed.headers["x-session-id"]) == (400, named["X-Session-ID"])
+
+
 def test_an_anthropic_client_that_asks_for_an_hour_is_told_what_was_written(
     server: Server,
 ) -> None:

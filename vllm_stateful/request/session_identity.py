@@ -68,6 +68,9 @@ Source = Literal[
 _UNPREFIXED: frozenset[Source] = frozenset({"body", "x-session-id", "xargs", "none"})
 FieldReader = Callable[[str], object]
 
+GATEWAY_COOKIE = "gateway cookie"
+"""Why an X-Session-ID that names a server is unusable."""
+
 MIN_ID_CHARS = 8
 MAX_ID_CHARS = 256
 
@@ -208,6 +211,19 @@ def _named(claims: Iterator[_Claim]) -> tuple[_Claim | None, list[str]]:
     return None, reasons
 
 
+def id_as_sent(identity: TurnIdentity) -> str | None:
+    """The id as the client sent it; None when the client named no session.
+
+    A session that a previous response names is not named by the client. A sub-agent of Claude Code
+    is "root/agent". `ids_of_client` of the result has the engine's id in it.
+    """
+    if identity.session_id is None or identity.source == "previous-response-id":
+        return None
+    if identity.source in _SOURCES_READ_BY_VLLM:
+        return identity.session_id
+    return identity.session_id.removeprefix(f"{identity.source}:")
+
+
 def ids_of_client(raw_id: str) -> list[str]:
     """All ids under which the engine may know a session that its client names `raw_id`.
 
@@ -342,7 +358,7 @@ def _claim_fault(claim: _Claim) -> str | None:
     fault = id_fault(claim.value)
     may_name_a_server = fault is None and claim.source in _MAY_NAME_A_SERVER
     if may_name_a_server and _is_gateway_cookie(str(claim.value)):
-        return "gateway cookie"
+        return GATEWAY_COOKIE
     return fault
 
 

@@ -16,6 +16,7 @@ from vllm_stateful.adapters import fit
 from vllm_stateful.adapters.frontend import session_affinity
 from vllm_stateful.adapters.frontend.identity import (
     TenantMiddleware,
+    keeps_sessions,
     stand_aside,
     tenant_isolation,
 )
@@ -24,6 +25,7 @@ from vllm_stateful.adapters.frontend.openai_diagnostics import OpenAIDiagnostics
 from vllm_stateful.adapters.frontend.page import page_router
 from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
+from vllm_stateful.adapters.frontend.session_header import SessionHeader
 from vllm_stateful.adapters.frontend.session_routes import ask_all, router
 from vllm_stateful.adapters.frontend.turn_tracing import is_traced, send_spans
 from vllm_stateful.compat.ledger import patch_of
@@ -57,6 +59,9 @@ class StatefulEndpoint:
             app.include_router(page_router)
             app.add_middleware(TenantMiddleware)
             app.add_middleware(OpenAIDiagnostics)
+            app.add_middleware(
+                SessionHeader, is_on=keeps_sessions, is_tenant_by_key=tenant_isolation
+            )
             if "messages" not in process_config().disable:
                 validate_plain_messages(app)
 

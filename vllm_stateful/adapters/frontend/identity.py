@@ -21,7 +21,7 @@ from starlette.datastructures import Headers
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
 
-from vllm_stateful.adapters.frontend import cache_diagnostics, session_affinity
+from vllm_stateful.adapters.frontend import cache_diagnostics, session_affinity, session_header
 from vllm_stateful.adapters.frontend.sent_body import (
     digest_of_tools,
     num_merged_system,
@@ -136,6 +136,11 @@ def stand_aside(reason: str | None) -> None:
     _engine_off = reason
 
 
+def keeps_sessions() -> bool:
+    """Whether the engine keeps sessions, as far as it has said."""
+    return _engine_off is None
+
+
 def tenant_isolation() -> bool:
     """Whether the API key separates tenants (``--stateful-tenant``)."""
     return process_config().tenant == "api-key"
@@ -167,6 +172,8 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
             getattr(request, "request_id", None),
             stored=bool(getattr(request, "store", False)),
         )
+    if keeps_sessions():
+        session_header.note(raw_request, request, body, identity)
     salt = field("cache_salt")
     cache_diagnostics.begin(
         raw_request,
