@@ -24,7 +24,13 @@ STOCK, PLUGIN = "stock", "plugin"
 SIDES = (STOCK, PLUGIN)
 FAST = "fast"
 """The plugin with `--stateful-profile fast`."""
-OURS = {PLUGIN: (), FAST: ("--stateful-profile", "fast")}
+NO_RECORDS = "no-records"
+"""The plugin without records of turns."""
+OURS = {
+    PLUGIN: (),
+    FAST: ("--stateful-profile", "fast"),
+    NO_RECORDS: ("--stateful-explain", "off"),
+}
 """The options of the sides with the plugin, behind `--plugin stateful`."""
 NGRAM = "ngram"
 """Stock vLLM with its own drafts from the prompt."""
