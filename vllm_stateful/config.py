@@ -161,7 +161,8 @@ OPTIONS: tuple[Option, ...] = (
         "'exact' or 'fast'",
         "Sets several options; those that are given themselves win. exact: every prompt has the "
         "token ids of stock vLLM. fast: --stateful-history generated, --stateful-tool-call-check "
-        "end and --stateful-drafts on. Default: exact.",
+        "end and --stateful-drafts on. Beside a drafting head, and on CUDA with model runner V1, "
+        "vLLM refuses requests with min_p or logit_bias. Default: exact.",
     ),
     Option(
         "pin_fraction",

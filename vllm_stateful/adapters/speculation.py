@@ -29,9 +29,8 @@ import copy
 from importlib.metadata import entry_points
 from typing import Any
 
-from vllm_stateful.adapters.fit import off_reason
 from vllm_stateful.compat.ledger import patch_of
-from vllm_stateful.config import StatefulConfig, is_enabled
+from vllm_stateful.config import StatefulConfig
 
 ON_DEVICE: dict[str, Any] = {
     "method": "ngram_gpu",
@@ -47,9 +46,9 @@ class SessionDrafter:
     """A ``custom_class`` proposer for vLLM's worker, which leaves drafting to the engine core."""
 
     def __init__(self, vllm_config: Any) -> None:
-        # The worker makes its drafter just before its logits processors.
-        if is_enabled() and off_reason() is None:
-            patch_of("worker-logits").apply()
+        # The worker makes its drafter just before its logits processors. Also where the plugin is
+        # not on: nothing is drafted there, and an API server elsewhere may take all parameters.
+        patch_of("worker-logits").apply()
 
     def propose(self, sampled_token_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
         """Propose no drafts: one empty list for each request."""

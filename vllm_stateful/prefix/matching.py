@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vllm_stateful.prefix.boundaries import ANSWERS, MAX_HEADER, Kind
-from vllm_stateful.prefix.edits import end_of_question, is_found_in, last_question
+from vllm_stateful.prefix.boundaries import ANSWERS, Kind
+from vllm_stateful.prefix.edits import QUESTIONS, end_of_question, is_found_in, last_question
 from vllm_stateful.prefix.groups.table import ResumePoint
 from vllm_stateful.prefix.radix_tree import Known, PrefixMatch, RadixTree
 from vllm_stateful.prefix.residency import Match, PromptBase, Residency, is_anonymous
@@ -46,8 +46,7 @@ class Matching(ResidencyBook):
         own = self._own_branch(session, tree, longest)
         if own is not None:
             found, num_tokens = own, min(own.frontier, num_tokens)
-        are_unnamed = is_anonymous(session) and is_anonymous(found.session)
-        if are_unnamed and found.is_idle and self.is_continued(found, num_tokens, tokens):
+        if self._is_next_of_unnamed(session, longest, found, num_tokens, tokens):
             session = found.session
         if self.has_points:
             return self._at_a_point(session, tree, longest, found, num_tokens)
@@ -57,9 +56,9 @@ class Matching(ResidencyBook):
     def is_continued(self, residency: Residency, num_shared: int, prompt: TokenArray) -> bool:
         """Whether a prompt continues the conversation of a history, from which it parts.
 
-        It does if it holds the history's whole prompt, and parts from it in the answer. It does as
-        well if an answer stands where the history's last question was: agents add a reminder to
-        the end of each prompt, and leave it out of the next.
+        It does if it holds the history's whole prompt, parts from it in the answer, and asks
+        something more. It does as well if an answer stands where the history's last question was:
+        agents add a reminder to the end of each prompt, and leave it out of the next.
 
         Args:
             residency: the history.
@@ -71,12 +70,37 @@ class Matching(ResidencyBook):
         question = last_question(residency.tree.path_up(residency))
         if question is None or num_shared < question.start:
             return False
-        if num_shared >= question.end:
-            return True
-        start = question.start
+        is_asked = num_shared >= question.end
+        start = question.end if is_asked else question.start
         before = self.kind_at(residency, start - 1) if start else Kind.OTHER
-        cuts = self._rules.cuts(prompt[: start + MAX_HEADER], start, before)
-        return len(cuts.starts) > 0 and cuts.starts[0] == start and int(cuts.kinds[0]) in ANSWERS
+        cuts = self._rules.cuts(prompt, start, before)
+        if not len(cuts.starts) or cuts.starts[0] != start or int(cuts.kinds[0]) not in ANSWERS:
+            return False
+        return any(int(kind) in QUESTIONS for kind in cuts.kinds[1:])
+
+    def _is_next_of_unnamed(
+        self,
+        session: SessionKey,
+        longest: PrefixMatch[Residency],
+        found: Residency,
+        num_shared: int,
+        prompt: TokenArray,
+    ) -> bool:
+        """Whether a turn that no client named is the next turn of another such conversation.
+
+        That one must wait for it, and must be the only one that shares these tokens.
+        """
+        if not is_anonymous(session) or not is_anonymous(found.session) or not found.is_idle:
+            return False
+        if self.waits.wait_of(found.session) is None:
+            return False
+        assert longest.node is not None
+        for count, other in enumerate(RadixTree.values_below(longest.node)):
+            if other.session != found.session and is_anonymous(other.session):
+                return False
+            if count >= MAX_CANDIDATES:
+                return False
+        return self.is_continued(found, num_shared, prompt)
 
     def is_asked_again(self, residency: Residency, num_shared: int, prompt: TokenArray) -> bool:
         """Whether a prompt still has the last question of a history from which it parts.

@@ -10,8 +10,10 @@ added token. Source: ``AddedVocabulary.extract_and_normalize`` in tokenizers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,11 @@ class CutRules:
     """Bytes behind a cut that must be known: the length of the longest added token."""
     ids: TokenArray
     """The safe token ids, ascending."""
+
+    @cached_property
+    def any_content(self) -> re.Pattern[bytes]:
+        """Finds the text of any safe token. Texts of two such tokens never overlap."""
+        return re.compile(b"|".join(map(re.escape, self.contents.values())) or rb"(?!)")
 
     @classmethod
     def of(cls, added_tokens: Mapping[int, Any], never: Iterable[int | None] = ()) -> CutRules:

@@ -9,6 +9,7 @@ what the client added.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import NamedTuple
@@ -92,12 +93,6 @@ def _end_of_unended(answer: Sequence[int], start: int, data: bytes, rules: CutRu
     Returns:
         The byte, or -1 when there is no such token.
     """
-    byte = start - 1
-    for _ in range(1 + sum(token_id in rules.contents for token_id in answer)):
-        begin, byte = byte + 1, -1
-        for content in rules.contents.values():
-            place = data.find(content, begin, len(data) if byte < 0 else byte)
-            byte = byte if place < 0 else place
-        if byte < 0:
-            break
-    return byte
+    num_within = sum(token_id in rules.contents for token_id in answer)
+    found = itertools.islice(rules.any_content.finditer(data, start), num_within, None)
+    return next((place.start() for place in found), -1)

@@ -22,6 +22,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vllm_stateful.request.client_signs import has_control_characters
+
 MAX_HINT_CHARS = 4096
 MAX_TOOLS = 16
 """The most tools of a hint that are heard."""
@@ -156,6 +158,9 @@ def _tools(listed: object) -> tuple[tuple[tuple[str, float], ...], bool]:
         tool = {"name": each} if isinstance(each, str) else each
         name = tool.get("name") if isinstance(tool, Mapping) else None
         if not isinstance(name, str) or not 0 < len(name) <= MAX_TOOL_CHARS:
+            are_read = False
+            continue
+        if has_control_characters(name):
             are_read = False
             continue
         expected = tool.get("expected_seconds")

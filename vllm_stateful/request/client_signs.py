@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -86,3 +87,10 @@ def _number(
         ignored.add(source)
         return None
     return int(found.group(1))
+
+
+def has_control_characters(text: str) -> bool:
+    """Whether `text` contains control characters, line separators or lone surrogates."""
+    if text.isprintable():
+        return False
+    return any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text)

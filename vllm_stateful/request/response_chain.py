@@ -4,10 +4,10 @@
 from collections import OrderedDict
 from dataclasses import replace
 
+from vllm_stateful.request.client_signs import has_control_characters
 from vllm_stateful.request.session_identity import (
     MAX_ID_CHARS,
     TurnIdentity,
-    has_control_characters,
 )
 
 DEFAULT_MAX_RESPONSES = 65_536

@@ -35,13 +35,18 @@ import binascii
 import hashlib
 import ipaddress
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from vllm_stateful.request.agent_hint import NO_HINT, AgentHint, agent_hint
-from vllm_stateful.request.client_signs import MAX_JSON_CHARS, Signs, json_object, signs_of
+from vllm_stateful.request.client_signs import (
+    MAX_JSON_CHARS,
+    Signs,
+    has_control_characters,
+    json_object,
+    signs_of,
+)
 from vllm_stateful.types import SALT_PREFIX, TENANT_HEX_CHARS, HintSource
 
 Source = Literal[
@@ -251,13 +256,6 @@ def id_fault(value: object) -> str | None:
     if len(value) < MIN_ID_CHARS:
         return "too short"
     return None
-
-
-def has_control_characters(text: str) -> bool:
-    """Whether `text` contains control characters, line separators or lone surrogates."""
-    if text.isprintable():
-        return False
-    return any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text)
 
 
 def tenant_of(headers: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ own, one question, no tools, and no earlier answer.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 from vllm_stateful.types import Shape
@@ -43,7 +44,8 @@ def num_inline_system(body: Mapping[str, object]) -> int:
     messages = body.get("messages")
     if not isinstance(messages, list):
         return 0
-    return sum(type(each) is dict and each.get("role") == "system" for each in messages)
+    are_system = [type(each) is dict and each.get("role") == "system" for each in messages]
+    return sum(itertools.dropwhile(bool, are_system))
 
 
 def _is_of_answer(message: object) -> bool:

@@ -128,7 +128,14 @@ class Residencies(RuleBasedStateMachine):
         whole = num_tokens in (found.frontier, len(wanted))
         assert num_tokens == longest or (whole and found.session == session)
         are_unnamed = is_anonymous(session) and is_anonymous(found.session)
-        is_edit = found.is_idle and self.is_continued(found, num_tokens, prompt)
+        others = [r for r in same if num_shared(self.tokens_of[r], wanted) == longest]
+        is_alone = all(r.session == found.session or not is_anonymous(r.session) for r in others)
+        is_edit = (
+            found.is_idle
+            and is_alone
+            and self.store.waits.wait_of(found.session) is not None
+            and self.is_continued(found, num_tokens, prompt)
+        )
         assert (match.session != session) == (
             are_unnamed and session != found.session and (whole or is_edit)
         )
@@ -147,9 +154,13 @@ class Residencies(RuleBasedStateMachine):
         if not asked:
             return False
         start, end = [*starts, len(tokens)][asked[-1] : asked[-1] + 2]
+        if num_tokens < start:
+            return False
+        start = end if num_tokens >= end else start
         now = RULES.cuts(array(prompt))
-        begins = dict(zip(now.starts.tolist(), now.kinds, strict=True))
-        return num_tokens >= end or (num_tokens >= start and begins.get(start) in ANSWERS)
+        segments = list(zip(now.starts.tolist(), now.kinds, strict=True))
+        behind = [kind for begin, kind in segments if begin > start]
+        return dict(segments).get(start) in ANSWERS and any(kind in QUESTIONS for kind in behind)
 
     def some_turn(self, data: st.DataObject) -> RunningTurn:
         return self.engine.running[data.draw(st.integers(0, len(self.engine.running) - 1))]

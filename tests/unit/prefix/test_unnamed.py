@@ -82,6 +82,28 @@ def test_what_is_asked_while_the_conversation_runs_is_another(engine: FakeEngine
     assert beside.match.outcome is Outcome.FORKED
 
 
+def test_rollouts_of_one_prompt_stay_apart(engine: FakeEngine) -> None:
+    """All were answered before the first of them goes on, and the answers come back changed."""
+    running = [engine.start(unnamed(number), FIRST) for number in range(8)]
+    for number, turn in enumerate(running):
+        assert engine.finish(turn, [*THOUGHTS, *ANSWER[:-1], 8000 + number]) is not None
+    again = [
+        engine.start(unnamed(10 + number), [*FIRST, *ANSWER[:-1], 8000 + number, *SECOND])
+        for number in range(8)
+    ]
+    assert len({turn.session for turn in again}) == 8
+    assert all(engine.finish(turn, ANSWER) is not None for turn in again)
+    assert engine.store.num_idle == 16
+    assert not any(residency.superseded for residency in engine.store.residencies())
+
+
+def test_the_same_prompt_again_is_no_next_turn(engine: FakeEngine) -> None:
+    first, _ = asked(engine, 1, FIRST)
+    again = engine.finish(engine.start(unnamed(2), FIRST), [*THOUGHTS, 9, *ANSWER])
+    assert again is not None
+    assert (again.num_turns, again.wait) == (first.num_turns, WaitKind.ONE_SHOT)
+
+
 def test_a_name_is_kept(engine: FakeEngine) -> None:
     asked(engine, 1, FIRST)
     turn = engine.start(key("session-alice"), [*FIRST, *ANSWER, *SECOND])

@@ -75,6 +75,8 @@ def test_what_is_heard(said: dict[str, Any], heard: AgentHint) -> None:
         ({"next_tools": [7, {"name": "read", "expected_seconds": 2}]}, {"tools": (("read", 2.0),)}),
         ({"next_tools": [{"name": "read", "expected_seconds": "2"}]}, {}),
         ({"next_tools": [{"name": "x" * 200, "expected_seconds": 2}]}, {}),
+        ({"next_tools": [{"name": "\ud800", "expected_seconds": 2}]}, {}),  # cannot be encoded
+        ({"next_tools": [{"name": "a\nb", "expected_seconds": 2}]}, {}),
     ],
 )
 def test_the_rest_of_a_hint_is_heard_if_some_of_it_cannot_be_read(

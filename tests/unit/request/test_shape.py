@@ -43,6 +43,7 @@ def test_the_shape_of_a_body(body: dict[str, Any], shape: Shape) -> None:
 def test_system_messages_in_mid_conversation_are_counted() -> None:
     assert num_inline_system({"messages": [QUESTION, SYSTEM, ANSWER, SYSTEM]}) == 2
     assert num_inline_system({"system": "x", "messages": [QUESTION]}) == 0
+    assert num_inline_system({"messages": [SYSTEM, SYSTEM, QUESTION, SYSTEM]}) == 1
 
 
 JSON = st.recursive(

@@ -27,7 +27,7 @@ from vllm_stateful.adapters.frontend.prompt_sender import ask_for_deltas
 from vllm_stateful.adapters.frontend.request_validation import validate_plain_messages
 from vllm_stateful.adapters.frontend.session_header import SessionHeader
 from vllm_stateful.adapters.frontend.session_routes import ask_all, router
-from vllm_stateful.adapters.frontend.turn_tracing import is_traced, send_spans
+from vllm_stateful.adapters.frontend.turn_tracing import Spans
 from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.config import is_enabled, process_config, set_by_profile
 from vllm_stateful.observe.diagnosis_counts import DIAGNOSIS_COUNTS
@@ -35,7 +35,7 @@ from vllm_stateful.observe.hint_counts import HINT_COUNTS
 from vllm_stateful.observe.prompt_counts import PROMPT_COUNTS
 from vllm_stateful.observe.response_counts import RESPONSE_COUNTS
 from vllm_stateful.observe.tool_call_counts import TOOL_CALL_COUNTS
-from vllm_stateful.transport.wire import ENDED, STATS
+from vllm_stateful.transport.wire import STATS
 
 logger = init_logger("vllm.stateful")
 
@@ -133,7 +133,7 @@ async def _poll(
     engine_client: Any, exporter: MetricsExporter, asks_engine: bool, *, is_known: bool
 ) -> None:
     ask_at, pause = 0.0, POLL_SECONDS
-    has_spans = asks_engine and await is_traced(engine_client)
+    spans = Spans(engine_client) if asks_engine else None
     while not engine_client.errored:
         is_known = is_known or await _stand_aside_if_all_are_off(engine_client)
         exporter.update_own(
@@ -146,12 +146,12 @@ async def _poll(
         try:
             if asks_engine and time.monotonic() >= ask_at:
                 exporter.update(await ask_all(engine_client, STATS, {}))
-                if has_spans:
-                    send_spans(await ask_all(engine_client, ENDED, {}))
                 pause = POLL_SECONDS
         except Exception as error:  # any error of the engine
             if pause == POLL_SECONDS:
                 logger.warning("stateful: no metrics from the engine: %r", error)
             pause = min(2 * pause, MOST_POLL_SECONDS)
             ask_at = time.monotonic() + pause
+        if spans is not None and time.monotonic() >= ask_at:
+            await spans.send()
         await asyncio.sleep(POLL_SECONDS)

@@ -46,6 +46,7 @@ from vllm_stateful.request import (
     scoped_salt,
     tenant_of,
 )
+from vllm_stateful.request.client_signs import has_control_characters
 from vllm_stateful.request.retention_wish import hinted_seconds, with_seconds
 from vllm_stateful.request.session_identity import id_fault
 from vllm_stateful.request.shape import shape_of
@@ -205,7 +206,9 @@ def _forced_tool(choice: Any) -> str | None:
     if getattr(choice, "type", None) != "function":
         return None
     name = getattr(getattr(choice, "function", choice), "name", None)
-    return name if isinstance(name, str) and len(name) <= MAX_TOOL_CHARS else None
+    if not isinstance(name, str) or len(name) > MAX_TOOL_CHARS or has_control_characters(name):
+        return None
+    return name
 
 
 def stamp(request: EngineCoreRequest) -> EngineCoreRequest:

@@ -62,7 +62,7 @@ def num_merged_system(chat: Any, raw_request: Any | None, body: dict[str, Any]) 
         num_sent = num_inline_system(body)
     if not num_sent:
         return 0
-    made = {"messages": list(getattr(chat, "messages", ()))[1:]}
+    made = {"messages": list(getattr(chat, "messages", ()))}
     return max(0, num_sent - num_inline_system(made))
 
 
