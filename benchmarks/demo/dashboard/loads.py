@@ -177,7 +177,7 @@ def _edit(url: str, _: dict[str, Any]) -> None:
 def _fork(url: str, _: dict[str, Any]) -> None:
     """Sub-agents that begin alike, one after the other, and then all at once."""
     for number in range(3):
-        shared = f"Plan {number}. " + f"{RULES} " * 4
+        shared = f"Plan {number}. " + f"{RULES} " * 5
         agents = [Agent(url, session=name("worker"), rules=shared) for _ in range(4)]
         at_once([partial(agent.say, f"I am {agent.session}.") for agent in agents])
         time.sleep(TOOL_S)
