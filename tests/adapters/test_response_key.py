@@ -16,6 +16,7 @@ from vllm_stateful.adapters.frontend.turn_context import (
     CacheControl,
     TurnContext,
 )
+from vllm_stateful.transport import wire
 from vllm_stateful.transport.prompt_ids import PromptTokenIds
 from vllm_stateful.transport.wire import CLOSE_ACTION, RETAIN_ACTION
 
@@ -52,6 +53,17 @@ def test_equal_requests_have_one_key_whoever_sends_them() -> None:
     first = request_of(params={"extra_args": {SESSION: "theirs"}})
     assert isinstance(key(first), bytes)
     assert key(first) == key(again)
+
+
+SENT = sorted(value for name, value in vars(wire).items() if name.endswith("_ACTION"))
+
+
+@pytest.mark.parametrize("action", SENT)
+def test_what_we_say_to_the_engine_ourselves_changes_no_answer(action: str) -> None:
+    """But the end of a session: it must reach the engine."""
+    said = KvHintsEnvelope("p", "m", [KvHintAction("0", action, "1", {})])
+    expected = Uncached.HINTS if action == CLOSE_ACTION else key()
+    assert key(request_of(kv_hints=said)) == expected
 
 
 OTHERS: dict[str, Any] = {

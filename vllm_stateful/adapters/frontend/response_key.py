@@ -14,7 +14,13 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm_stateful.adapters.frontend.turn_context import TurnContext
 from vllm_stateful.adapters.model_input import identity_of
 from vllm_stateful.transport.prompt_ids import digest_of
-from vllm_stateful.transport.wire import RETAIN_ACTION, TOOL_ACTION
+from vllm_stateful.transport.wire import (
+    EXPECT_ACTION,
+    RETAIN_ACTION,
+    SHAPE_ACTION,
+    TOOL_ACTION,
+    TURN_ACTION,
+)
 
 
 class Uncached(StrEnum):
@@ -45,7 +51,7 @@ class Uncached(StrEnum):
 HANDED_OUT = frozenset({"output_kind", "stream_interval", "skip_clone"})
 """Fields of ``SamplingParams`` that say how an answer is delivered, not what it is."""
 
-HARMLESS = frozenset({RETAIN_ACTION, TOOL_ACTION})
+HARMLESS = frozenset({EXPECT_ACTION, RETAIN_ACTION, SHAPE_ACTION, TOOL_ACTION, TURN_ACTION})
 """KV hints that leave the answer and every session as they are."""
 
 SESSION = "session_id"
