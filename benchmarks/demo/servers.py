@@ -22,7 +22,7 @@ from benchmarks.models import TOOLS_TEMPLATE
 HOST = "127.0.0.1"
 MODEL_NAME = "smollm2-135m"
 START_LIMIT_S = 600
-STOP_LIMIT_S = 15
+STOP_LIMIT_S = 20
 NUM_TAIL_LINES = 25
 
 
@@ -150,18 +150,8 @@ class Server:
     def stop(self) -> None:
         """Ask the server to end, then kill whatever is left of its group."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        try:
-            if process.poll() is None:
-                process.terminate()
-            deadline = time.monotonic() + STOP_LIMIT_S
-            while _group_exists(process) and time.monotonic() < deadline:
-                time.sleep(0.1)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if process is not None:
+            stop_group(process)
 
     def _is_healthy(self) -> bool:
         try:
@@ -176,6 +166,20 @@ class Server:
     def _report(self, problem: str) -> str:
         tail = "\n".join(f"    {line}" for line in self._tail(NUM_TAIL_LINES))
         return f"the {self.name} server: {problem}. The end of {self.log}:\n{tail}"
+
+
+def stop_group(process: subprocess.Popen[bytes]) -> None:
+    """Ask a process to end, then kill whatever is left of its group, which it must lead."""
+    try:
+        if process.poll() is None:
+            process.terminate()
+        deadline = time.monotonic() + STOP_LIMIT_S
+        while _group_exists(process) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _group_exists(process: subprocess.Popen[bytes]) -> bool:

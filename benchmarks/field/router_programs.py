@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -23,14 +22,13 @@ from typing import Self
 import httpx
 
 from benchmarks.demo.machine import ROOT
-from benchmarks.demo.servers import HOST, ServerFailedError, free_port
+from benchmarks.demo.servers import HOST, ServerFailedError, free_port, stop_group
 
 FILES = ROOT / "deploy" / "routers"
 API_KEY = f"sk-{secrets.token_hex(32)}"
 """The key that clients send, and that LiteLLM sends to the replicas; another one in each run."""
 
 START_LIMIT_S = 120
-STOP_LIMIT_S = 10
 
 LISTEN, FIRST, SECOND, METRICS = "8000", "8001", "8002", "29000"
 """The ports in the files."""
@@ -193,14 +191,8 @@ class Router:
     def stop(self) -> None:
         """Ask it to end, then kill what is left of its group."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_LIMIT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if process is not None:
+            stop_group(process)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_LIMIT_S

@@ -18,7 +18,7 @@ from typing import Self
 
 import httpx
 
-from benchmarks.demo.servers import HOST, ServerFailedError, free_port
+from benchmarks.demo.servers import HOST, ServerFailedError, free_port, stop_group
 
 STOCK, PLUGIN = "stock", "plugin"
 SIDES = (STOCK, PLUGIN)
@@ -38,7 +38,6 @@ MODEL_NAME = "tiny"
 MAX_MODEL_LEN = 262144
 KV_GIB = 2
 START_LIMIT_S = 600
-STOP_LIMIT_S = 20
 RESET_TRIES = 10
 NUM_TAIL_LINES = 40
 _CACHE_SIZE = re.compile(r"KV cache size: ([\d,]+) tokens")
@@ -155,17 +154,8 @@ class Server:
         trace: TracebackType | None,
     ) -> None:
         process, self._process = self._process, None
-        if process is None:
-            return
-        try:
-            process.terminate()
-            deadline = time.monotonic() + STOP_LIMIT_S
-            while _group_exists(process) and time.monotonic() < deadline:
-                time.sleep(0.1)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if process is not None:
+            stop_group(process)
 
     def kill(self) -> None:
         """End the whole group at once, as a crash of its machine would."""
@@ -266,13 +256,3 @@ def running_servers(
             say(f"{side}: ready after {server.wait_until_ready():.0f} s")
             servers[side] = server
         yield servers
-
-
-def _group_exists(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process of the group is left; collects the leader when it has ended."""
-    process.poll()
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

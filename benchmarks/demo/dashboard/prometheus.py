@@ -12,10 +12,9 @@ from typing import Any, Self
 import httpx
 
 from benchmarks.demo.dashboard.panels import SCRAPE_S, STEP_S
-from benchmarks.demo.servers import HOST, ServerFailedError, free_port
+from benchmarks.demo.servers import HOST, ServerFailedError, free_port, stop_group
 
 START_LIMIT_S = 60
-STOP_LIMIT_S = 15
 PROGRAMS = ("prometheus", "promtool")
 
 
@@ -66,6 +65,7 @@ class Prometheus:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self._wait_until_ready()
         return self
@@ -77,14 +77,8 @@ class Prometheus:
         trace: TracebackType | None,
     ) -> None:
         process, self._process = self._process, None
-        if process is None:
-            return
-        process.terminate()
-        try:
-            process.wait(STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if process is not None:
+            stop_group(process)
 
     def scrape(self, url: str) -> None:
         """Scrape this server too, and return when it was scraped."""
