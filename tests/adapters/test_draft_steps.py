@@ -42,6 +42,18 @@ def test_what_an_agent_has_said_before_is_drafted_and_saves_steps() -> None:
     assert engine.scheduler.stateful("stats", {})["num_drafts_accepted"] >= NUM_TOKENS // 2
 
 
+def test_a_turn_tells_how_many_of_its_drafts_were_right() -> None:
+    engine = answered()
+    num_drafted(engine)
+    asked = {"request_id": "second", "cache_salt": None}
+    ((turn,),) = engine.scheduler.stateful("turn", asked).values()
+    verified = [output.scheduled_spec_decode_tokens.get("second", ()) for output in engine.outputs]
+    assert turn["drafted_tokens"] == sum(map(len, verified))
+    num_steps = sum("second" in output.num_scheduled_tokens for output in engine.outputs)
+    assert turn["accepted_draft_tokens"] == NUM_TOKENS - num_steps
+    assert turn["drafted_tokens"] >= turn["accepted_draft_tokens"] > 0
+
+
 @pytest.mark.parametrize("value", [0, "0", False, "off", "no drafts, please", [1]])
 def test_a_request_can_do_without(value: object) -> None:
     """What cannot be read counts as a no: the request is served as stock vLLM serves it."""

@@ -132,6 +132,19 @@ def take_all_parameters(processor: Any) -> None:
         processor.speculative_config = None  # only the refusal reads it
 
 
+def why_no_drafts(config: StatefulConfig) -> str:
+    """Why nothing is drafted, where vLLM has no ``--speculative-config``.
+
+    Args:
+        config: the options of the plugin.
+    """
+    if config.drafts == "off":
+        return "--stateful-drafts off"
+    if config.drafts == "on":
+        return "vLLM was given no --speculative-config, which `vllm serve` makes of the option"
+    return "auto drafts nothing without a head, --stateful-drafts on does"
+
+
 NO_HEAD = frozenset({"ngram", "ngram_gpu", "suffix", "custom_class", "extract_hidden_states"})
 """vLLM's speculation methods that draft without a head, or do not draft."""
 

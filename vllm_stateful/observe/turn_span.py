@@ -23,6 +23,7 @@ _OF_TURN = {
     "reused_tokens": "vllm_stateful.reused_tokens",
     "loaded_tokens": "vllm_stateful.loaded_tokens",
     "computed_tokens": "vllm_stateful.computed_tokens",
+    "drafted_tokens": "vllm_stateful.drafted_tokens",
     "accepted_draft_tokens": "vllm_stateful.accepted_draft_tokens",
     "lookup_s": "vllm_stateful.lookup_seconds",
     "first_token_s": "vllm_stateful.first_token_seconds",

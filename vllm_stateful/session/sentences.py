@@ -56,6 +56,9 @@ def explained(turn: Mapping[str, Any]) -> list[str]:
         sentences.append(f"The same before that, but without a resume point: {behind}.")
     if "before" in missed and missed["before"] is not None:
         sentences += [f"Before: {missed['before']!r}", f"Now:    {missed['now']!r}"]
+    if turn["drafted_tokens"]:
+        right, drafted = turn["accepted_draft_tokens"], turn["drafted_tokens"]
+        sentences.append(f"{right:,} of {drafted:,} drafted tokens were right.")
     return sentences + _of_client(turn) + [_times(turn)]
 
 

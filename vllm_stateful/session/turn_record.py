@@ -139,6 +139,7 @@ class TurnRecord:
         lookup_s: host time of finding and taking over its KV; a part of ``queue_s``.
         first_token_s: from being scheduled to the first token of the answer.
         decode_s: from the first token to the end.
+        num_drafted: the number of drafted tokens that were verified.
         num_accepted: the number of tokens in the answer that were drafted, and were right.
         ended: vLLM's name of the reason why it ended: ``stop``, ``length``, ``abort``, ...
         is_kept: whether the session keeps its KV.
@@ -161,6 +162,7 @@ class TurnRecord:
     lookup_s: float = 0.0
     first_token_s: float | None = None
     decode_s: float | None = None
+    num_drafted: int = 0
     num_accepted: int = 0
     ended: str | None = None
     is_kept: bool = False
@@ -203,6 +205,7 @@ class TurnRecord:
             "loaded_tokens": self.num_loaded,
             "computed_tokens": self.num_computed,
             "output_tokens": self.num_output,
+            "drafted_tokens": self.num_drafted,
             "accepted_draft_tokens": self.num_accepted,
             "missed": {**missed, "cause": str(self.missed.cause)},
             "waited_for": self.waited_for,

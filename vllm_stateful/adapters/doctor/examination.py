@@ -19,6 +19,7 @@ from vllm_stateful.adapters.speculation import (
     has_head,
     is_asked_for,
     is_looked_up,
+    why_no_drafts,
     why_not_beside_head,
 )
 from vllm_stateful.cli.findings import Finding
@@ -107,8 +108,7 @@ def _model(asked: Asked) -> Iterator[Finding]:
     else:
         yield from _sessions(asked, config, alone, connector)
     options = process_config()
-    if config.speculative_config is not None:
-        yield _drafts(config, options)
+    yield _drafts(config, options)
     yield from _text(asked, alone)
 
 
@@ -151,6 +151,8 @@ def _sessions(asked: Asked, config: Any, alone: Any, connector: Any) -> Iterator
 
 
 def _drafts(config: Any, options: StatefulConfig) -> Finding:
+    if config.speculative_config is None:
+        return Finding("drafts", "ok", f"none: {why_no_drafts(options)}")
     method = config.speculative_config.method
     if is_asked_for(config):
         if has_custom_processors(config):

@@ -59,6 +59,12 @@ class StatefulKVCacheManager(KVAdmission):
         if turn is not None and turn.record is not None:
             turn.record.sampled(num_tokens, self.store.now_s())
 
+    def verified(self, request_id: str, num_drafted: int) -> None:
+        """Record that a step verified drafts of a request."""
+        turn = self.turns.get(request_id)
+        if turn is not None and turn.record is not None:
+            turn.record.num_drafted += num_drafted
+
     def _note_end(self, request: Request, turn: Turn, frontier: int, *, is_kept: bool) -> None:
         if self.records is not None:
             self.records.ended(request, turn, frontier, is_kept=is_kept)

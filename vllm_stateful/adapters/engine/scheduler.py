@@ -48,6 +48,7 @@ from vllm_stateful.adapters.speculation import (
     has_head,
     is_asked_for,
     is_looked_up,
+    why_no_drafts,
     why_not_beside_head,
 )
 from vllm_stateful.config import StatefulConfig, process_config
@@ -211,6 +212,8 @@ class _StatefulMixin:
             reason = why_not_beside_head(self.vllm_config, self.config)
             is_beside_head = reason is None
             logger.info("stateful: drafts from sessions beside the head: %s", reason or "on")
+        elif self.vllm_config.speculative_config is None:
+            logger.info("stateful: no drafts: %s", why_no_drafts(self.config))
         on_device = self.vllm_config.use_v2_model_runner
         if is_looked_up(self.vllm_config) or (is_beside_head and on_device):
             self.device_drafts = DeviceDrafts(
@@ -400,11 +403,11 @@ class _StatefulMixin:
         """Read what a step sampled, as vLLM does; note how many tokens that were."""
         num_sampled = len(new_token_ids)
         is_news = num_sampled > 1 or (num_sampled and request.num_output_tokens == 0)
-        if is_news and not is_stale and self.stateful_off is None:
-            self.kv_cache_manager.sampled(request.request_id, num_sampled)
         result = super()._update_request_with_output(  # type: ignore[misc]
             request, new_token_ids, is_stale
         )
+        if is_news and not is_stale and self.stateful_off is None:
+            self.kv_cache_manager.sampled(request.request_id, len(result[0]))
         if self.num_spec_tokens and not is_stale:
             seen = on_request(request)
             seen.num_sampled, seen.is_cut = num_sampled, len(result[0]) < num_sampled
@@ -429,14 +432,21 @@ class _StatefulMixin:
         spec_decoding_stats: Any,
         num_draft_tokens: int,
         num_accepted_tokens: int,
-        *args: Any,
-        **kwargs: Any,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
     ) -> Any:
         """Count a request's verified drafts, as vLLM does."""
+        if self.stateful_off is None:
+            num_invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
+            self.kv_cache_manager.verified(request_id, num_draft_tokens - num_invalid)
         if self.device_drafts is not None:
             self.device_drafts.verified(num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(  # type: ignore[misc]
-            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
+            spec_decoding_stats,
+            num_draft_tokens,
+            num_accepted_tokens,
+            num_invalid_spec_tokens,
+            request_id,
         )
 
 

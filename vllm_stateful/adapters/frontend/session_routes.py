@@ -79,6 +79,7 @@ class Turn(BaseModel):
     loaded_tokens: int
     computed_tokens: int
     output_tokens: int
+    drafted_tokens: int
     accepted_draft_tokens: int
     missed: Missed
     waited_for: str | None
