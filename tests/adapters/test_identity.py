@@ -86,6 +86,23 @@ def sent(
     return stamp(engine_request(identify(body(**fields), http(headers), stock), salt))
 
 
+# ---- a prompt that is only prepared -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "num_tokens"),
+    [({"prewarm": True}, 1), ({"prewarm": False}, 9), ({"prewarm": "yes"}, 9), ([], 9), (None, 9)],
+)
+def test_a_prompt_that_is_only_prepared_gets_one_token(options: object, num_tokens: int) -> None:
+    sent_body = {"messages": [], "prompt_cache_options": options}
+    request = engine_request(identify(body(), http({}, sent_body), None))
+    assert request.sampling_params is not None
+    request.sampling_params.max_tokens, request.sampling_params.min_tokens = 9, 5
+    stamp(request)
+    assert request.sampling_params.max_tokens == num_tokens
+    assert request.sampling_params.min_tokens == (0 if num_tokens == 1 else 5)
+
+
 # ---- tenants ---------------------------------------------------------------------------------
 
 

@@ -36,6 +36,15 @@ def shape_of(body: Mapping[str, object]) -> Shape:
     return Shape.OTHER if any(map(_is_of_answer, messages)) else Shape.BARE
 
 
+def is_prepared_only(body: Mapping[str, object]) -> bool:
+    """Whether a chat or responses request asks to prepare its prompt, and for no answer.
+
+    OpenAI's ``prompt_cache_options.prewarm``. Raises nothing, whatever the body holds.
+    """
+    options = body.get("prompt_cache_options")
+    return isinstance(options, Mapping) and options.get("prewarm") is True
+
+
 def num_inline_system(body: Mapping[str, object]) -> int:
     """The number of system messages in mid-conversation of a messages request.
 

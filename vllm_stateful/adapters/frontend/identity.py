@@ -49,7 +49,7 @@ from vllm_stateful.request import (
 from vllm_stateful.request.client_signs import has_control_characters
 from vllm_stateful.request.retention_wish import hinted_seconds, with_seconds
 from vllm_stateful.request.session_identity import id_fault
-from vllm_stateful.request.shape import shape_of
+from vllm_stateful.request.shape import is_prepared_only, shape_of
 from vllm_stateful.session import Said
 from vllm_stateful.transport.wire import (
     CLOSE_ACTION,
@@ -195,6 +195,7 @@ def identify(request: Any, raw_request: Any | None, stock: str | None) -> Identi
         forced_tool=_forced_tool(getattr(request, "tool_choice", None)),
         shape=shape_of(body),
         num_merged=num_merged_system(request, raw_request, body),
+        is_prepared_only=is_prepared_only(body),
         request_id="",
     )
     session_id = (identity.session_id or stock) if _engine_off is None else as_sent
@@ -214,6 +215,8 @@ def _forced_tool(choice: Any) -> str | None:
 def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     """Hook of ``request-identity``: write the tenant and the KV hints into the engine's request.
 
+    A request whose prompt is only to be prepared generates one token.
+
     Where there are several engine cores, also choose the one that the request goes to. Hints that
     the client's own process has set are kept as they are.
     """
@@ -221,6 +224,9 @@ def stamp(request: EngineCoreRequest) -> EngineCoreRequest:
     identified = found.turn if isinstance(found, IdentifiedSession) else NOTHING_KNOWN
     turn = enter(identified, request.request_id)
     tenant = turn.tenant if turn.identity is None else turn.identity.tenant
+    if turn.is_prepared_only and request.sampling_params is not None:
+        request.sampling_params.min_tokens = 0
+        request.sampling_params.max_tokens = 1  # vLLM generates no fewer
     if _engine_off is not None:
         request.session_id = str(found) if found else None
         if process_config().response_cache_bytes:  # its answers belong to a tenant

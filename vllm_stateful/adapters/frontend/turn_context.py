@@ -66,6 +66,7 @@ class TurnContext:
         shape: what the request is made of.
         num_merged: the number of system messages in mid-conversation that vLLM merges into the
             first one.
+        is_prepared_only: whether the client wants its prompt prepared, and no answer.
         request_id: the id of the request to the engine. It is "" before there is one.
     """
 
@@ -80,6 +81,7 @@ class TurnContext:
     forced_tool: str | None = None
     shape: Shape = Shape.OTHER
     num_merged: int = 0
+    is_prepared_only: bool = False
     request_id: str = ""
 
 
