@@ -62,6 +62,21 @@ def test_what_is_off_is_unavailable(counts: DiagnosisCounts) -> None:
     assert on.of_responses(None) == {"type": "comparison_response_not_found"}
 
 
+def test_what_is_not_known_here_may_be_known_to_another_api_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache_diagnostics, "_others", cache_diagnostics._OtherServers())
+    unknown = {"diagnostics": {"previous_message_id": "r"}}
+    reason = {"type": "previous_message_not_found"}
+    assert diagnosed("/v1/messages", **unknown).of_messages() == {"cache_miss_reason": reason}
+    cache_diagnostics.watch(SimpleNamespace(client_count=2))
+    reason = {"type": "unavailable"}
+    assert diagnosed("/v1/messages", **unknown).of_messages() == {"cache_miss_reason": reason}
+    assert diagnosed("/v1/responses", **asks("r")).of_responses(None) == reason
+    diagnosed("/v1/responses").answered("r", 9)
+    assert diagnosed("/v1/responses", **asks("r")).of_responses(8) == {"type": "cache_hit"}
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "is_remembered"),
     [

@@ -35,6 +35,24 @@ _STATE = "stateful_diagnosis"
 _fingerprints = Fingerprints()
 
 
+class _OtherServers:
+    """Whether other API servers answer, too. They remember what they answered themselves."""
+
+    are_there = False
+
+
+_others = _OtherServers()
+
+
+def watch(engine_core: Any) -> None:
+    """Note whether there are other API servers, which may know a response that is unknown here.
+
+    Args:
+        engine_core: this API server's client of the engine cores.
+    """
+    _others.are_there = getattr(engine_core, "client_count", 1) > 1
+
+
 class Api(StrEnum):
     """The APIs that are served, each by the end of its path."""
 
@@ -89,7 +107,7 @@ class Diagnosis:
         key = key_of(self.api, *self._owner, response_id)
         self.before = _fingerprints.find(key, now_s)
         if self.before is None:
-            self.outcome = Outcome.NOT_FOUND
+            self.outcome = Outcome.UNAVAILABLE if _others.are_there else Outcome.NOT_FOUND
             return
         change = _fingerprints.compare_with(key, self.before, self._now, now_s)
         self.outcome = Outcome.SAME if change is None else change

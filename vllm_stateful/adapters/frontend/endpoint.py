@@ -13,7 +13,7 @@ from starlette.datastructures import State
 from vllm.logger import init_logger
 
 from vllm_stateful.adapters import fit
-from vllm_stateful.adapters.frontend import session_affinity
+from vllm_stateful.adapters.frontend import cache_diagnostics, session_affinity
 from vllm_stateful.adapters.frontend.identity import (
     TenantMiddleware,
     keeps_sessions,
@@ -77,6 +77,7 @@ class StatefulEndpoint:
         asks = getattr(engine_client.engine_core, "client_index", 0) == 0
         is_known = await _stand_aside_if_all_are_off(engine_client)
         ask_for_deltas(engine_client.engine_core)
+        cache_diagnostics.watch(engine_client.engine_core)
         session_affinity.watch(engine_client.engine_core, patch_of("prompt-send").is_applied)
         poll = _poll(engine_client, MetricsExporter(), asks, is_known=is_known)
         state.stateful_poll = asyncio.create_task(poll)
