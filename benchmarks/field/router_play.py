@@ -57,18 +57,24 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """One session of one client."""
+    """One session of one client.
+
+    Attributes:
+        session_id: said with every turn; None for a client that says none.
+        name: the first line of the conversation says it; the session id where it is empty.
+    """
 
     url: str
     model: str
-    session_id: str
+    session_id: str | None
     seed: int
+    name: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
-        text = f"Session {self.session_id}. {self._text(SYSTEM_WORDS)}"
+        text = f"Session {self.name or self.session_id}. {self._text(SYSTEM_WORDS)}"
         self.messages.append({"role": "system", "content": text})
 
     def take_turn(self, **more: Any) -> Turn:
@@ -91,6 +97,19 @@ class Conversation:
         made = Turn(usage["prompt_tokens"], cached, before, errors, echoed)
         self.turns.append(made)
         return made
+
+    @property
+    def answers(self) -> list[str]:
+        """The texts of all answers so far."""
+        return [each["content"] for each in self.messages if each["role"] == "assistant"]
+
+    def ask_again(self) -> str:
+        """Send the last turn once more as it was. Returns the answer, which is not kept."""
+        answer = self.messages.pop()
+        try:
+            return self.ask()[1]
+        finally:
+            self.messages.append(answer)
 
     def ask(
         self, *, max_tokens: int = ANSWER_TOKENS, on_text: Callable[[int], None] | None = None
@@ -116,7 +135,9 @@ class Conversation:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        headers = {"X-Session-ID": self.session_id, "Authorization": f"Bearer {API_KEY}"}
+        headers = {"Authorization": f"Bearer {API_KEY}"}
+        if self.session_id is not None:
+            headers["X-Session-ID"] = self.session_id
         usage: dict[str, Any] | None = None
         texts: list[str] = []
         path = f"{self.url}/v1/chat/completions"
