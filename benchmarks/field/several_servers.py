@@ -11,7 +11,8 @@ the answers are (fp32, greedy). Counted are:
 
 - wrong answers, and requests that failed;
 - turns that found the whole prompt of the turn before;
-- turns and requests as ``/metrics`` has them, against those that were sent;
+- turns, answers from the response cache and requests as ``/metrics`` has them: the first two
+  together are the requests that were sent;
 - turns in ``/v1/sessions/{id}/turns`` of the sessions with an id, asked for over a new connection.
 """
 
@@ -126,7 +127,9 @@ def measure(server: Server, right: list[list[str]] | None) -> dict[str, Any]:
     result["finished_requests"] = _sum(figures, "vllm:request_success_total")
     if server.side == PLUGIN:
         result["turns_counted"] = _sum(figures, "vllm_stateful_turns_total")
-        result["cached"] = _sum(figures, "vllm_stateful_turns_total", 'outcome="cached"')
+        answered = "vllm_stateful_responses_total"
+        kinds = ('result="hit"', 'result="joined"')
+        result["cached"] = sum(_sum(figures, answered, kind) for kind in kinds)
         named = [each for each in played if each.session_id is not None]
         listed = [_turns(server.url, str(each.session_id)) for each in named]
         result["sessions_asked"] = len(listed)
@@ -165,7 +168,7 @@ def table(results: dict[str, Any]) -> str:
         "failed",
         "turns that found their session (with an id)",
         "from the response cache",
-        "turns in the metrics",
+        "turns and cached answers in the metrics",
         "requests in the metrics",
         "sessions with all turns",
         "seconds",
@@ -182,7 +185,9 @@ def table(results: dict[str, Any]) -> str:
                 f"{found['found']} of {found['later_turns']} "
                 f"({found['found_with_an_id']} of {half})",
                 f"{found['cached']} of {SESSIONS}" if is_ours else "-",
-                f"{found['turns_counted']} of {found['requests']}" if is_ours else "-",
+                f"{found['turns_counted'] + found['cached']} of {found['requests']}"
+                if is_ours
+                else "-",
                 f"{found['finished_requests']} of {found['requests']}",
                 f"{found['sessions_with_all_turns']} of {found['sessions_asked']}"
                 if is_ours

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the records of turns cost: time to first token and whole turn, with them and without.
 
-    python -m benchmarks.serving.bench_records [--contexts 2000,20000] [--turns 60]
+    python -m benchmarks.serving.bench_records [--contexts 2000,20000] [--turns 30] [--starts 4]
 
 Two servers with the plugin run a one-layer model, one of them with ``--stateful-explain off``. Both
-get the same turns, and each turn begins with the other server. What is told is the median of the
-ratios turn by turn, and the range in which 95% of the medians of resampled turns lie.
+get the same turns, and each turn begins with the other server. Two servers that are started alike
+differ by some percent for as long as they live. So they are started several times, each time in
+the other order. What is told is the median of the ratios turn by turn, of each start and of all,
+and the range in which 95% of the medians lie when starts, and turns in them, are resampled.
 """
 
 import argparse
@@ -49,6 +51,7 @@ RESAMPLES = 2000
 class Pair:
     """One turn on both sides: seconds to the first token, and to the end."""
 
+    start: int
     context: int
     turn: int
     first_s: float
@@ -57,7 +60,9 @@ class Pair:
     total_without_s: float
 
 
-def play(servers: dict[str, Server], context: int, num_turns: int, count: Count) -> Iterator[Pair]:
+def play(
+    servers: dict[str, Server], start: int, context: int, num_turns: int, count: Count
+) -> Iterator[Pair]:
     """One conversation on both servers."""
     clients = {side: ChatClient(HOST, server.port) for side, server in servers.items()}
     first = conversation.history(context, context, NUM_MESSAGES, count)
@@ -71,6 +76,7 @@ def play(servers: dict[str, Server], context: int, num_turns: int, count: Count)
         if turn >= NUM_WARM_TURNS:
             ours, without = (replies[side] for side in SIDES)
             yield Pair(
+                start,
                 context,
                 turn,
                 ours.first_s - ours.sent_s,
@@ -81,12 +87,22 @@ def play(servers: dict[str, Server], context: int, num_turns: int, count: Count)
 
 
 def median_ratio(pairs: Sequence[Pair], name: str) -> str:
-    """The median of with / without, and the range of resampled medians."""
-    ratios = [getattr(pair, f"{name}_s") / getattr(pair, f"{name}_without_s") for pair in pairs]
+    """The median of with / without, the range of resampled medians, and that of each start."""
+    by_start: dict[int, list[float]] = {}
+    for pair in pairs:
+        ratio = getattr(pair, f"{name}_s") / getattr(pair, f"{name}_without_s")
+        by_start.setdefault(pair.start, []).append(ratio)
+    starts = list(by_start.values())
     random = Random(0)
-    medians = [percentile(random.choices(ratios, k=len(ratios)), 0.5) for _ in range(RESAMPLES)]
+    medians = []
+    for _ in range(RESAMPLES):
+        chosen = random.choices(starts, k=len(starts))
+        resampled = [random.choices(ratios, k=len(ratios)) for ratios in chosen]
+        medians.append(percentile([ratio for ratios in resampled for ratio in ratios], 0.5))
     low, high = percentile(medians, 0.025), percentile(medians, 0.975)
-    return f"{percentile(ratios, 0.5):.3f} ({low:.3f} to {high:.3f})"
+    middle = percentile([ratio for ratios in starts for ratio in ratios], 0.5)
+    each = ", ".join(f"{percentile(ratios, 0.5):.3f}" for ratios in starts)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f}); {each}"
 
 
 def row(pairs: Sequence[Pair]) -> list[str]:
@@ -106,7 +122,10 @@ def main() -> int:
     """Measure, print, write the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--contexts", default="2000,20000", help="tokens (%(default)s)")
-    parser.add_argument("--turns", type=int, default=60, help="of each context (%(default)s)")
+    parser.add_argument(
+        "--turns", type=int, default=30, help="of each context and start (%(default)s)"
+    )
+    parser.add_argument("--starts", type=int, default=4, help="of both servers (%(default)s)")
     out = ROOT / "benchmarks" / "serving" / "results" / "records.json"
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--logs", type=Path, default=ROOT / "out" / "serving" / "records")
@@ -118,10 +137,12 @@ def main() -> int:
     count = replay.Tokens(model).count
     pairs: list[Pair] = []
     try:
-        with running_servers(model, args.logs, print, sides=SIDES) as servers:
-            for context in map(int, args.contexts.split(",")):
-                pairs += play(servers, context, args.turns, count)
-                print(f"{context} tokens: played", flush=True)
+        for start in range(args.starts):
+            sides = SIDES if start % 2 else SIDES[::-1]
+            with running_servers(model, args.logs, print, sides=sides) as servers:
+                for context in map(int, args.contexts.split(",")):
+                    pairs += play(servers, start, context, args.turns, count)
+                    print(f"start {start}, {context} tokens: played", flush=True)
     except ServerFailedError as error:
         print(error, file=sys.stderr)
         return 1
