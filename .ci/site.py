@@ -18,6 +18,7 @@ PAGES_AND_WHAT_THEY_LINK = (
     "LICENSE",
     "docs/**/*",
     "benchmarks/README.md",
+    "benchmarks/details/*.md",
     "benchmarks/**/results/**/*",
     "benchmarks/gpu/recorded/*",
     "csrc/*.md",

@@ -40,7 +40,8 @@ MOST_OF_MEMORY = 0.95
 EOS = 2  # of SmolLM2 too
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
-# Stock drafts as its look-up was best in benchmarks/README.md; the plugin as docs/speculation.md.
+# Stock drafts as its look-up was best in benchmarks/details/drafts.md, the plugin as in
+# docs/speculation.md.
 _FROM_PROMPT = {"num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 5}
 _ON_DEVICE = {
     "method": "ngram_gpu",

@@ -16,7 +16,7 @@ MULTIPLE = 32
 
 MOST_NEW_TOKENS = 64
 """The most new tokens of a turn. From about twice as many on, vLLM's kernel is as fast
-(benchmarks/README.md)."""
+(benchmarks/details/kernels-and-gpu.md)."""
 
 
 @cache

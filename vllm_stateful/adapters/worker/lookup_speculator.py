@@ -42,7 +42,7 @@ logger = init_logger("vllm.stateful")
 
 ACCEPTED = (0.24, 0.45, 0.59, 0.71, 0.74, 0.76, 0.80, 0.83, 0.83, 0.83, 0.84, 0.86, 0.88, 0.90)
 """How often a token behind a match of 1, 2, ... tokens was right in recorded agent text
-(``benchmarks/README.md``, drafts on recorded text). For longer matches it is `SURE`."""
+(``benchmarks/details/drafts.md``, on CUDA). For longer matches it is `SURE`."""
 
 SURE = 0.94
 PRIOR_TOKENS = 32.0
