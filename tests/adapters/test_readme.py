@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README.md and docs/ say of the code is what the code has."""
+"""What README.md, docs/ and benchmarks/ say of the code is what the code has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from vllm_stateful.types import Demotion, Outcome
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    *sorted(DOCS.rglob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "benchmarks" / "details").glob("*.md")),
+)
 MOST_README_LINES = 120
 """Two screens."""
 

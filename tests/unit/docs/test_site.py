@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("details/*.md"))
+PAGES = [
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+    *BENCHMARKS,
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +56,8 @@ def test_every_page_is_in_the_site(site: Path) -> None:
     """Strict, the build says which pages the navigation lacks, and which links are broken."""
     for page in PAGES:
         relative = page.relative_to(ROOT).with_suffix(".html")
+        if page.name == "README.md":
+            relative = relative.with_name("index.html")
         assert (site / relative).exists(), relative
     assert (site / "index.html").exists()
 
