@@ -48,6 +48,7 @@ import tokenizers
 import torch
 import triton
 import triton.language as tl
+from vllm.logger import init_logger
 
 from vllm_stateful.compat import probe, uses
 from vllm_stateful.compat.patch import UseDriftError
@@ -75,6 +76,7 @@ OTHERS: tuple[Any, ...] = (
     *(tokenizers.Tokenizer, threading.Lock(), types.CodeType, os.environ, sys, HTTPStatus.OK),
     *(torch.nn, msgspec.Struct, contextlib.ExitStack, collections.namedtuple("Any", "x")),
     *(argparse.ArgumentParser(), argparse.Action([], "any")),
+    init_logger("vllm.stateful"),
     *(tempfile, textwrap, sys.stdout),
 )
 """Whose attributes are not vLLM's."""
