@@ -40,10 +40,11 @@ class Story:
     Attributes:
         session: its key.
         since_s: when its first turn was admitted, on the engine's clock.
-        used_s: when its last turn was admitted or ended.
+        used_s: when its last turn was admitted, preempted or ended.
         num_turns: the number of turns that were admitted.
         num_running: the number of these turns that have not ended.
-        frontier: the number of tokens whose KV was left by the last ended turn that left any.
+        frontier: the number of tokens whose KV the last turn left, or would have left if its KV
+            had not been given back. Turns without any do not count.
         last: the record of the last turn.
         parent: the session that its client named as parent, or on whose KV its first turn began.
         children: the sessions with this one as parent, the newest last.
@@ -175,6 +176,20 @@ class SessionBook:
         story = self._stories.get(session)
         if story is not None and why is not Demotion.SUPERSEDED:
             story.gone = Gone(why, now_s, num_kept)
+
+    def lost(self, session: SessionKey, why: Demotion, frontier: int, now_s: float) -> None:
+        """Note that nothing is kept of a turn.
+
+        Args:
+            session: its session.
+            why: the reason.
+            frontier: the number of tokens whose KV the turn had.
+            now_s: the engine's clock.
+        """
+        story = self._stories.get(session)
+        if story is not None:
+            story.used_s, story.frontier = now_s, frontier
+            story.gone = Gone(why, now_s, 0)
 
     def _note_identity(self, session: SessionKey) -> None:
         known = self._identities.setdefault(session.session_id, [])

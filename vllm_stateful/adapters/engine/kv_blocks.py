@@ -49,7 +49,7 @@ class StatefulKVCacheManager(KVAdmission):
             return
         if turn is not None:
             self._release_points(turn)
-            self._forfeit(turn, self._why_not_kept(request, turn))
+            self._lose(request, turn, self._why_not_kept(request, turn))
             self._note_end(request, turn, 0, is_kept=False)
         super().free(request)
 
@@ -90,13 +90,16 @@ class StatefulKVCacheManager(KVAdmission):
         if self.loads is not None:
             self.loads.ended(request)
         if turn is not None:
-            turn.is_loading = turn.has_failed = False
             self._unshare(turn)
             self._release_points(turn)
             turn.wanted, turn.planned_for = [], None
-            self._forfeit(turn, Demotion.PREEMPTED)
+            self._lose(request, turn, Demotion.PREEMPTED)
+            turn.is_loading = turn.has_failed = False
 
-    def _forfeit(self, turn: Turn, why: Demotion) -> None:
+    def _lose(self, request: Request, turn: Turn, why: Demotion) -> None:
+        """Keep nothing of a turn, neither what it borrowed nor what it computed itself."""
+        if self.records is not None and not (turn.is_loading or turn.has_failed):
+            self.records.lost(turn, why, self._end_of(request)[0])
         if turn.borrowed is not None:
             self.store.forfeit(turn.borrowed, why)
         turn.borrowed = turn.offer = None

@@ -187,6 +187,18 @@ class TurnRecords:
             kept = {name: text for name, text in headers.items() if len(text) <= MAX_HEADER_CHARS}
             self._ended.append(EndedTurn(record, time.time(), kept))
 
+    def lost(self, turn: Turn, why: Demotion, num_tokens: int) -> None:
+        """Note that nothing is kept of what a turn computed.
+
+        Args:
+            turn: its state.
+            why: the reason.
+            num_tokens: the number of tokens whose KV it had.
+        """
+        record = turn.record
+        if record is not None and num_tokens > 0 and record.missed.cause is not Cause.SIDE_REQUEST:
+            self.book.lost(record.session, why, num_tokens, self._store.now_s())
+
     def take_ended(self) -> list[EndedTurn]:
         """The turns that have ended since the last call, where they are noted."""
         taken = list(self._ended or ())
