@@ -19,7 +19,8 @@ class Found(NamedTuple):
     Attributes:
         num_prompt: the number of tokens in the prompt.
         num_reused: the number of tokens that it does not compute, wherever their KV was kept.
-        num_shared: the number of tokens that it shares with the nearest history that is kept.
+        num_shared: the number of tokens that it shares with a history that is kept: the nearest of
+            its session, or of all if its session has none.
         num_history: the number of tokens in that history; 0 where none is kept.
         is_own: whether that history is of the same session.
         slack: the number of tokens at the end of the shared part that are computed again by design.

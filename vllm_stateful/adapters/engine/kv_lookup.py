@@ -35,10 +35,10 @@ from vllm_stateful.observe.turn_counts import TurnCounts
 from vllm_stateful.prefix.boundaries import BoundaryRules, Kind
 from vllm_stateful.prefix.groups import Group
 from vllm_stateful.prefix.groups.table import Blocks
-from vllm_stateful.prefix.residency import Match
+from vllm_stateful.prefix.residency import Match, Residency
 from vllm_stateful.prefix.residency_book import MAX_POINTS
 from vllm_stateful.prefix.residency_store import ResidencyStore
-from vllm_stateful.types import Bypass, Demotion
+from vllm_stateful.types import Bypass, Demotion, TokenArray
 
 
 class KVLookup(KVCacheManager):  # type: ignore[misc]
@@ -221,7 +221,7 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
                 turn.waited = self.store.arrived(turn.session, ago_s)
         turn.related = (match.related, match.num_shared) if match.related else None
         if self.records is not None:
-            turn.nearest = turn.related or self.store.nearest_own(turn.session, tokens[:limit])
+            turn.nearest = self._nearest(turn, tokens[:limit])
         turn.offer = self._offer(match, turn)
         if turn.offer is None:
             return self._stock_lookup(request, turn, match)
@@ -248,6 +248,17 @@ class KVLookup(KVCacheManager):  # type: ignore[misc]
         if match.related is not None and 0 < start <= match.num_shared:
             before = self.store.kind_at(match.related, start - 1)
         self.resume_points.plan(turn, match, start, before)
+
+    def _nearest(self, turn: Turn, tokens: TokenArray) -> tuple[Residency, int] | None:
+        """The history with which a turn is compared for people, and the number of shared tokens.
+
+        It is the session's own, even if another session shares more: many begin with one system
+        message.
+        """
+        related = turn.related
+        if related is not None and related[0].session == turn.session:
+            return related
+        return self.store.nearest_own(turn.session, tokens) or related
 
     def _offer(self, match: Match, turn: Turn) -> Offer | None:
         """The offer of a match's blocks: to the exact token, or whole blocks only."""

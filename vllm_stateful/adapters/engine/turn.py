@@ -103,7 +103,8 @@ class Turn:
     """Its session was closed while it ran, or this is its last turn."""
     lookup_s: float = 0.0
     nearest: tuple[Residency, int] | None = None
-    """The residency that shares most tokens with it, even if they are too few to be used."""
+    """The residency with which it is compared for people, and the number of shared tokens. It is of
+    its own session, if that has any, even if the tokens are too few to be used."""
     waited: Ended | None = None
     """The wait of its session that this turn ended."""
     shape: Shape = Shape.OTHER
