@@ -357,6 +357,7 @@ class SimulatedEngine:
         kinds: tuple[str, ...] = ("full",),
         retention: int | None = 0,
         has_markers: bool = False,
+        has_roles: bool = False,
         ends: tuple[int, ...] = (),
     ) -> None:
         config = vllm_config(block_size, max_num_seqs, max_batched)
@@ -376,7 +377,7 @@ class SimulatedEngine:
         on_device = num_drafts if async_scheduling and not session_drafts else 0
         kv_config = cache_config(kinds, num_blocks, block_size, retention, num_drafts)
         structured = StructuredOutputManager(config)
-        structured.tokenizer = Vocabulary(VOCAB) if has_markers else None
+        structured.tokenizer = Vocabulary(VOCAB, has_roles=has_roles) if has_markers else None
         self.scheduler: Any = (scheduler_cls or default)(
             vllm_config=config,
             kv_cache_config=kv_config,
@@ -423,6 +424,7 @@ class SimulatedEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float = 0.0,
+        lora_request: Any = None,
         **options: Any,
     ) -> Request:
         options.setdefault("temperature", 0)
@@ -434,6 +436,7 @@ class SimulatedEngine:
             pooling_params=None,
             arrival_time=arrival_time,
             cache_salt=cache_salt,
+            lora_request=lora_request,
             priority=priority,
             session_id=session_id,
             block_hasher=self.hasher,

@@ -102,6 +102,7 @@ def head_config() -> Any:
 
 
 MARKERS = ("<|im_start|>", "<think>", "</think>", "<tool_call>")
+ROLES = ("system\n", "user\n", "assistant\n", "tool\n")
 
 
 class Vocabulary:
@@ -109,10 +110,12 @@ class Vocabulary:
 
     Args:
         size: ids that it has.
+        has_roles: whether the ids before the markers are roles, each with a line break.
     """
 
-    def __init__(self, size: int) -> None:
-        self._texts = [f"word{token} " for token in range(size - len(MARKERS))] + list(MARKERS)
+    def __init__(self, size: int, *, has_roles: bool = False) -> None:
+        last = [*ROLES, *MARKERS] if has_roles else [*MARKERS]
+        self._texts = [f"word{token} " for token in range(size - len(last))] + last
 
     def get_vocab(self) -> dict[str, int]:
         return {text: token for token, text in enumerate(self._texts)}

@@ -2,19 +2,12 @@
 """`vllm-stateful explain` and `top` against the routes of a server, over HTTP."""
 
 import json
-import socket
-import threading
-import time
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import uvicorn
-from fastapi import FastAPI
 from recorded_engine import HISTORY, Engine
+from served_engine import serving
 
-from vllm_stateful.adapters.frontend import session_routes
 from vllm_stateful.adapters.frontend.identity import salt_of
 from vllm_stateful.cli.__main__ import main
 
@@ -30,25 +23,9 @@ def url() -> Iterator[str]:
     salt = salt_of({"authorization": f"Bearer {KEY}"}, None)
     history = engine.turn("chatcmpl-1", HISTORY, SESSION, cache_salt=salt)
     engine.turn("chatcmpl-2", [*history[:18], 77, 1], SESSION, cache_salt=salt)
-
-    async def call(method: str, operation: str, arguments: dict[str, Any]) -> list[Any]:
-        return [engine.scheduler.stateful(operation, arguments)]
-
-    app = FastAPI()
-    app.include_router(session_routes.router)
-    core = SimpleNamespace(call_utility_all_async=call)
-    app.state.engine_client = SimpleNamespace(engine_core=core)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with serving() as served:
+        served.engine = engine
+        yield served.url
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -132,13 +132,6 @@ def test_what_is_left_of_a_session_counts_as_reused(engine: Engine) -> None:
     assert missed["num_tokens"] == 50 - 24
 
 
-def test_a_reset_is_named(engine: Engine) -> None:
-    history = engine.turn("first", HISTORY)
-    engine.scheduler.reset_prefix_cache()
-    engine.turn("second", [*history, 1])
-    assert missed_by(engine, "second")["why_gone"] == "reset"
-
-
 def test_what_the_tier_has_is_not_missed(options: dict[str, Any]) -> None:
     engine = Engine(**options, kv_transfer=offloading(200))
     history = engine.turn("first", list(range(50)))
@@ -168,13 +161,6 @@ def test_a_fork_has_a_parent_and_the_parent_a_child(engine: Engine) -> None:
     (alice,) = asked(engine, "session", session_ids=[ALICE])
     assert (bob["parent"], alice["children"]) == (ALICE, [BOB])
     assert turn_of(engine, "fork")["outcome"] == "forked"
-
-
-def test_the_same_id_under_another_salt_or_adapter_is_named(engine: Engine) -> None:
-    history = engine.turn("first", HISTORY)
-    engine.turn("salted", [*history, 1], cache_salt=SALT)
-    assert missed_by(engine, "salted", cache_salt=SALT)["cause"] == "never_seen"
-    assert missed_by(engine, "salted", sees_all=True)["cause"] == "other_salt"
 
 
 def test_conversations_that_nobody_named_are_told_apart(options: dict[str, Any]) -> None:
@@ -210,16 +196,6 @@ def test_a_turn_that_is_too_large_to_be_kept_says_so(options: dict[str, Any]) ->
     assert bob["demoted"] is None
 
 
-def test_another_tenant_is_named_to_the_operator_only(engine: Engine) -> None:
-    from vllm_stateful.request import scoped_salt
-
-    of_one, of_two = (scoped_salt(name * 16, None) for name in "ab")
-    history = engine.turn("first", HISTORY, cache_salt=of_one)
-    engine.turn("second", [*history, 1], cache_salt=of_two)
-    assert missed_by(engine, "second", cache_salt=of_two)["cause"] == "never_seen"
-    assert missed_by(engine, "second", sees_all=True)["cause"] == "other_tenant"
-
-
 def test_nobody_is_told_of_what_has_another_salt(engine: Engine) -> None:
     engine.turn("mine", HISTORY, ALICE, cache_salt=SALT)
     engine.turn("theirs", HISTORY, BOB)
@@ -231,14 +207,6 @@ def test_nobody_is_told_of_what_has_another_salt(engine: Engine) -> None:
         assert asked(engine, "session", cache_salt=salt, session_ids=[foreign]) == []
         assert asked(engine, "turns", cache_salt=salt, session_ids=[foreign]) == []
     assert len(asked(engine, "sessions", sees_all=True)) == 2
-
-
-def test_a_turn_that_stock_serves_says_why(engine: Engine) -> None:
-    engine.add("first", HISTORY, session_id=ALICE, max_tokens=1, skip_reading_prefix_cache=True)
-    engine.run()
-    record = turn_of(engine, "first")
-    assert record["outcome"] == "bypassed"
-    assert record["missed"]["why_gone"] == "skip_reading_prefix_cache"
 
 
 def test_a_session_tells_what_it_waits_for(engine: Engine) -> None:
