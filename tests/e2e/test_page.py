@@ -211,6 +211,19 @@ def test_without_a_key_the_page_holds_nothing_and_says_why(
     assert not page.one("turns").inside
 
 
+@pytest.mark.parametrize("key", [None, "wrong"])
+def test_without_a_key_no_route_holds_anything(live: LiveServer, key: str | None) -> None:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    ids = {"session_id": BOBS, "request_id": BOBS}
+    for path, methods in httpx.get(f"{live.url}/openapi.json").json()["paths"].items():
+        for method, described in methods.items():
+            if "sessions" in described.get("tags", []):
+                asked = live.url + path.format(**ids)
+                answer = httpx.request(method, asked, headers=headers)
+                assert (answer.status_code, answer.json()) == (401, {"error": "Unauthorized"})
+                assert BOBS not in str(answer.headers)
+
+
 @contextmanager
 def running(url: str) -> Iterator[None]:
     """While a turn runs. It is aborted."""

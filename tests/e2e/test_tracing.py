@@ -3,64 +3,19 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import httpx
 import pytest
+from collector import ENVIRONMENT, Collector, attribute
 from live_server import LiveServer
 from local_models import TINY
-
-trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
 
 pytestmark = pytest.mark.e2e
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PLANTED = "planted words of a conversation"
-
-
-class Collector(ThreadingHTTPServer):
-    """Takes what an OTLP exporter sends over HTTP."""
-
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
-        bodies = self.bodies
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-                self.send_response(200)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def spans(self, name: str) -> list[Any]:
-        """The spans of this name that have come."""
-        requests = map(trace_service.ExportTraceServiceRequest.FromString, list(self.bodies))
-        return [
-            span
-            for request in requests
-            for resource in request.resource_spans
-            for scope in resource.scope_spans
-            for span in scope.spans
-            if span.name == name
-        ]
-
-    def waited_for(self, name: str, number: int) -> list[Any]:
-        """The spans of this name, once so many have come."""
-        deadline = time.monotonic() + 30
-        while len(self.spans(name)) < number:
-            assert time.monotonic() < deadline, f"no {number} spans {name}"
-            time.sleep(0.1)
-        return self.spans(name)
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +31,9 @@ def url(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Itera
     if not (TINY / "config.json").exists():
         pytest.skip("the tiny model is not built: run `make model`")
     log = tmp_path_factory.mktemp("traced") / "server.log"
-    endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
     options = ["--plugin", "stateful", "--stateful-explain", "text", "--max-model-len", "1024"]
-    options += ["--served-model-name", "tiny", "--otlp-traces-endpoint", endpoint]
-    environment = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
-    environment["OTEL_BSP_SCHEDULE_DELAY"] = "100"
-    with LiveServer(TINY, log, *options, environment=environment) as live:
+    options += ["--served-model-name", "tiny", "--otlp-traces-endpoint", collector.endpoint]
+    with LiveServer(TINY, log, *options, environment=ENVIRONMENT) as live:
         yield live.url
         assert live.process.poll() is None, live.last_words()
 
@@ -124,7 +76,3 @@ def test_without_trace_headers_a_turn_has_a_trace_of_its_own(
     span = collector.waited_for("vllm_stateful.turn", 4)[-1]
     assert span.parent_span_id == b""
     assert span.trace_id.hex() != TRACE
-
-
-def attribute(pair: Any) -> tuple[str, Any]:
-    return pair.key, getattr(pair.value, pair.value.WhichOneof("value"))
