@@ -83,6 +83,7 @@ OTHERS: tuple[Any, ...] = (
 
 UNSEEN = {
     *("dependant", "dependencies", "get_added_tokens_decoder", "max_token_id"),  # of libraries
+    *("hexdigest", "to_dict", "st_mtime", "st_mtime_ns", "st_size"),  # of libraries
     *("environment_variables", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_RUST_FRONTEND"),  # envs
     *("_q_scale", "_k_scale", "_v_scale"),  # set on a layer by a function
     "engine_client",  # of the app's state
@@ -131,6 +132,7 @@ ENTRIES = (
     ("anthropic-usage", "api", "frontend.anthropic_usage"),
     ("detokenize", "api", "frontend.detokenizer"),
     ("offload", "engine", "engine.offload_tier"),
+    ("offload", "engine", "session_files"),
     ("worker-ids", "engine", "engine.worker_ids"),
     ("worker-ids", "worker", "worker.staged_ids"),
     ("device-drafts", "worker", "worker.lookup_speculator"),

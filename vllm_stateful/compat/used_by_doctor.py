@@ -28,7 +28,12 @@ USES: tuple[Use, ...] = (
         "kv_transfer_config kv_events_config ec_transfer_config",
     ),
     Use(f"{_CONFIG}.model:ModelConfig", "doctor", "api", "dtype skip_tokenizer_init"),
-    Use(f"{_CONFIG}.cache:CacheConfig", "doctor", "api", "enable_prefix_caching"),
+    Use(
+        f"{_CONFIG}.cache:CacheConfig",
+        "doctor",
+        "api",
+        "enable_prefix_caching prefix_caching_hash_algo",
+    ),
     Use(
         f"{_CONFIG}.parallel:ParallelConfig",
         "doctor",

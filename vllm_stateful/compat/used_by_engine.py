@@ -11,6 +11,7 @@ _SPECS = "vllm.v1.kv_cache_interface"
 _POLICIES = "vllm.v1.kv_offload.cpu.policies.base"
 _V1 = "vllm.distributed.kv_transfer.kv_connector.v1"
 _OFFLOADING = f"{_V1}.offloading.scheduler"
+_FS = "vllm.v1.kv_offload.tiering.fs"
 _CONFIG = "vllm.config"
 
 _SETTINGS = (
@@ -285,6 +286,40 @@ _OFFLOAD = (
     ),
 )
 
+_FILES = (
+    Use(f"{_FS}.manager", "offload", "engine", "FileSystemTierManager"),
+    Use(
+        f"{_FS}.manager:FileSystemTierManager",
+        "offload",
+        "engine",
+        "block_size_bytes",
+        overrides="__init__",
+        asked_by="vllm.v1.kv_offload.tiering.factory",
+    ),
+    Use(
+        f"{_CONFIG}.vllm:VllmConfig",
+        "offload",
+        "engine",
+        "attention_config cache_config load_config model_config speculative_config",
+    ),
+    Use(
+        f"{_CONFIG}.model:ModelConfig",
+        "offload",
+        "engine",
+        "model revision dtype quantization seed hf_config",
+    ),
+    Use(f"{_CONFIG}.speculative:SpeculativeConfig", "offload", "engine", "draft_model_config"),
+    Use(f"{_CONFIG}.cache:CacheConfig", "offload", "engine", "cache_dtype kv_cache_layout"),
+    Use(f"{_CONFIG}.load:LoadConfig", "offload", "engine", "load_format download_dir"),
+    Use(f"{_CONFIG}.attention:AttentionConfig", "offload", "engine", "backend"),
+    Use(
+        "vllm.platforms.interface:Platform",
+        "offload",
+        "engine",
+        "device_name get_device_capability",
+    ),
+)
+
 USES: tuple[Use, ...] = (
     *_SETTINGS,
     *_TRACING,
@@ -293,4 +328,5 @@ USES: tuple[Use, ...] = (
     *_CONNECTORS,
     *_BLOCKS,
     *_OFFLOAD,
+    *_FILES,
 )

@@ -125,6 +125,7 @@ def _connector_of(config: Any) -> tuple[Any, str | None]:
 
 
 def _sessions(asked: Asked, config: Any, alone: Any, connector: Any) -> Iterator[Finding]:
+    from vllm_stateful.adapters.doctor.files import file_findings
     from vllm_stateful.adapters.doctor.no_weights import engine_core
     from vllm_stateful.adapters.doctor.verdict import groups_of, off_reason_of
 
@@ -148,6 +149,7 @@ def _sessions(asked: Asked, config: Any, alone: Any, connector: Any) -> Iterator
     if connector is not None and reason is None:
         name = type(connector).__name__
         yield Finding("connector", "ok", f"sessions are kept beside {name}")
+        yield from file_findings(connector, config.cache_config.prefix_caching_hash_algo)
 
 
 def _drafts(config: Any, options: StatefulConfig) -> Finding:

@@ -4,7 +4,8 @@
 vLLM stores every full block of a prompt on the host as soon as it is computed. Before a turn is
 scheduled, vLLM loads what the GPU has lost. We add two things: the tier gives up chunks in the
 order of the sessions (``adapters.offload_policy``), and a session that is not worth its place is
-not stored.
+not stored. If the tier has further tiers behind its memory, for example files, every session is
+stored: its way there leads through the memory.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class OffloadTier:
         policy: the tier's policy.
         tokens_per_chunk: the number of tokens that one chunk holds.
         clock: gives monotonic seconds.
+        has_more: whether further tiers lie behind the memory.
     """
 
     def __init__(
@@ -47,8 +49,11 @@ class OffloadTier:
         policy: StatefulCachePolicy,
         tokens_per_chunk: int,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        has_more: bool = False,
     ) -> None:
         self._clock = clock
+        self._has_more = has_more
         self.order: OffloadOrder[Any] = policy.order
         self.working_set = WorkingSet(policy.cache_capacity * tokens_per_chunk)
         self.num_declined = 0
@@ -62,7 +67,7 @@ class OffloadTier:
         A client's own ``max_offload_tokens`` is left as it is.
         """
         given = request.kv_transfer_params or {}
-        if self.working_set.ratio <= 1 or "max_offload_tokens" in given:
+        if self._has_more or self.working_set.ratio <= 1 or "max_offload_tokens" in given:
             return
         otherwise = self._one_shot if is_anonymous(session) else None
         if not self.order.beats_victim(_owner(session), otherwise):
@@ -109,8 +114,11 @@ def tier_of(connectors: Sequence[Any]) -> OffloadTier | None:
             "docs/offload.md says how to let it know sessions"
         )
         return None
-    ours = [each for each in connectors if _policy_of(each) == StatefulCachePolicy.__name__]
-    return OffloadTier(policy, _tokens_per_chunk((ours or connectors)[-1]))
+    name = StatefulCachePolicy.__name__
+    ours = [each for each in connectors if _option(each, "eviction_policy") == name]
+    connector = (ours or connectors)[-1]
+    has_more = bool(_option(connector, "secondary_tiers"))
+    return OffloadTier(policy, _tokens_per_chunk(connector), has_more=has_more)
 
 
 def _tokens_per_chunk(connector: Any) -> int:
@@ -124,5 +132,5 @@ def _tokens_per_chunk(connector: Any) -> int:
     return int(1 / sum(1 / group.tokens_per_chunk for group in whole))
 
 
-def _policy_of(connector: Any) -> Any:
-    return connector._kv_transfer_config.get_from_extra_config("eviction_policy", None)
+def _option(connector: Any, name: str) -> Any:
+    return connector._kv_transfer_config.get_from_extra_config(name, None)

@@ -31,6 +31,7 @@ from vllm_stateful.adapters.engine.hash_check import HashCheck
 from vllm_stateful.adapters.engine.invariants import check_pool
 from vllm_stateful.adapters.engine.kv_blocks import StatefulKVCacheManager
 from vllm_stateful.adapters.engine.kv_groups import group_of, kinds_of
+from vllm_stateful.adapters.engine.kv_origin import building
 from vllm_stateful.adapters.engine.message_boundaries import boundary_rules
 from vllm_stateful.adapters.engine.prefill_groups import SchedulerPrefills
 from vllm_stateful.adapters.engine.resume_points import ResumePoints
@@ -136,8 +137,9 @@ class _StatefulMixin:
     processed_step_seq: int
     _request_blocks_can_be_freed: Callable[[Request], bool]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        with building(vllm_config):
+            super().__init__(vllm_config, *args, **kwargs)
         self.config = process_config()
         self.tier = tier_of(self.connector)
         self.ending: deque[tuple[int, Request]] = deque()
