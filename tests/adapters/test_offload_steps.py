@@ -152,6 +152,23 @@ def test_when_all_cannot_fit_a_one_shot_is_not_offloaded(options: dict[str, Any]
     engine.check_nothing_is_lost()
 
 
+def test_a_tier_with_files_behind_it_declines_nobody(options: dict[str, Any]) -> None:
+    transfer = offloading(12)
+    transfer.kv_connector_extra_config["secondary_tiers"] = [{"type": "fs"}]
+    engine = Engine(**options, kv_transfer=transfer)
+    engine.manager.called_tool = lambda request: "bash"
+    for n in range(4):
+        engine.turn(f"turn-{n}", [n, *HISTORY], f"session-{n}")
+    request = engine.add("one-shot", [70, *HISTORY])
+    engine.run()
+    tier = engine.scheduler.tier
+    assert tier is not None
+    assert tier.working_set.ratio > 1
+    assert tier.num_declined == 0
+    assert not request.kv_transfer_params
+    engine.check_nothing_is_lost()
+
+
 def test_a_limit_that_the_client_gave_stands(options: dict[str, Any]) -> None:
     engine = Engine(**options, kv_transfer=offloading(4))
     engine.manager.called_tool = lambda request: "bash"

@@ -92,7 +92,7 @@ def _weights(load: Any, model: Any) -> Any:
     if load.load_format == "dummy":
         return ["dummy", model.seed]
     folder = Path(model.model)
-    if not folder.exists():
+    if not folder.exists() and "://" not in model.model:
         cached = try_to_load_from_cache(
             model.model, "config.json", cache_dir=load.download_dir, revision=model.revision
         )
