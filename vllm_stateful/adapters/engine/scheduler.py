@@ -137,9 +137,9 @@ class _StatefulMixin:
     processed_step_seq: int
     _request_blocks_can_be_freed: Callable[[Request], bool]
 
-    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        with building(vllm_config):
-            super().__init__(vllm_config, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with building(kwargs.get("vllm_config") or args[0]):
+            super().__init__(*args, **kwargs)
         self.config = process_config()
         self.tier = tier_of(self.connector)
         self.ending: deque[tuple[int, Request]] = deque()
