@@ -406,6 +406,16 @@ def test_breakpoints_and_options_are_accepted(openai_client: OpenAI) -> None:
     }
 
 
+@pytest.mark.parametrize("api", ["responses", "chat"])
+def test_a_prompt_is_prepared_for_the_request_that_follows(server: LiveServer, api: str) -> None:
+    client = OpenAI(server, api, is_streamed=False)
+    prepared = client.ask(prompt_cache_options={"prewarm": True}).usage.model_dump()
+    assert prepared["output_tokens" if client.is_responses else "completion_tokens"] == 1
+    usage = client.ask().usage.model_dump()
+    prompt = "input_tokens" if client.is_responses else "prompt_tokens"
+    assert usage[f"{prompt}_details"]["cached_tokens"] == usage[prompt] - 1
+
+
 def test_whoever_does_not_ask_gets_the_bytes_of_vllm(
     server: LiveServer, openai_client: OpenAI
 ) -> None:
