@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the first turns after a restart cost, with sessions' KV in files, and without.
 
-    python -m benchmarks.field.restart [--sessions 16] [--tokens 6000] [--model FOLDER] [--out FILE]
+    python -m benchmarks.field.restart [--sessions 16] [--tokens 6000] [--model FOLDER]
+        [--tier-mib 64] [--out FILE]
 
 A server with the plugin answers the first turn of sixteen sessions, and is stopped with SIGTERM
 right after the last answer. A new server answers their second turns, one at a time, in another
@@ -37,8 +38,8 @@ from benchmarks.serving.tables import markdown, percentile, ratio
 
 MODEL_NAME = "tiny"
 ANSWER_TOKENS = 16
-TIER_BYTES = 64 << 20
-"""Less than the sessions need, so that they are read from files."""
+TIER_MIB = 64
+"""Of the tier's memory: less than all sessions need, and more than one."""
 SETTLE_S = 2.0
 """A CPU worker spins for one second after each request."""
 RESULTS = ROOT / "benchmarks" / "field" / "results" / "restart.json"
@@ -85,11 +86,11 @@ class Stop:
     parts: int
 
 
-def settings(side: str, files: Path) -> Settings:
+def settings(side: str, files: Path, tier_mib: int) -> Settings:
     """Of a server with a tier in memory, and files behind it."""
     tier: dict[str, str] = {"type": "fs", "root_dir": str(files)}
     extra: dict[str, Any] = {
-        "cpu_bytes_to_use": TIER_BYTES,
+        "cpu_bytes_to_use": tier_mib << 20,
         "offload_prompt_only": False,
         "spec_name": "HostTieringSpec",
         "spec_module_path": "benchmarks.reliability.host_tier",
@@ -116,6 +117,19 @@ def settings(side: str, files: Path) -> Settings:
     )
 
 
+@dataclass(frozen=True)
+class Place:
+    """What all servers have in common.
+
+    Attributes:
+        tier_mib: of the tier's memory.
+    """
+
+    model: Path
+    logs: Path
+    tier_mib: int
+
+
 class Sessions:
     """What the clients say. The same for every server."""
 
@@ -139,11 +153,13 @@ class Sessions:
 
 
 @contextmanager
-def started(side: str, model: Path, logs: Path, files: Path) -> Iterator[Server]:
+def started(side: str, name: str, place: Place, files: Path) -> Iterator[Server]:
     """A server that answers. At the end it gets SIGTERM, as stop_group sends it."""
+    logs = place.logs / name
     logs.mkdir(parents=True, exist_ok=True)
     regions = set(SHARED_MEMORY.glob("vllm_offload_*"))
-    made = Server(side, model, logs, is_timed=False, settings=settings(side, files))
+    options = settings(side, files, place.tier_mib)
+    made = Server(side, place.model, logs, is_timed=False, settings=options)
     with made as server:
         server.wait_until_ready()
         time.sleep(SETTLE_S)
@@ -159,9 +175,9 @@ def ask(client: ChatClient, body: bytes) -> Reply:
     return reply
 
 
-def fill(sessions: Sessions, model: Path, logs: Path, files: Path) -> Stop:
+def fill(sessions: Sessions, place: Place, files: Path) -> Stop:
     """The first turn of each session, and the end of the server right behind the last answer."""
-    with started(PLUGIN, model, logs / "first", files) as server:
+    with started(PLUGIN, "first", place, files) as server:
         with ChatClient(HOST, server.port) as client:
             for number in range(len(sessions.histories)):
                 client.ask(sessions.body(number, is_second=False))
@@ -177,12 +193,12 @@ def fill(sessions: Sessions, model: Path, logs: Path, files: Path) -> Stop:
 
 
 def second_turns(
-    restart: str, side: str, sessions: Sessions, model: Path, logs: Path, files: Path
+    restart: str, side: str, sessions: Sessions, place: Place, files: Path
 ) -> list[Turn]:
     """The first turns on a new server."""
     turns = []
     name = restart.replace(", ", "-").replace(" ", "-")
-    with started(side, model, logs / name, files) as server, ChatClient(HOST, server.port) as to:
+    with started(side, name, place, files) as server, ChatClient(HOST, server.port) as to:
         for session in sessions.order:
             reply = ask(to, sessions.body(session, is_second=True))
             first_ms = (reply.first_s - reply.sent_s) * 1000
@@ -191,11 +207,11 @@ def second_turns(
     return turns
 
 
-def measure(sessions: Sessions, model: Path, logs: Path, files: Path) -> tuple[list[Turn], Stop]:
+def measure(sessions: Sessions, place: Place, files: Path) -> tuple[list[Turn], Stop]:
     """All restarts. Each begins with the files that the first server left."""
     shutil.rmtree(files, ignore_errors=True)
     files.mkdir(parents=True)
-    stop = fill(sessions, model, logs, files)
+    stop = fill(sessions, place, files)
     _say(json.dumps(asdict(stop)))
     (folder,) = files.iterdir()
     left = set(files.rglob("*.bin"))
@@ -204,7 +220,7 @@ def measure(sessions: Sessions, model: Path, logs: Path, files: Path) -> tuple[l
         for path in set(files.rglob("*.bin")) - (set() if restart == COLD else left):
             path.unlink()
         where = folder if side == STOCK else files
-        made = second_turns(restart, side, sessions, model, logs, where)
+        made = second_turns(restart, side, sessions, place, where)
         _say(f"{restart}: {percentile([turn.first_ms for turn in made], 0.5):,.0f} ms")
         turns += made
     shutil.rmtree(files)
@@ -262,12 +278,13 @@ def main() -> int:
     parser.add_argument("--sessions", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=6000, help="words in a session's rules")
     parser.add_argument("--model", type=Path, help="a folder; default: the tiny model")
+    parser.add_argument("--tier-mib", type=int, default=TIER_MIB, help="memory of the tier")
     parser.add_argument("--files", type=Path, default=ROOT / "out" / "restart" / "files")
     parser.add_argument("--logs", type=Path, default=ROOT / "out" / "restart")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    model = args.model or ensure_tiny()
-    turns, stop = measure(Sessions(args.sessions, args.tokens), model, args.logs, args.files)
+    place = Place(args.model or ensure_tiny(), args.logs, args.tier_mib)
+    turns, stop = measure(Sessions(args.sessions, args.tokens), place, args.files)
     found, different = summary(turns), unequal(turns)
     print(table(found))
     print(f"sessions with different answers: {different or 'none'}")
@@ -285,7 +302,7 @@ def main() -> int:
         "setup": setup,
         "restarts": found,
         "sessions_with_different_answers": different,
-        "stop": asdict(stop),
+        "stop": {key: round(value, 1) for key, value in asdict(stop).items()},
         "turns": [{k: v for k, v in sample.items() if k != "text"} for sample in samples],
     }
     args.out.write_text(json.dumps(made, indent=1) + "\n")
