@@ -290,10 +290,10 @@ def main() -> int:
     print(f"sessions with different answers: {different or 'none'}")
     command = shlex.join(["python", "-m", "benchmarks.field.restart", *sys.argv[1:]])
     setup = {
-        "model": model.name,
+        "model": place.model.name,
         "sessions": args.sessions,
         "words": args.tokens,
-        "tier_bytes": TIER_BYTES,
+        "tier_mib": args.tier_mib,
     }
     samples = [{**asdict(turn), "first_ms": round(turn.first_ms, 1)} for turn in turns]
     made = {
