@@ -99,8 +99,8 @@ def settings(side: str, files: Path, tier_mib: int) -> Settings:
         tier |= {"type": "SessionFiles", "module_path": "vllm_stateful.adapters.session_files"}
         extra["eviction_policy"] = "StatefulCachePolicy"
         extra["cache_policy_module_path"] = "vllm_stateful.adapters.offload_policy"
-    connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
-    connector |= {"kv_connector_extra_config": extra | {"secondary_tiers": [tier]}}
+    connector: dict[str, Any] = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    connector["kv_connector_extra_config"] = extra | {"secondary_tiers": [tier]}
     return Settings(
         model_name=MODEL_NAME,
         max_model_len=8192,
