@@ -34,17 +34,18 @@ def serving() -> Iterator[Served]:
     """While the routes are served."""
     app = FastAPI()
     app.include_router(session_routes.router)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    made = Served(f"http://127.0.0.1:{port}")
+    bound = socket.create_server(("127.0.0.1", 0))
+    made = Served(f"http://127.0.0.1:{bound.getsockname()[1]}")
     core = SimpleNamespace(call_utility_all_async=made.call)
     app.state.engine_client = SimpleNamespace(engine_core=core)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield made
-    server.should_exit = True
-    thread.join()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        yield made
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()

@@ -52,6 +52,19 @@ def test_an_appended_turn_has_missed_nothing(engine: Engine) -> None:
     assert second["queue_s"] >= 0.0
 
 
+def test_a_branch_that_is_lost_is_no_reason_while_the_history_is_kept(engine: Engine) -> None:
+    history = engine.turn("first", HISTORY)
+    engine.add("branch", [*HISTORY[:4], *range(40, 76)], session_id=ALICE, max_tokens=9)
+    engine.step()
+    request = engine.scheduler.requests["branch"]
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+    engine.abort("branch")
+    engine.run()
+    engine.turn("second", [*history, 1])
+    assert missed_by(engine, "second")["cause"] == "none"
+
+
 @pytest.mark.parametrize("place", [3, 17, 20])
 def test_a_changed_history_names_the_first_token_that_differs(engine: Engine, place: int) -> None:
     """Also where too little is the same to be worth a copy."""

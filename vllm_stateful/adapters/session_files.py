@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -68,7 +69,9 @@ class SessionFiles(FileSystemTierManager):  # type: ignore[misc]
             offloading_spec, primary_kv_view, tier_type, root_dir=str(folder), **options
         )
         logger.info("stateful: the KV of sessions is kept in %s", folder)
-        sweeping = (folder, self.block_size_bytes)
+        mapper = self.file_mapper
+        # Beside it lie the files of other sizes of blocks, maybe of servers that run.
+        sweeping = (Path(f"{mapper.base_path}_r{mapper.rank}"), self.block_size_bytes)
         threading.Thread(target=_sweep, args=sweeping, name="session-files", daemon=True).start()
 
 
@@ -79,9 +82,9 @@ def prepared(root: Path, facts: dict[str, Any]) -> Path:
     folder.chmod(0o700)
     note = folder / FACTS_FILE
     if not note.exists():
-        part = folder / f"{FACTS_FILE}.{os.getpid()}"
-        part.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
-        part.replace(note)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as part:
+            part.write(json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        Path(part.name).replace(note)
     return folder
 
 

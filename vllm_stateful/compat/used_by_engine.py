@@ -292,7 +292,7 @@ _FILES = (
         f"{_FS}.manager:FileSystemTierManager",
         "offload",
         "engine",
-        "block_size_bytes",
+        "block_size_bytes file_mapper",
         overrides="__init__",
         asked_by="vllm.v1.kv_offload.tiering.factory",
     ),
@@ -306,12 +306,19 @@ _FILES = (
         f"{_CONFIG}.model:ModelConfig",
         "offload",
         "engine",
-        "model revision dtype quantization seed hf_config",
+        "model revision dtype max_model_len quantization quantization_config seed hf_config",
     ),
     Use(f"{_CONFIG}.speculative:SpeculativeConfig", "offload", "engine", "draft_model_config"),
-    Use(f"{_CONFIG}.cache:CacheConfig", "offload", "engine", "cache_dtype kv_cache_layout"),
+    Use(
+        f"{_CONFIG}.cache:CacheConfig",
+        "offload",
+        "engine",
+        "cache_dtype kv_cache_dtype_skip_layers kv_cache_layout kv_sharing_fast_prefill "
+        "mamba_cache_dtype mamba_cache_mode mamba_ssm_cache_dtype replayssm_buffer_len "
+        "sliding_window swa_bounded_replay use_replayssm",
+    ),
+    Use("vllm.v1.kv_offload.file_mapper:FileMapper", "offload", "engine", "base_path rank"),
     Use(f"{_CONFIG}.load:LoadConfig", "offload", "engine", "load_format download_dir"),
-    Use(f"{_CONFIG}.attention:AttentionConfig", "offload", "engine", "backend"),
     Use(
         "vllm.platforms.interface:Platform",
         "offload",

@@ -97,8 +97,13 @@ class StatefulKVCacheManager(KVAdmission):
             turn.is_loading = turn.has_failed = False
 
     def _lose(self, request: Request, turn: Turn, why: Demotion) -> None:
-        """Keep nothing of a turn, neither what it borrowed nor what it computed itself."""
-        if self.records is not None and not (turn.is_loading or turn.has_failed):
+        """Keep nothing of a turn, neither what it borrowed nor what it computed itself.
+
+        While other branches of its session are kept, the next turn may go on behind one of them. So
+        its session is told to have lost something only if none is.
+        """
+        others = [each for each in self.store.branches(turn.session) if each is not turn.borrowed]
+        if self.records is not None and not (others or turn.is_loading or turn.has_failed):
             self.records.lost(turn, why, self._end_of(request)[0])
         if turn.borrowed is not None:
             self.store.forfeit(turn.borrowed, why)
