@@ -105,7 +105,8 @@ def test_a_session_is_shown_with_its_turns() -> None:
     client = served(engine)
     (listed,) = client.get("/v1/sessions", headers=KEY).json()["sessions"]
     shown = client.get(f"/v1/sessions/{SENT}", headers=KEY).json()
-    assert shown == listed
+    assert listed["eviction_place"] is None  # told of one session only
+    assert shown == {**listed, "eviction_place": 0}
     assert (shown["turns"], shown["state"]) == (2, "waits_for_user")
     second, first = client.get(f"/v1/sessions/{SENT}/turns", headers=KEY).json()["turns"]
     assert (first["request_id"], second["request_id"]) == ("chatcmpl-1", "chatcmpl-2")

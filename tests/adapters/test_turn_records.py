@@ -241,6 +241,44 @@ def test_a_session_tells_what_it_waits_for(engine: Engine) -> None:
     assert closed["blocks"] == 0
 
 
+def test_a_session_tells_when_its_turn_to_go_comes(options: dict[str, Any]) -> None:
+    """What it tells is what happens. A session that runs, or keeps nothing, has no place."""
+    engine = Engine(**options | {"num_blocks": 200})
+    names = [f"session-{number}" for number in range(4)]
+
+    def place(name: str) -> int | None:
+        (told,) = asked(engine, "session", session_ids=[name])
+        found: int | None = told["eviction_place"]
+        return found
+
+    for number, name in enumerate(names):
+        engine.now = float(number)
+        engine.turn(name, [90 + number, *HISTORY], name)
+    engine.turn("branch", [80, *HISTORY], names[0])  # it goes when both of its histories have gone
+    engine.now = 50.0
+    order = sorted(names, key=lambda name: place(name) or 0)
+    assert [place(name) for name in order] == [0, 1, 2, 3]
+    for name in order:
+        assert place(name) == 0
+        while engine.branches(name):
+            engine.store.demote_next(Demotion.PRESSURE)
+        assert place(name) is None
+    engine.turn("kept", HISTORY, ALICE)
+    assert place(ALICE) == 0
+    engine.add("runs", [*HISTORY, 1], session_id=ALICE, max_tokens=4)
+    engine.step()
+    assert place(ALICE) is None
+    engine.run()
+    assert place(ALICE) == 0
+    assert "eviction_place" not in asked(engine, "sessions")[0]
+    engine.now = 60.0
+    engine.turn("other", HISTORY, BOB, cache_salt=SALT)
+    for sees_all in (False, True):
+        seen = {"session_ids": [BOB], "cache_salt": SALT, "sees_all": sees_all}
+        (told,) = asked(engine, "session", **seen)
+        assert told["eviction_place"] == int(sees_all)
+
+
 @pytest.mark.parametrize(
     "request_id",
     [

@@ -29,6 +29,9 @@ from vllm_stateful.types import Demotion, Identity, SessionKey, Shape
 WISHED_SHARE = 0.5
 """Wishes of clients count up to this share of the budget."""
 
+MAX_ORDERED = 1000
+"""Of more idle residencies nobody is told the order in which they go."""
+
 MAX_POINTS = 4
 """Resume points of one residency, its frontier included."""
 
@@ -134,6 +137,23 @@ class ResidencyBook:
 
     def branches(self, session: SessionKey) -> tuple[Residency, ...]:
         return tuple(self._sessions.get(session, ()))
+
+    def place_of(self, session: SessionKey, *, counts_all: bool) -> int | None:
+        """How many sessions are to lose all they keep before this one does.
+
+        O(n log n). None if it keeps nothing idle, or if more than ``MAX_ORDERED`` residencies are.
+
+        Args:
+            session: its key.
+            counts_all: whether sessions with another cache salt, as other tenants have, count.
+        """
+        if self.num_idle > MAX_ORDERED:
+            return None
+        salt = session.identity.cache_salt
+        order = (each.session for each in reversed(self._idle.order(self._clock())))
+        counted = (each for each in order if counts_all or each.identity.cache_salt == salt)
+        last_first = list(dict.fromkeys(counted))
+        return len(last_first) - 1 - last_first.index(session) if session in last_first else None
 
     def is_beside(self, session: SessionKey, shape: Shape) -> bool:
         """Whether a request stands beside what a session keeps, as one for a title does.

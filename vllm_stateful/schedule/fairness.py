@@ -108,14 +108,18 @@ class _Tenant(Generic[R]):
             del self.salts[salt]
             self.shares.drop(salt)
 
-    def next_victim(self, now_s: float, keep: R | None, *, wishes: bool) -> R | None:
-        """The first victim of the salts above their part; of all residencies if no salt is."""
+    def salts_above(self) -> list[Hashable]:
+        """The salts above their part, which give before the others."""
         part = self.shares.total / min(MANY, len(self.salts))
-        above = [
-            self.salts[salt]
+        return [
+            salt
             for salt in self.shares.largest()
             if self.shares.num_blocks[salt] > part and len(self.salts[salt]) > 1
         ]
+
+    def next_victim(self, now_s: float, keep: R | None, *, wishes: bool) -> R | None:
+        """The first victim of the salts above their part; of all residencies if no salt is."""
+        above = [self.salts[salt] for salt in self.salts_above()]
         found = [queue.next_victim(now_s, keep, wishes=wishes) for queue in above or [self.queue]]
         return min(
             (item for item in found if item is not None),
@@ -215,14 +219,13 @@ class FairQueue(Generic[R]):
         if not self._tenants:
             return None
         wishes = self.num_wished <= self.max_wished
-        part = self._shares.total / len(self._tenants)
         firsts: list[tuple[bool, Rank, R]] = []
         for name in self._shares.largest():
             tenant = self._tenants[name]
             first = tenant.next_victim(now_s, keep, wishes=wishes)
             if first is not None:
-                is_within = self._shares.num_blocks[name] <= part
-                firsts.append((is_within, tenant.queue.rank(first, now_s, wishes=wishes), first))
+                rank = tenant.queue.rank(first, now_s, wishes=wishes)
+                firsts.append((self._is_within(name), rank, first))
         best = min(firsts, key=lambda first: first[:2], default=None)
         return None if best is None else best[2]
 
@@ -234,6 +237,26 @@ class FairQueue(Generic[R]):
         """
         queue = self._tenants[self._held[item].tenant].queue
         return queue.rank(item, now_s, wishes=self.num_wished <= self.max_wished)
+
+    def order(self, now_s: float) -> list[R]:
+        """All residencies, the first to go first, as if no share changed while they go.
+
+        O(n log n). For people: choosing one looks at a sample if there are many.
+        """
+        is_within = {name: self._is_within(name) for name in self._tenants}
+        above = {name: set(tenant.salts_above()) for name, tenant in self._tenants.items()}
+
+        def key(item: R) -> tuple[bool, bool, Rank]:
+            held = self._held[item]
+            is_later = bool(above[held.tenant]) and held.salt not in above[held.tenant]
+            return is_within[held.tenant], is_later, self.rank(item, now_s)
+
+        others = (item for item in self._held if item not in self._superseded)
+        return [*self._superseded, *sorted(others, key=key)]
+
+    def _is_within(self, name: Hashable) -> bool:
+        """Whether a tenant keeps no more than an equal part."""
+        return self._shares.num_blocks[name] <= self._shares.total / len(self._tenants)
 
     def _count(self, held: _Held, num_blocks: int) -> None:
         """Add ``num_blocks``, which may be negative, to all totals that count ``held``."""

@@ -158,10 +158,10 @@ class RetentionQueue(Generic[R]):
         Raises:
             KeyError: it is not in.
         """
-        worth, forecast, used_s, _ = self._entries[item]
+        worth, forecast, used_s, wished_until_s = self._entries[item]
         if worth is Worth.SUPERSEDED:
             return worth, 0.0, used_s
-        worth = worth if wishes else Worth.LIVE
+        worth = worth if wishes and wished_until_s > now_s else Worth.LIVE
         return worth, forecast.rate(max(0.0, now_s - used_s)), used_s
 
     def _worst(self, worth: Worth, now_s: float, keep: R | None) -> R | None:

@@ -48,6 +48,47 @@ def test_one_tenant_is_ordered_by_what_is_expected() -> None:
     assert len(queue) == 0
 
 
+KEPT = st.tuples(
+    st.sampled_from("abc"),
+    st.integers(0, 2),
+    st.integers(1, 20),
+    st.sampled_from([0.0, 50.0, 500.0]),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@given(st.lists(KEPT, min_size=1, max_size=20))
+def test_the_order_begins_with_the_next_victim(
+    kept: list[tuple[str, int, int, float, bool, bool]],
+) -> None:
+    queue: FairQueue[int] = FairQueue(60)
+    for number, (tenant, salt, num_blocks, until_s, soon, is_old) in enumerate(kept):
+        queue.add(
+            number,
+            tenant=tenant,
+            salt=salt,
+            num_blocks=num_blocks,
+            worth=Worth.LIVE,
+            forecast=TOOL if soon else USER,
+            now_s=float(number),
+            wished_until_s=until_s,
+        )
+        if is_old:
+            queue.supersede(number)
+    order = queue.order(100.0)
+    assert sorted(order) == list(range(len(kept)))
+    assert order[0] == queue.next_victim(100.0)
+
+
+def test_one_tenant_goes_in_the_order_that_is_told() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(12):
+        add(queue, f"a{number}", 1 + number % 3, soon=number % 2 == 0, now_s=-float(number))
+    queue.supersede("a4")
+    assert queue.order(0.0) == drain(queue)
+
+
 def test_who_holds_more_than_an_equal_part_gives_first() -> None:
     queue: FairQueue[str] = FairQueue()
     for number in range(4):

@@ -141,7 +141,17 @@ class SessionOperations:
         """What is known of the sessions of these ids, one entry for each LoRA adapter."""
         stories = self._stories(cache_salt, sees_all=sees_all)
         meant = [story for story in stories if _is_named(story.session, session_ids)]
-        return {"sessions": [self._told(story, sees_all=sees_all) for story in meant]}
+        told = []
+        for story in meant:
+            place = self._place_of(story, sees_all)
+            told.append({**self._told(story, sees_all=sees_all), "eviction_place": place})
+        return {"sessions": told}
+
+    def _place_of(self, story: Story, sees_all: bool) -> int | None:
+        if story.num_running:
+            return None
+        place: int | None = self._manager.store.place_of(story.session, counts_all=sees_all)
+        return place
 
     def turns(
         self,

@@ -116,6 +116,10 @@ class Session(BaseModel):
     branches: int
     resume_points: int
     returns: float | None
+    eviction_place: int | None = None
+    """How many sessions of its client and engine core are to give back all their KV before it does;
+    the operator is told of all sessions. Told of one session, not of a list. Null while a
+    turn of it runs."""
     parent: str | None
     children: list[str]
     demoted: str | None
