@@ -275,6 +275,11 @@ class Figures:
             self.accepted += num
         self.tokens += len(answer)
 
+    def include(self, other: Figures) -> None:
+        """Add the totals of other answers."""
+        for field in vars(other):
+            setattr(self, field, getattr(self, field) + getattr(other, field))
+
     def __str__(self) -> str:
         per_step = self.tokens / self.steps
         waste = self.drafted / max(1, self.accepted)
@@ -370,9 +375,7 @@ def main(arguments: Sequence[str]) -> int:
                         figures.add(method, answer)
                         method.ended(prompt, answer)
                 cells.append(str(figures))
-                whole = total.setdefault(label, Figures())
-                for field in vars(figures):
-                    setattr(whole, field, getattr(whole, field) + getattr(figures, field))
+                total.setdefault(label, Figures()).include(figures)
             print(source.ljust(18) + "".join(cell.rjust(18) for cell in cells), flush=True)
         print("all".ljust(18) + "".join(str(each).rjust(18) for each in total.values()))
         costs = [f"{1e6 * each.seconds / each.steps:.0f} us" for each in total.values()]

@@ -117,9 +117,7 @@ def main(arguments: Sequence[str]) -> int:
             for label, chances in zip(header, priors, strict=True):
                 figures = play(said[name], Counted(chances), LEAST_CHANCE)
                 cells.append(str(figures))
-                whole = total.setdefault(label, Figures())
-                for field in vars(figures):
-                    setattr(whole, field, getattr(whole, field) + getattr(figures, field))
+                total.setdefault(label, Figures()).include(figures)
             print(name.ljust(18) + "".join(cell.rjust(22) for cell in cells), flush=True)
     print("all".ljust(18) + "".join(str(each).rjust(22) for each in total.values()))
     return 0

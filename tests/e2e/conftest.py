@@ -3,7 +3,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +45,14 @@ def recorded(play: Callable[..., Played], tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("recorded") / "stock.json"
     path.write_text(json.dumps(play(TINY)))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Any]:
+    """Takes the spans that a server sends; without OpenTelemetry its tests skip."""
+    from collector import Collector
+
+    made = Collector()
+    yield made
+    made.shutdown()
+    made.server_close()

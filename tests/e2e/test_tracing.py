@@ -19,14 +19,6 @@ PLANTED = "planted words of a conversation"
 
 
 @pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
-    made = Collector()
-    yield made
-    made.shutdown()
-    made.server_close()
-
-
-@pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[str]:
     if not (TINY / "config.json").exists():
         pytest.skip("the tiny model is not built: run `make model`")

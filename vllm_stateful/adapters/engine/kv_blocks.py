@@ -102,8 +102,12 @@ class StatefulKVCacheManager(KVAdmission):
         While other branches of its session are kept, the next turn may go on behind one of them. So
         its session is told to have lost something only if none is.
         """
-        others = [each for each in self.store.branches(turn.session) if each is not turn.borrowed]
-        if self.records is not None and not (others or turn.is_loading or turn.has_failed):
+        has_kv = not (turn.is_loading or turn.has_failed)
+        if (
+            self.records is not None
+            and has_kv
+            and all(each is turn.borrowed for each in self.store.branches(turn.session))
+        ):
             self.records.lost(turn, why, self._end_of(request)[0])
         if turn.borrowed is not None:
             self.store.forfeit(turn.borrowed, why)
