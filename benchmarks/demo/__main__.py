@@ -26,15 +26,10 @@ from benchmarks.demo.play import Player, warm_up
 from benchmarks.demo.plot import save_plot
 from benchmarks.demo.report import Row
 from benchmarks.demo.screen import StartView, TurnView
-from benchmarks.demo.servers import (
-    Server,
-    ServerFailedError,
-    ServerOptions,
-    free_port,
-    is_free,
-)
+from benchmarks.demo.servers import Server, ServerFailedError, ServerOptions
 from benchmarks.demo.sides import ARGUMENTS, DEFAULT, EXACT
 from benchmarks.models import smollm2
+from benchmarks.ports import free_port, is_free
 
 SERVE_PORT = 8000
 

@@ -4,7 +4,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,8 +17,8 @@ from typing import Self
 import httpx
 
 from benchmarks.models import TOOLS_TEMPLATE
+from benchmarks.ports import HOST
 
-HOST = "127.0.0.1"
 MODEL_NAME = "smollm2-135m"
 START_LIMIT_S = 600
 STOP_LIMIT_S = 20
@@ -39,25 +38,6 @@ class ServerOptions:
     kv_gib: int
     block_size: int
     max_model_len: int = 8192
-
-
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def is_free(port: int) -> bool:
-    """Whether a server could listen on this port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
 
 
 def serve_command(options: ServerOptions, port: int, extra: Sequence[str]) -> list[str]:

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.demo.machine import ROOT, describe
-from benchmarks.demo.servers import HOST
 from benchmarks.models.tiny import ensure_tiny
+from benchmarks.ports import HOST
 from benchmarks.reliability.chaos_disk import SHARED_MEMORY
 from benchmarks.serving.client import ChatClient, Reply, encode_body
 from benchmarks.serving.servers import PLUGIN, STOCK, Server, Settings

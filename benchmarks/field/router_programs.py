@@ -22,7 +22,8 @@ from typing import Self
 import httpx
 
 from benchmarks.demo.machine import ROOT
-from benchmarks.demo.servers import HOST, ServerFailedError, free_port, stop_group
+from benchmarks.demo.servers import ServerFailedError, stop_group
+from benchmarks.ports import HOST, free_port
 
 FILES = ROOT / "deploy" / "routers"
 API_KEY = f"sk-{secrets.token_hex(32)}"

@@ -25,10 +25,11 @@ from typing import Any
 import httpx
 
 from benchmarks.demo.machine import ROOT, describe
-from benchmarks.demo.servers import HOST, ServerFailedError
+from benchmarks.demo.servers import ServerFailedError
 from benchmarks.field.router_play import Conversation, play_round
 from benchmarks.field.router_programs import API_KEY, KINDS, Router, missing, version_of
 from benchmarks.models.tiny import DEFAULT as TINY
+from benchmarks.ports import HOST
 from benchmarks.serving.servers import PLUGIN, Server, Settings
 
 SESSIONS, TURNS, TURNS_AFTER = 16, 6, 2

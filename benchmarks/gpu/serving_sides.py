@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from benchmarks.gpu.limited import TAIL_CHARS, end_group
 from benchmarks.gpu.serving_client import HOST
 from benchmarks.models import TOOLS_TEMPLATE
 from benchmarks.models.dummy import SHAPES, write_config
+from benchmarks.ports import free_port
 
 STOCK, PLUGIN = "stock", "plugin"
 ATTENTION, STOCK_DRAFTS, PLUGIN_DRAFTS = "plugin+attention", "stock+drafts", "plugin+drafts"
@@ -264,9 +264,7 @@ def start(
     name: str, model: Model, folder: Path, scratch: Path, logs: Path, more: Sequence[str] = ()
 ) -> Side:
     """Start one server; it is not ready yet."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     log = logs / f"{name}.log"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
     command += ["--host", HOST, "--port", str(port), *common_arguments(model)]

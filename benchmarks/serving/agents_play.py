@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from benchmarks.demo.servers import HOST
+from benchmarks.ports import HOST
 from benchmarks.serving.agents_load import Turn, Workload
 from benchmarks.serving.client import ChatClient, RequestFailedError, encode_body
 from benchmarks.serving.recorded import Message

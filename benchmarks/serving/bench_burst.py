@@ -19,7 +19,8 @@ from functools import partial
 import httpx
 
 from benchmarks.demo import machine
-from benchmarks.demo.servers import HOST, ServerFailedError
+from benchmarks.demo.servers import ServerFailedError
+from benchmarks.ports import HOST
 from benchmarks.serving import burst_report as report
 from benchmarks.serving import recorded, replay
 from benchmarks.serving.burst_load import FORKED, STAGGERED, VARIANTS, Burst, make_burst

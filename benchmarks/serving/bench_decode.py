@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks.demo.servers import HOST
 from benchmarks.models import CACHE, ROOT, TOOLS_TEMPLATE
 from benchmarks.models.tiny import ensure_tiny
+from benchmarks.ports import HOST
 from benchmarks.serving import conversation
 from benchmarks.serving.client import ChatClient, encode_body
 from benchmarks.serving.servers import (

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.demo import machine
-from benchmarks.demo.servers import HOST, ServerFailedError
+from benchmarks.demo.servers import ServerFailedError
 from benchmarks.models import CACHE, ROOT
 from benchmarks.models.tiny import ensure_tiny
+from benchmarks.ports import HOST
 from benchmarks.serving import conversation, report
 from benchmarks.serving.client import ChatClient, Reply, RequestFailedError, encode_body
 from benchmarks.serving.plot import save_plot

@@ -24,7 +24,8 @@ from random import Random
 import httpx
 
 from benchmarks.demo import machine
-from benchmarks.demo.servers import HOST, ServerFailedError
+from benchmarks.demo.servers import ServerFailedError
+from benchmarks.ports import HOST
 from benchmarks.serving import replay
 from benchmarks.serving.agents_play import PAUSE_S, drafts_of, since
 from benchmarks.serving.bench_agents import BLOCK_SIZE, PLUGIN_CONFIG

@@ -21,9 +21,10 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.demo import machine
-from benchmarks.demo.servers import HOST, ServerFailedError
+from benchmarks.demo.servers import ServerFailedError
 from benchmarks.models import CACHE, ROOT
 from benchmarks.models.tiny import ensure_tiny
+from benchmarks.ports import HOST
 from benchmarks.serving import conversation, replay
 from benchmarks.serving.client import ChatClient, Reply, encode_body
 from benchmarks.serving.conversation import Count

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from benchmarks.demo import machine
-from benchmarks.demo.servers import HOST, ServerFailedError
+from benchmarks.demo.servers import ServerFailedError
+from benchmarks.ports import HOST
 from benchmarks.serving import conversation, replay
 from benchmarks.serving.agents_play import PAUSE_S
 from benchmarks.serving.bench_agents import BLOCK_SIZE

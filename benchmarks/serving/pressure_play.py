@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
-from benchmarks.demo.servers import HOST
+from benchmarks.ports import HOST
 from benchmarks.serving.client import ChatClient, RequestFailedError, encode_body
 from benchmarks.serving.pressure_load import ONE_SHOT, Load, OneShot, Session
 from benchmarks.serving.recorded import Message

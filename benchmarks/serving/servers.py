@@ -18,7 +18,8 @@ from typing import Self
 
 import httpx
 
-from benchmarks.demo.servers import HOST, ServerFailedError, free_port, stop_group
+from benchmarks.demo.servers import ServerFailedError, stop_group
+from benchmarks.ports import HOST, free_port
 
 STOCK, PLUGIN = "stock", "plugin"
 SIDES = (STOCK, PLUGIN)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import httpx
+
+from benchmarks.ports import free_port
 
 START_SECONDS = 600
 
@@ -29,9 +30,7 @@ class LiveServer:
     def __init__(
         self, model: Path, log: Path, *options: str, environment: dict[str, str] | None = None
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self._command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]

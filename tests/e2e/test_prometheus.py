@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest, start_http_ser
 
 from benchmarks.demo.dashboard.panels import Shown, read_panels, shown
 from benchmarks.demo.dashboard.prometheus import Prometheus, check_metrics, missing_programs
-from benchmarks.demo.servers import HOST, free_port
+from benchmarks.ports import HOST, free_port
 from vllm_stateful.adapters.frontend.metrics_exporter import MetricsExporter
 from vllm_stateful.observe.metrics import METRICS, OFF, Metric
 

@@ -27,8 +27,9 @@ from benchmarks.demo import machine
 from benchmarks.demo.dashboard.panels import Shown, read_panels, shown
 from benchmarks.demo.dashboard.prometheus import Prometheus, check_metrics, missing_programs
 from benchmarks.demo.dashboard.servers import Kind, kinds
-from benchmarks.demo.servers import Server, ServerFailedError, free_port
+from benchmarks.demo.servers import Server, ServerFailedError
 from benchmarks.models import ROOT
+from benchmarks.ports import free_port
 
 OUT = ROOT / "benchmarks" / "demo" / "results" / "dashboard.json"
 LOGS = Path("out/dashboard")

@@ -12,7 +12,8 @@ from typing import Any, Self
 import httpx
 
 from benchmarks.demo.dashboard.panels import SCRAPE_S, STEP_S
-from benchmarks.demo.servers import HOST, ServerFailedError, free_port, stop_group
+from benchmarks.demo.servers import ServerFailedError, stop_group
+from benchmarks.ports import HOST, free_port
 
 START_LIMIT_S = 60
 PROGRAMS = ("prometheus", "promtool")

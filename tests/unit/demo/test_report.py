@@ -2,6 +2,7 @@
 """Rows, summary, files and the command line of the demo."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from benchmarks.demo.report import (
     summarize,
     summary_text,
 )
-from benchmarks.demo.servers import ServerOptions, free_port, is_free, serve_command
+from benchmarks.demo.servers import ServerOptions, serve_command
 from benchmarks.demo.sides import ARGUMENTS, DEFAULT, EXACT, FAST, STOCK
 from benchmarks.demo.table import make_table, plain_head, plain_row
 from benchmarks.demo.turns import Answer, Measured, ToolCall
+from benchmarks.ports import HOST, free_port, is_free
 
 ABOUT = dict.fromkeys(("model", "dtype", "vllm", "commit", "machine", "date"), "test")
 
@@ -130,8 +132,14 @@ def test_servers_differ_only_in_the_extra_arguments() -> None:
         assert command == [*stock, *ARGUMENTS[side]]
 
 
-def test_free_port_is_free() -> None:
-    assert is_free(free_port())
+def test_a_free_port_is_for_a_server_and_nobody_else() -> None:
+    port = free_port()
+    assert is_free(port)
+    with socket.socket() as client, pytest.raises(OSError, match="in use"):
+        client.bind((HOST, port))
+    with socket.create_server(("", port)), socket.create_connection((HOST, port)):
+        assert not is_free(port)
+    assert is_free(port)
 
 
 def test_command_line() -> None:
