@@ -17,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from recorded_engine import Engine
 from response_client import counts as counts
+from serve_parser import fresh_process as fresh_process
+from serve_parser import parse as parse
+from serve_parser import parser as parser
 
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])

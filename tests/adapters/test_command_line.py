@@ -3,80 +3,22 @@
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-try:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-except ModuleNotFoundError:  # from vllm 0.33 on
-    from vllm.entrypoints.common.cli_args import make_arg_parser
+from serve_parser import Parse, make_parser, undo_all
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_stateful.adapters import activation, fit
 from vllm_stateful.adapters.frontend import command_line
 from vllm_stateful.adapters.frontend.command_line import _allow_endpoint_plugin
-from vllm_stateful.adapters.speculation import IN_ENGINE_CORE, ON_DEVICE
 from vllm_stateful.compat import probe
 from vllm_stateful.compat.ledger import PATCHES
 from vllm_stateful.config import OPTIONS, StatefulConfig, process_config
 
-HOOKS = [hook for patch in PATCHES for hook in patch.calls]
-Parse = Callable[..., argparse.Namespace]
-
-
-def undo_all() -> None:
-    for patch in PATCHES:
-        patch.undo()
-    for hook in HOOKS:
-        hook.clear()
-
-
-def make_parser() -> FlexibleArgumentParser:
-    """vLLM's parser for ``vllm serve``, made as vLLM makes it."""
-    activation.install_command_line()
-    try:
-        return make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
-    finally:
-        undo_all()
-
-
-@pytest.fixture(autouse=True)
-def _process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process in which nobody has asked for the plugin, and its traces removed after."""
-    before = dict(os.environ)
-    for name in before:
-        if name.startswith("VLLM_STATEFUL") or name == "VLLM_PLUGINS":
-            del os.environ[name]
-    monkeypatch.setattr(fit, "_problems", [])
-    undo_all()
-    yield
-    undo_all()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module")
-def parser() -> FlexibleArgumentParser:
-    kept = {key: os.environ.pop(key) for key in list(os.environ) if "STATEFUL" in key}
-    try:
-        return make_parser()
-    finally:
-        os.environ.update(kept)
-
-
-@pytest.fixture
-def parse(parser: FlexibleArgumentParser, monkeypatch: pytest.MonkeyPatch) -> Parse:
-    def parse(*arguments: str) -> argparse.Namespace:
-        argv = ["serve", "some/model", *arguments]
-        monkeypatch.setattr(sys, "argv", ["vllm", *argv])
-        return parser.parse_args(argv[1:])
-
-    return parse
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 @pytest.fixture
@@ -399,69 +341,6 @@ def test_every_group_that_vllm_loads_by_name_is_known() -> None:
         if name.endswith("_PLUGINS_GROUP") and isinstance(value, str)
     }
     assert groups <= {*command_line.GENERAL_GROUPS, command_line.ENDPOINT_GROUP}
-
-
-# ---- drafts from sessions, without JSON ------------------------------------------------------
-
-DRAFTING = [
-    ["--plugin", "stateful", "--stateful-drafts", "on"],
-    ["--stateful-drafts", "on", "--plugin", "stateful"],
-    ["--plugin", "stateful", "--stateful-profile", "fast"],
-    ["--stateful-profile", "fast", "--plugin", "stateful"],
-]
-HEAD = '{"method": "mtp", "num_speculative_tokens": 1}'
-
-
-@pytest.mark.parametrize("words", DRAFTING, ids=" ".join)
-def test_drafts_on_makes_the_right_speculative_config(parse: Parse, words: list[str]) -> None:
-    assert parse(*words).speculative_config == IN_ENGINE_CORE
-
-
-@pytest.mark.parametrize("words", DRAFTING, ids=" ".join)
-def test_on_cuda_the_device_drafts(
-    parse: Parse, monkeypatch: pytest.MonkeyPatch, words: list[str]
-) -> None:
-    monkeypatch.setattr(command_line.current_platform, "is_cuda", lambda: True, raising=False)
-    assert parse(*words).speculative_config == ON_DEVICE
-
-
-@pytest.mark.parametrize("words", DRAFTING, ids=" ".join)
-@pytest.mark.parametrize("is_first", [True, False])
-def test_a_config_of_the_users_own_wins(parse: Parse, words: list[str], is_first: bool) -> None:
-    own = ["--speculative-config", HEAD]
-    arguments = parse(*(own + words if is_first else words + own))
-    assert arguments.speculative_config["method"] == "mtp"
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--plugin", "stateful", "--stateful-profile", "fast", "--stateful-drafts", "off"],
-        ["--stateful-drafts", "auto", "--plugin", "stateful", "--stateful-profile", "fast"],
-        ["--plugin", "stateful", "--stateful-profile", "exact"],
-        ["--stateful-drafts", "on"],
-        ["--plugin", "stateful"],
-    ],
-    ids=" ".join,
-)
-def test_nothing_is_drafted_unasked(parse: Parse, words: list[str]) -> None:
-    assert parse(*words).speculative_config is None
-
-
-def test_drafts_on_in_the_environment_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_STATEFUL", "1")
-    monkeypatch.setenv("VLLM_STATEFUL_PROFILE", "fast")
-    process_config.cache_clear()
-    assert make_parser().parse_args(["some/model"]).speculative_config == IN_ENGINE_CORE
-
-
-@pytest.mark.parametrize("words", DRAFTING, ids=" ".join)
-@pytest.mark.parametrize("is_first", [True, False])
-def test_short_options_for_a_head_win_too(parse: Parse, words: list[str], is_first: bool) -> None:
-    own = ["--spec-method", "eagle3", "--spec-model", "some/head", "--spec-tokens", "4"]
-    arguments = parse(*(own + words if is_first else words + own))
-    assert arguments.speculative_config is None
-    assert (arguments.spec_method, arguments.spec_tokens) == ("eagle3", 4)
 
 
 def test_the_operators_key_is_not_on_the_namespace(parse: Parse) -> None:

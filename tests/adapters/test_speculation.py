@@ -110,10 +110,10 @@ def test_which_requests_use_processors() -> None:
 
 def test_custom_processors_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     drafting = config("custom_class")
-    assert not has_custom_processors(drafting)
+    assert not has_custom_processors(drafting.model_config)
     drafting.model_config.logits_processors = ["a.module:Custom"]
-    assert has_custom_processors(drafting)
+    assert has_custom_processors(drafting.model_config)
     drafting.model_config.logits_processors = None
     installed = EntryPoints([EntryPoint("custom", "a.module:Custom", "vllm.logits_processors")])
     monkeypatch.setattr(speculation, "entry_points", lambda **_: installed)
-    assert has_custom_processors(drafting)
+    assert has_custom_processors(drafting.model_config)

@@ -160,4 +160,24 @@ _API = (
     ),
 )
 
-USES: tuple[Use, ...] = (*_TRANSPORT, *_AFFINITY, *_RESPONSES, *_API)
+_COMMAND_LINE = (
+    Use("vllm.engine.arg_utils", "cli", "api", "EngineArgs"),
+    Use(
+        "vllm.engine.arg_utils:EngineArgs",
+        "cli",
+        "api",
+        "from_cli_args create_model_config model tokenizer revision trust_remote_code hf_token "
+        "async_scheduling enable_lora pipeline_parallel_size",
+    ),
+    Use("vllm.transformers_utils.config", "cli", "api", "maybe_override_with_speculators"),
+    Use("vllm.transformers_utils.utils", "cli", "api", "is_cloud_storage"),
+    Use(
+        "vllm.config.model:ModelConfig",
+        "cli",
+        "api",
+        "runner_type is_encoder_decoder is_diffusion has_inner_state enable_prompt_embeds "
+        "logits_processors",
+    ),
+)
+
+USES: tuple[Use, ...] = (*_TRANSPORT, *_AFFINITY, *_RESPONSES, *_API, *_COMMAND_LINE)

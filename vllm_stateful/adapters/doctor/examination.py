@@ -154,10 +154,10 @@ def _sessions(asked: Asked, config: Any, alone: Any, connector: Any) -> Iterator
 
 def _drafts(config: Any, options: StatefulConfig) -> Finding:
     if config.speculative_config is None:
-        return Finding("drafts", "ok", f"none: {why_no_drafts(options)}")
+        return Finding("drafts", "ok", f"none: {why_no_drafts(config, options)}")
     method = config.speculative_config.method
     if is_asked_for(config):
-        if has_custom_processors(config):
+        if has_custom_processors(config.model_config):
             return Finding("drafts", "off", f"off: {CUSTOM_PROCESSORS}")
         return Finding("drafts", "ok", "from sessions, by the engine core")
     if is_looked_up(config):

@@ -209,19 +209,19 @@ class _StatefulMixin:
 
     def _draft_from_sessions(self, rules: BoundaryRules | None) -> None:
         """Draft from sessions where vLLM was told to, and beside a drafting head."""
-        is_beside_head = False
+        is_beside_head, model = False, self.vllm_config.model_config
         if has_head(self.vllm_config) and self.num_spec_tokens:
             reason = why_not_beside_head(self.vllm_config, self.config)
             is_beside_head = reason is None
             logger.info("stateful: drafts from sessions beside the head: %s", reason or "on")
         elif self.vllm_config.speculative_config is None:
-            logger.info("stateful: no drafts: %s", why_no_drafts(self.config))
+            logger.info("stateful: no drafts: %s", why_no_drafts(self.vllm_config, self.config))
         on_device = self.vllm_config.use_v2_model_runner
         if is_looked_up(self.vllm_config) or (is_beside_head and on_device):
             self.device_drafts = DeviceDrafts(
                 self.kv_cache_manager, rules, is_beside_head=is_beside_head
             )
-        elif is_asked_for(self.vllm_config) and has_custom_processors(self.vllm_config):
+        elif is_asked_for(self.vllm_config) and has_custom_processors(model):
             logger.warning("stateful: no drafts from sessions: %s", CUSTOM_PROCESSORS)
         elif is_asked_for(self.vllm_config) or is_beside_head:
             from vllm_stateful.adapters.engine.engine_drafts import (

@@ -11,17 +11,15 @@ from typing import Any
 
 from vllm import envs
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from vllm_stateful.adapters.activation import activate
 from vllm_stateful.adapters.fit import off_reason, problems, report_problem
-from vllm_stateful.adapters.speculation import IN_ENGINE_CORE, ON_DEVICE
+from vllm_stateful.adapters.frontend.draft_options import take_drafts
 from vllm_stateful.config import (
     ENABLE_ENV,
     OPTIONS,
     Option,
     is_enabled,
-    process_config,
     write_option,
 )
 from vllm_stateful.errors import ConfigError, StatefulError
@@ -30,9 +28,6 @@ logger = init_logger("vllm.stateful")
 
 PLUGIN_NAME = "stateful"
 USAGE_OPTION = "enable_prompt_tokens_details"
-DRAFTS_OPTION = "speculative_config"
-HEAD_OPTIONS = ("spec_method", "spec_model", "spec_tokens")
-"""vLLM's short options, which it makes a ``--speculative-config`` of."""
 GENERAL_GROUPS = (
     "vllm.general_plugins",
     "vllm.platform_plugins",
@@ -60,15 +55,9 @@ def extend_parser(parser: argparse.ArgumentParser) -> None:
     for option in OPTIONS:
         group.add_argument(option.flag, **_argument(option))
     _truthful_usage(parser)
-    for action in parser._actions:
-        if action.dest in HEAD_OPTIONS:
-            _watch(action)
+    _at_the_end(parser, take_drafts)
     if is_enabled() and off_reason() is None:
         _allow_endpoint_plugin()
-        if process_config().drafts == "on":
-            namespace = argparse.Namespace()
-            _take_drafts(namespace)
-            parser.set_defaults(**vars(namespace))
 
 
 def options_help() -> str:
@@ -95,47 +84,25 @@ def _truthful_usage(parser: argparse.ArgumentParser) -> None:
         parser.set_defaults(**{USAGE_OPTION: True if is_on else _NotGiven()})
 
 
+def _at_the_end(
+    parser: argparse.ArgumentParser, change: Callable[[argparse.Namespace], None]
+) -> None:
+    """Let ``change`` see the namespace once the whole command line was read."""
+    parse = parser.parse_known_args
+
+    def parse_known_args(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
+        namespace, unknown = parse(*args, **kwargs)
+        change(namespace)
+        return namespace, unknown
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
 def _argument(option: Option) -> dict[str, Any]:
     common = {"option": option, "help": option.help, "default": argparse.SUPPRESS}
     if option.is_flag:
         return {"action": _SetFlag, "nargs": 0, **common}
     return {"action": _SetOption, "metavar": "VALUE", **common}
-
-
-class _FromSessions(dict[str, Any]):
-    """A ``--speculative-config`` that we made, not the user."""
-
-
-def _take_drafts(namespace: argparse.Namespace) -> None:
-    """Make a ``--speculative-config`` for ``--stateful-drafts on``, if none was given.
-
-    A config that is given later on the command line replaces it. A later ``off`` removes it.
-    """
-    given = getattr(namespace, DRAFTS_OPTION, None)
-    is_wanted = is_enabled() and process_config().drafts == "on"
-    is_wanted &= all(getattr(namespace, name, None) is None for name in HEAD_OPTIONS)
-    if is_wanted and given is None:
-        made = ON_DEVICE if current_platform.is_cuda() else IN_ENGINE_CORE
-        setattr(namespace, DRAFTS_OPTION, _FromSessions(made))
-    elif not is_wanted and isinstance(given, _FromSessions):
-        setattr(namespace, DRAFTS_OPTION, None)
-
-
-def _watch(action: argparse.Action) -> None:
-    """Let an option of vLLM's take the place of drafts from sessions, wherever it stands."""
-
-    class Watched(type(action)):  # type: ignore[misc]
-        def __call__(
-            self,
-            parser: argparse.ArgumentParser,
-            namespace: argparse.Namespace,
-            values: Any,
-            option_string: str | None = None,
-        ) -> None:
-            super().__call__(parser, namespace, values, option_string)
-            _take_drafts(namespace)
-
-    action.__class__ = Watched
 
 
 class _EnablePlugin(argparse.Action):
@@ -161,7 +128,6 @@ class _EnablePlugin(argparse.Action):
         if isinstance(getattr(namespace, USAGE_OPTION, None), _NotGiven):
             setattr(namespace, USAGE_OPTION, True)
         _guarded(parser, activate)
-        _take_drafts(namespace)
 
 
 class _SetOption(argparse.Action):
@@ -187,7 +153,6 @@ class _SetOption(argparse.Action):
         if self.option.field != "strict" and off_reason() is not None:
             return
         write_option(self.option, values)
-        _take_drafts(namespace)
         if is_enabled() and not problems():  # the patches may depend on the option
             _guarded(parser, activate)
 

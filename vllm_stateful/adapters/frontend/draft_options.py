@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``--speculative-config`` that ``--stateful-drafts`` makes, if nothing else drafts."""
+
+from __future__ import annotations
+
+import argparse
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.transformers_utils.config import maybe_override_with_speculators
+from vllm.transformers_utils.utils import is_cloud_storage
+
+from vllm_stateful.adapters.fit import off_reason
+from vllm_stateful.adapters.speculation import (
+    IN_ENGINE_CORE,
+    ON_DEVICE,
+    why_auto_drafts_nothing,
+)
+from vllm_stateful.config import is_enabled, process_config
+
+logger = init_logger("vllm.stateful")
+
+GIVEN = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+"""vLLM's options that say what drafts."""
+
+
+def take_drafts(namespace: argparse.Namespace) -> None:
+    """Set ``speculative_config`` where drafts from sessions are wanted.
+
+    ``on`` wants them for every model that brings no drafting head along. ``auto`` wants them where
+    `why_auto_drafts_nothing` has no objection.
+
+    Args:
+        namespace: the whole command line.
+    """
+    if not is_enabled() or off_reason() is not None:
+        return
+    if any(getattr(namespace, name, None) is not None for name in GIVEN):
+        return
+    wanted = process_config().drafts
+    if wanted == "off" or (wanted == "auto" and not current_platform.is_cpu()):
+        return
+    try:
+        reason = _why_not(namespace, wanted)
+    except Exception as error:  # vLLM is about to meet it, too, and says it in its own way
+        reason = f"the model was not understood ({type(error).__name__})"
+        if wanted == "on":
+            reason = None
+    if reason is None:
+        made = ON_DEVICE if current_platform.is_cuda() else IN_ENGINE_CORE
+        namespace.speculative_config = dict(made)
+    else:
+        logger.info("stateful: --stateful-drafts %s drafts nothing: %s", wanted, reason)
+
+
+def _why_not(namespace: argparse.Namespace, wanted: str) -> str | None:
+    """Why there are no drafts from sessions; None if there are."""
+    tag = getattr(namespace, "model_tag", None)  # MODEL, which stands for --model
+    named = {} if tag is None else {"model": tag}
+    given = EngineArgs.from_cli_args(argparse.Namespace(**{**vars(namespace), **named}))
+    if not is_cloud_storage(given.model):
+        _, _, of_model = maybe_override_with_speculators(
+            model=given.model,
+            tokenizer=given.tokenizer,
+            revision=given.revision,
+            trust_remote_code=given.trust_remote_code,
+            hf_token=given.hf_token,
+        )
+        if of_model is not None:
+            return "the model brings a drafting head along"
+    if wanted == "on":
+        return None
+    if given.async_scheduling:
+        return "vLLM takes them only without --async-scheduling"
+    if given.enable_lora:
+        return "vLLM asks for a larger --max-num-batched-tokens with LoRA"
+    return why_auto_drafts_nothing(given.create_model_config(), given.pipeline_parallel_size)
