@@ -151,7 +151,7 @@ def test_of_a_model_that_takes_text_the_stages_are_told(tmp_path: Path) -> None:
     template.write_text("{% for m in messages %}{{ loop.last }}{{ m['content'] }}{% endfor %}")
     found = examine(tmp_path, TINY, "--dtype", "float32")
     assert {found[name]["mark"] for name in ("sessions", "template", "tokenizer")} == {"ok"}
-    assert found["drafts"]["text"].startswith("none: auto drafts nothing without a head")
+    assert found["drafts"]["text"] == "from sessions, by the engine core"
     (tmp_path / "findings").unlink()
     found = examine(
         *(tmp_path, TINY, "--dtype", "float32", "--chat-template", template),

@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 from serve_parser import Parse, make_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from benchmarks.models import shapes
 from vllm_stateful.adapters.frontend import draft_options
-from vllm_stateful.adapters.speculation import CUSTOM_PROCESSORS, IN_ENGINE_CORE, ON_DEVICE
+from vllm_stateful.adapters.speculation import (
+    CUSTOM_PROCESSORS,
+    IN_ENGINE_CORE,
+    ON_DEVICE,
+    why_no_drafts,
+)
 from vllm_stateful.config import process_config
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -100,16 +106,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folders
 
 
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged of drafts."""
-    lines: list[str] = []
-    monkeypatch.setattr(
-        draft_options.logger, "info", lambda text, *values: lines.append(text % values)
-    )
-    return lines
-
-
 AUTO: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     "attention": ("llama", (), None),
     "windows": ("gemma3", (), None),
@@ -121,6 +117,7 @@ AUTO: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     "pooling": ("pooling", (), "generates no text"),
     "an encoder": ("whisper", (), "an encoder of its own"),
     "a head comes along": ("speculators", (), "brings a drafting head along"),
+    "no sessions": ("llama", ("--no-enable-prefix-caching",), "without prefix caching"),
     "async": ("llama", ("--async-scheduling",), "without --async-scheduling"),
     "lora": ("llama", ("--enable-lora",), "with LoRA"),
     "embeddings": ("llama", ("--enable-prompt-embeds",), "may be embeddings"),
@@ -132,17 +129,17 @@ AUTO: dict[str, tuple[str, tuple[str, ...], str | None]] = {
 
 
 @pytest.mark.parametrize("case", AUTO)
-def test_auto_drafts_on_a_cpu_where_it_never_hurts(
-    parse: Parse, models: Path, said: list[str], case: str
-) -> None:
+def test_auto_drafts_on_a_cpu_where_it_never_hurts(parse: Parse, models: Path, case: str) -> None:
     name, words, reason = AUTO[case]
     made = parse(*PLUGIN, *words, model=str(models / name)).speculative_config
+    said = why_no_drafts(process_config())
     if reason is None:
-        assert (made, said) == (IN_ENGINE_CORE, [])
+        assert made == IN_ENGINE_CORE
+        assert said == "--stateful-drafts auto: only `vllm serve` makes a --speculative-config"
     else:
         assert made is None
-        assert len(said) == 1
-        assert reason in said[0]
+        assert said.startswith("--stateful-drafts auto: ")
+        assert reason in said
 
 
 def test_auto_drafts_nothing_on_a_device(
@@ -150,6 +147,7 @@ def test_auto_drafts_nothing_on_a_device(
 ) -> None:
     monkeypatch.setattr(draft_options.current_platform, "is_cpu", lambda: False, raising=False)
     assert parse(*PLUGIN, model=str(models / "llama")).speculative_config is None
+    assert why_no_drafts(process_config()).endswith("not measured on this platform yet")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +169,13 @@ def test_nothing_is_drafted_without_the_plugin_or_with_off(
 def test_a_head_that_comes_along_keeps_its_own_number_of_tokens(parse: Parse, models: Path) -> None:
     words = (*PLUGIN, "--stateful-drafts", "on")
     assert parse(*words, model=str(models / "speculators")).speculative_config is None
+
+
+def test_vllm_still_logs_what_it_did_not_choose_itself(
+    parse: Parse, models: Path, parser: FlexibleArgumentParser
+) -> None:
+    assert parse(*PLUGIN, model=str(models / "llama")).speculative_config is not None
+    assert parser.parse_args([]).speculative_config is None, "vLLM's defaults, of no model"
 
 
 def test_the_made_config_is_nobody_elses(parse: Parse, models: Path) -> None:

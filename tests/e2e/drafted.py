@@ -116,6 +116,25 @@ def together(llm: Any, options: list[dict[str, Any]]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+DRAWN: dict[str, dict[str, Any]] = {
+    "temperature": {},
+    "top_k": {"top_k": TOP_K},
+    "top_p": {"top_p": 0.9},
+    "both": {"top_k": TOP_K, "top_p": 0.9},
+    "min_p": {"min_p": 0.05},
+    "top_k, min_p": {"top_k": TOP_K, "min_p": 0.05},
+    "top_k, penalty": {"top_k": TOP_K, "frequency_penalty": 0.5},
+}
+
+
+def drawn(llm: Any) -> dict[str, list[int]]:
+    """Answers that are drawn with a seed, one at a time, by what they are drawn from."""
+    return {
+        name: together(llm, [{"temperature": 1.0, "seed": 7, **options}])[0]
+        for name, options in DRAWN.items()
+    }
+
+
 def mixed(llm: Any) -> list[list[int]]:
     """Greedy answers beside others that are drawn."""
     options = [
@@ -171,6 +190,7 @@ def main() -> None:
         document["biased"] = biased(llm)
         document["accepted_beside_bias"] = num_accepted() - document["accepted"]
         document["mixed"] = mixed(llm)
+        document["drawn"] = drawn(llm)
     args.out.write_text(json.dumps(document))
 
 

@@ -77,6 +77,14 @@ def test_greedy_turns_beside_drawn_ones_are_answered_as_without_drafts(
     assert drafted["mixed"] == stock["mixed"]
 
 
+def test_drawn_turns_are_those_without_drafts(
+    both: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    stock, drafted = (each["drawn"] for each in both)
+    assert drafted == stock
+    assert len({tuple(answer) for answer in stock.values()}) > 3, "the parameters matter"
+
+
 def test_a_logit_bias_beside_drafting_turns_is_answered_as_without_drafts(
     both: tuple[dict[str, Any], dict[str, Any]],
 ) -> None:

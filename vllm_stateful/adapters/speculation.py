@@ -29,6 +29,8 @@ the device with model runner V2, and in the engine core without async scheduling
 from __future__ import annotations
 
 import copy
+import math
+import os
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -107,6 +109,24 @@ def uses_logits_processors(params: Any) -> bool:
     return params.min_p > MIN_P or bool(params.logit_bias)
 
 
+def let_top_k_pass(vllm_config: Any, params: Any) -> None:
+    """Give a request with ``top_k`` a ``top_p``, too, where vLLM runs on a CPU with drafts.
+
+    There vLLM 0.32 and 0.33 send every step through the rejection sampler. A ``top_k`` without a
+    ``top_p`` ends the engine in a step without drafts: `apply_top_k_only` takes the largest of no
+    numbers. The ``top_p`` set here is just below 1 and becomes 1 as a float32. It leaves the
+    probabilities as they are.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        params: vLLM's ``SamplingParams`` of a new request, or None. Changed in place.
+    """
+    if vllm_config.speculative_config is None or not current_platform.is_cpu():
+        return
+    if params is not None and params.top_k > 0 and params.top_p == 1.0:
+        params.top_p = math.nextafter(1.0, 0.0)
+
+
 MIN_P = 1e-5
 """vLLM's ``_SAMPLING_EPS``: with a smaller ``min_p`` there is none."""
 
@@ -136,25 +156,24 @@ def take_all_parameters(processor: Any) -> None:
         processor.speculative_config = None  # only the refusal reads it
 
 
-def why_no_drafts(vllm_config: Any, config: StatefulConfig) -> str:
+def why_no_drafts(config: StatefulConfig) -> str:
     """Why nothing is drafted, where vLLM has no ``--speculative-config``.
 
     Args:
-        vllm_config: vLLM's configuration.
         config: the options of the plugin.
     """
     if config.drafts == "off":
         return "--stateful-drafts off"
-    if config.drafts == "on":
-        return "vLLM was given no --speculative-config, which `vllm serve` makes of the option"
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    reason = why_auto_drafts_nothing(vllm_config.model_config, stages)
-    elsewhere = "only `vllm serve` makes a --speculative-config, and logs why not"
-    return f"--stateful-drafts auto: {reason or elsewhere}"
+    reason = os.environ.get(NO_DRAFTS_ENV, "only `vllm serve` makes a --speculative-config")
+    return f"--stateful-drafts {config.drafts}: {reason}"
+
+
+NO_DRAFTS_ENV = "STATEFUL_NO_DRAFTS_REASON"
+"""Why `vllm serve` made no ``--speculative-config``; its child processes inherit it."""
 
 
 def why_auto_drafts_nothing(model_config: Any, num_stages: int) -> str | None:
-    """Why ``--stateful-drafts auto`` makes no ``--speculative-config``; None where it makes one.
+    """Why ``--stateful-drafts auto`` makes none for a model on a CPU; None where it makes one.
 
     Args:
         model_config: vLLM's ``ModelConfig``.
@@ -162,7 +181,6 @@ def why_auto_drafts_nothing(model_config: Any, num_stages: int) -> str | None:
     """
     model = model_config
     reasons = {
-        "the speed of drafts was not measured on this platform yet": not current_platform.is_cpu(),
         "the model generates no text": model.runner_type != "generate",
         "the model has an encoder of its own": model.is_encoder_decoder,
         "the model generates by diffusion": model.is_diffusion,

@@ -167,7 +167,7 @@ _COMMAND_LINE = (
         "cli",
         "api",
         "from_cli_args create_model_config model tokenizer revision trust_remote_code hf_token "
-        "async_scheduling enable_lora pipeline_parallel_size",
+        "async_scheduling enable_lora enable_prefix_caching pipeline_parallel_size",
     ),
     Use("vllm.transformers_utils.config", "cli", "api", "maybe_override_with_speculators"),
     Use("vllm.transformers_utils.utils", "cli", "api", "is_cloud_storage"),

@@ -154,7 +154,7 @@ def _sessions(asked: Asked, config: Any, alone: Any, connector: Any) -> Iterator
 
 def _drafts(config: Any, options: StatefulConfig) -> Finding:
     if config.speculative_config is None:
-        return Finding("drafts", "ok", f"none: {why_no_drafts(config, options)}")
+        return Finding("drafts", "ok", f"none: {why_no_drafts(options)}")
     method = config.speculative_config.method
     if is_asked_for(config):
         if has_custom_processors(config.model_config):

@@ -49,6 +49,7 @@ from vllm_stateful.adapters.speculation import (
     has_head,
     is_asked_for,
     is_looked_up,
+    let_top_k_pass,
     why_no_drafts,
     why_not_beside_head,
 )
@@ -215,7 +216,7 @@ class _StatefulMixin:
             is_beside_head = reason is None
             logger.info("stateful: drafts from sessions beside the head: %s", reason or "on")
         elif self.vllm_config.speculative_config is None:
-            logger.info("stateful: no drafts: %s", why_no_drafts(self.vllm_config, self.config))
+            logger.info("stateful: no drafts: %s", why_no_drafts(self.config))
         on_device = self.vllm_config.use_v2_model_runner
         if is_looked_up(self.vllm_config) or (is_beside_head and on_device):
             self.device_drafts = DeviceDrafts(
@@ -305,6 +306,7 @@ class _StatefulMixin:
     def add_request(self, request: Request) -> None:
         """Add a request, as vLLM does; decide whether it is offloaded."""
         take_said(request)
+        let_top_k_pass(self.vllm_config, request.sampling_params)
         if self.tier is not None and request.request_id not in self.requests:
             self.tier.admit(request, session_of(request))
         super().add_request(request)  # type: ignore[misc]

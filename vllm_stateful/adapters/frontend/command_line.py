@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -87,15 +87,22 @@ def _truthful_usage(parser: argparse.ArgumentParser) -> None:
 def _at_the_end(
     parser: argparse.ArgumentParser, change: Callable[[argparse.Namespace], None]
 ) -> None:
-    """Let ``change`` see the namespace once the whole command line was read."""
+    """Let ``change`` see the namespace once the whole command line was read.
+
+    vLLM also reads a command line without any words, to log what differs from the defaults. That
+    one is left alone.
+    """
     parse = parser.parse_known_args
 
-    def parse_known_args(*args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
-        namespace, unknown = parse(*args, **kwargs)
-        change(namespace)
-        return namespace, unknown
+    def parse_known_args(
+        args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        read, unknown = parse(args, namespace)
+        if args is None or len(args):
+            change(read)
+        return read, unknown
 
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
 
 
 def _argument(option: Option) -> dict[str, Any]:

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from vllm.engine.arg_utils import EngineArgs
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import maybe_override_with_speculators
 from vllm.transformers_utils.utils import is_cloud_storage
@@ -14,12 +14,11 @@ from vllm.transformers_utils.utils import is_cloud_storage
 from vllm_stateful.adapters.fit import off_reason
 from vllm_stateful.adapters.speculation import (
     IN_ENGINE_CORE,
+    NO_DRAFTS_ENV,
     ON_DEVICE,
     why_auto_drafts_nothing,
 )
 from vllm_stateful.config import is_enabled, process_config
-
-logger = init_logger("vllm.stateful")
 
 GIVEN = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 """vLLM's options that say what drafts."""
@@ -29,17 +28,16 @@ def take_drafts(namespace: argparse.Namespace) -> None:
     """Set ``speculative_config`` where drafts from sessions are wanted.
 
     ``on`` wants them for every model that brings no drafting head along. ``auto`` wants them where
-    `why_auto_drafts_nothing` has no objection.
+    `why_auto_drafts_nothing` has no objection. If there are none, `NO_DRAFTS_ENV` says why.
 
     Args:
         namespace: the whole command line.
     """
-    if not is_enabled() or off_reason() is not None:
+    os.environ.pop(NO_DRAFTS_ENV, None)
+    wanted = process_config().drafts
+    if wanted == "off" or not is_enabled() or off_reason() is not None:
         return
     if any(getattr(namespace, name, None) is not None for name in GIVEN):
-        return
-    wanted = process_config().drafts
-    if wanted == "off" or (wanted == "auto" and not current_platform.is_cpu()):
         return
     try:
         reason = _why_not(namespace, wanted)
@@ -51,11 +49,13 @@ def take_drafts(namespace: argparse.Namespace) -> None:
         made = ON_DEVICE if current_platform.is_cuda() else IN_ENGINE_CORE
         namespace.speculative_config = dict(made)
     else:
-        logger.info("stateful: --stateful-drafts %s drafts nothing: %s", wanted, reason)
+        os.environ[NO_DRAFTS_ENV] = reason
 
 
 def _why_not(namespace: argparse.Namespace, wanted: str) -> str | None:
     """Why there are no drafts from sessions; None if there are."""
+    if wanted == "auto" and not current_platform.is_cpu():
+        return "their speed was not measured on this platform yet"
     tag = getattr(namespace, "model_tag", None)  # MODEL, which stands for --model
     named = {} if tag is None else {"model": tag}
     given = EngineArgs.from_cli_args(argparse.Namespace(**{**vars(namespace), **named}))
@@ -71,6 +71,8 @@ def _why_not(namespace: argparse.Namespace, wanted: str) -> str | None:
             return "the model brings a drafting head along"
     if wanted == "on":
         return None
+    if given.enable_prefix_caching is False:
+        return "sessions are off without prefix caching"
     if given.async_scheduling:
         return "vLLM takes them only without --async-scheduling"
     if given.enable_lora:
