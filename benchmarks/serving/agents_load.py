@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The workloads of the paper, from recorded conversations: which turn of which agent comes when."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,21 @@ class Workload:
     waves: tuple[Wave, ...]
 
 
+@dataclass(frozen=True)
+class LongSession:
+    """Turns in a row of one source.
+
+    Attributes:
+        num_recorded: recorded conversations that were joined to it.
+        num_tokens: of its messages and answers, without the system message.
+    """
+
+    source: str
+    conversation: Conversation
+    num_recorded: int
+    num_tokens: int
+
+
 Make = Callable[[Path, Count, int, int], Workload]
 """Gets the traces, how to count, the longest prompt with its answer, and how many conversations
 where that is free."""
@@ -52,34 +67,59 @@ def service(traces: Path, count: Count, max_tokens: int, number: int) -> Workloa
     """(a) Six turns with a customer, tau-bench's airline; each task once."""
     chosen = _service(traces, count, max_tokens, SHORT_TURNS)[:number]
     about = f"{SHORT_TURNS}-turn customer service"
-    return Workload(SERVICE, about, chosen, _one_by_one(chosen))
+    return Workload(SERVICE, about, chosen, one_by_one(chosen))
 
 
 def bugfix(traces: Path, count: Count, max_tokens: int, number: int) -> Workload:
     """(a) Six steps of a bug fix, SWE-agent."""
     found = conversations(traces, ["sweagent"], count, max_answer_tokens=MAX_ANSWER_TOKENS)
     chosen = _short(found, count, max_tokens, SHORT_TURNS)[:number]
-    return Workload(BUGFIX, f"{SHORT_TURNS}-step bug fix", chosen, _one_by_one(chosen))
+    return Workload(BUGFIX, f"{SHORT_TURNS}-step bug fix", chosen, one_by_one(chosen))
 
 
 def coding(traces: Path, count: Count, max_tokens: int, number: int) -> Workload:
     """(b) 35 turns in a row out of a coding session of 439, where they fit the model."""
-    (session,) = conversations(traces, ["pi-mono"], count, max_answer_tokens=max_tokens)
-    sizes = [_size(step, count) for step in session.steps]
-    starts = range(len(sizes) - CODING_TURNS)
-    totals = {start: sum(sizes[start : start + CODING_TURNS]) for start in starts}
+    found = long_sessions(traces, "pi-mono", count, max_tokens)
+    made = tuple(session.conversation for session in found[:number])
+    return Workload(CODING, f"{CODING_TURNS}-turn coding", made, one_by_one(made))
+
+
+def long_sessions(
+    traces: Path, source: str, count: Count, max_tokens: int, num_turns: int = CODING_TURNS
+) -> list[LongSession]:
+    """Turns in a row out of one source that fit the model and share none, the shortest first.
+
+    Recorded conversations with the same system message are joined in the order of the file: their
+    user goes on with the next task.
+    """
+    groups: dict[str, list[Conversation]] = {}
+    for each in conversations(traces, [source], count, max_answer_tokens=max_tokens):
+        groups.setdefault(each.system["content"], []).append(each)
+    found = [
+        session
+        for group in groups.values()
+        for session in _windows(source, group, count, max_tokens, num_turns)
+    ]
+    return sorted(found, key=lambda session: session.num_tokens)
+
+
+def _windows(
+    source: str, group: Sequence[Conversation], count: Count, max_tokens: int, num_turns: int
+) -> Iterator[LongSession]:
+    system = group[0].system
+    steps = [(each.name, step) for each in group for step in each.steps]
+    sizes = [_size(step, count) for _, step in steps]
+    room = max_tokens - SPARE_TOKENS - TEMPLATE_TOKENS - count(system["content"])
+    starts = range(len(sizes) - num_turns)
+    totals = {start: sum(sizes[start : start + num_turns]) for start in starts}
     chosen: list[int] = []
     for start in sorted(starts, key=lambda start: totals[start]):
-        is_apart = all(abs(start - other) >= CODING_TURNS for other in chosen)
-        if is_apart and totals[start] + SPARE_TOKENS <= max_tokens:
+        is_apart = all(abs(start - other) >= num_turns for other in chosen)
+        if is_apart and totals[start] <= room:
             chosen.append(start)
-    made = tuple(
-        Conversation(
-            f"{session.name}-{start}", session.system, session.steps[start:][:CODING_TURNS]
-        )
-        for start in chosen[:number]
-    )
-    return Workload(CODING, f"{CODING_TURNS}-turn coding", made, _one_by_one(made))
+            names, turns = zip(*steps[start : start + num_turns], strict=True)
+            conversation = Conversation(f"{group[0].name}-{start}", system, turns)
+            yield LongSession(source, conversation, len(set(names)), totals[start])
 
 
 def interleaved(traces: Path, count: Count, max_tokens: int, number: int) -> Workload:
@@ -146,7 +186,8 @@ def _size(step: Step, count: Count) -> int:
     return sum(count(text) + TEMPLATE_TOKENS for text in texts)
 
 
-def _one_by_one(chosen: Sequence[Conversation]) -> tuple[Wave, ...]:
+def one_by_one(chosen: Sequence[Conversation]) -> tuple[Wave, ...]:
+    """Each conversation after the one before it, turn by turn."""
     return tuple(
         (Turn(place, turn),)
         for place, conversation in enumerate(chosen)

@@ -15,7 +15,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace) -> tuple[list[Sample], list[Drafts]]:
                 warm_up(server.port, partial(tokens.pinned, replay.IDS))
             for mode in args.modes:
                 for workload in workloads:
-                    played, drafted = _play(servers, tokens, workload, mode, f"{args.seed}")
+                    played, drafted = play(servers, tokens, workload, mode, f"{args.seed}")
                     samples += played
                     drafts += drafted
         except (OSError, httpx.HTTPError, RequestFailedError) as error:
@@ -122,9 +122,10 @@ def measure(args: argparse.Namespace) -> tuple[list[Sample], list[Drafts]]:
     return samples, drafts
 
 
-def _play(
-    servers: dict[str, Server], tokens: Tokens, workload: Workload, mode: str, run: str
+def play(
+    servers: Mapping[str, Server], tokens: Tokens, workload: Workload, mode: str, run: str
 ) -> tuple[list[Sample], list[Drafts]]:
+    """One workload on all servers, their caches emptied before it."""
     for server in servers.values():
         server.reset_prefix_cache()
     before = {side: drafts_of(server, mode, workload.name) for side, server in servers.items()}

@@ -52,6 +52,7 @@ class Settings:
         side_arguments: of `vllm serve`, for one side each.
         is_eager: without compiling the model.
         dtype: of weights and KV; float32 gives all sides the same answers.
+        launchers: modules that run `vllm`, with their arguments, for one side each.
     """
 
     model_name: str = MODEL_NAME
@@ -62,6 +63,7 @@ class Settings:
     side_arguments: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     is_eager: bool = True
     dtype: str = "float32"
+    launchers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 ONE_LAYER = Settings()
@@ -121,6 +123,8 @@ class Server:
         self.log = logs / f"{side}.log"
         self.times = logs / f"{side}.times.d"
         self._is_timed = is_timed
+        timed = ("benchmarks.serving.timed_server", str(self.times))
+        self._launcher = timed if is_timed else settings.launchers.get(side, ())
         self._arguments = serve_command(model, self.port, side, settings)
         self._environment = environment(side, settings)
         self._process: subprocess.Popen[bytes] | None = None
@@ -134,9 +138,8 @@ class Server:
         for old in self.times.glob("*.times"):
             old.unlink()
         program = [str(Path(sys.executable).with_name("vllm"))]
-        if self._is_timed:
-            launcher = "benchmarks.serving.timed_server"
-            program = [sys.executable, "-m", launcher, str(self.times)]
+        if self._launcher:
+            program = [sys.executable, "-m", *self._launcher]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*program, *self._arguments],

@@ -25,9 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from tokenizers import Tokenizer
-from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens
 
 from benchmarks.models import ROOT
 from benchmarks.serving.recorded import _rows
@@ -76,6 +74,9 @@ class Ngram:
     """vLLM's: the first place with the longest match of ``least`` to ``most`` tokens."""
 
     def __init__(self, least: int, most: int, num_drafts: int) -> None:
+        from vllm.v1.spec_decode import ngram_proposer
+
+        self._propose = ngram_proposer._find_longest_matched_ngram_and_propose_tokens
         self._options = (least, most, 1 << 20, num_drafts)
         self._tokens = np.empty(0, np.int32)
         self._num = 0
@@ -90,9 +91,7 @@ class Ngram:
         self._num = end
 
     def draft(self) -> TokenArray:
-        found: TokenArray = _find_longest_matched_ngram_and_propose_tokens(
-            self._tokens[: self._num], *self._options
-        )
+        found: TokenArray = self._propose(self._tokens[: self._num], *self._options)
         return found
 
     def saw(self, came: TokenArray) -> None:
@@ -315,6 +314,7 @@ def text_of(message: dict[str, Any]) -> str:
 def tokenizers(folder: Path) -> dict[str, Encode]:
     """Two real ones: SmolLM2's, and Mistral's Tekken (which has no ids for ChatML's markers)."""
     import mistral_common
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     small = Tokenizer.from_file(str(folder / "tokenizer.json"))
     data = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.models import ROOT
 from benchmarks.serving.recorded import _rows
-from benchmarks.speculate.__main__ import SOURCES, Figures, Lookup, tokenizers, turns
+from benchmarks.speculate.__main__ import SOURCES, Encode, Figures, Lookup, tokenizers, turns
 from vllm_stateful.speculate.drafts import (
     AGREEMENTS,
     LENGTHS,
@@ -38,6 +38,7 @@ from vllm_stateful.types import TokenArray
 LEAST_CHANCE = 0.3
 FIT_CHANCE = 0.05
 """Drafts are long where priors are fitted, so that all classes are seen."""
+HALVES = (SOURCES[::2], SOURCES[1::2])
 SAME = 0.5
 """The chance of every class where there are no priors."""
 
@@ -94,6 +95,27 @@ def fitted(sources: Iterable[Source]) -> Floats:
     return chances
 
 
+def said_in(traces: Path, source: str, encode: Encode) -> Source:
+    """The recorded conversations of a source."""
+    return [list(turns(row, encode)) for row in _rows(traces / f"text_dev_{source}.jsonl")]
+
+
+def others_of(source: str) -> tuple[str, ...]:
+    """The half of the sources that a source is not in.
+
+    Raises:
+        ValueError: there is no such source.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"no source {source}; there are {', '.join(SOURCES)}")
+    return HALVES[1] if source in HALVES[0] else HALVES[0]
+
+
+def fitted_without(source: str, traces: Path, encode: Encode) -> Floats:
+    """The chance of each class in the half of the sources that a source is not in."""
+    return fitted(said_in(traces, other, encode) for other in others_of(source))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -101,16 +123,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "models" / "smollm2-135m")
     args = parser.parse_args(arguments)
     encode = next(iter(tokenizers(args.model).values()))
-    said: dict[str, Source] = {
-        name: [list(turns(row, encode)) for row in _rows(args.traces / f"text_dev_{name}.jsonl")]
-        for name in SOURCES
-    }
-    halves = (SOURCES[::2], SOURCES[1::2])
-    own = [fitted([said[name] for name in half]) for half in halves]
+    said = {name: said_in(args.traces, name, encode) for name in SOURCES}
+    own = [fitted([said[name] for name in half]) for half in HALVES]
     total: dict[str, Figures] = {}
     header = ("shipped", "fitted on the others", "fitted on itself", "none")
     print("source".ljust(18) + "".join(each.rjust(22) for each in header))
-    for number, half in enumerate(halves):
+    for number, half in enumerate(HALVES):
         for name in half:
             priors = (PRIORS, own[1 - number], fitted([said[name]]), np.full(PRIORS.shape, SAME))
             cells = []
