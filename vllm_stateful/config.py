@@ -260,11 +260,11 @@ OPTIONS: tuple[Option, ...] = (
         _one_of("off", "auto", "on"),
         "'off', 'auto' or 'on'",
         "Drafts from sessions: what a session repeats is verified several tokens at once. on makes "
-        "the right --speculative-config where none is given. auto makes it on a CPU, for models "
-        "without recurrent states; on a device the speed was not measured yet. Beside a drafting "
-        "head (EAGLE, MTP, ...) the draft is taken that was right more often: auto does so in the "
-        "engine core (model runner V1 without async scheduling), on also on the device (model "
-        "runner V2). off leaves all drafts to the head. Default: auto.",
+        "the right --speculative-config where none is given. auto makes it on an x86 CPU, for "
+        "models without recurrent states; elsewhere the speed was not measured yet. Beside a "
+        "drafting head (EAGLE, MTP, ...) the draft is taken that was right more often: auto does "
+        "so in the engine core (model runner V1 without async scheduling), on also on the device "
+        "(model runner V2). off leaves all drafts to the head. Default: auto.",
     ),
     Option(
         "explain",

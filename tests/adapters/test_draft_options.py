@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from serve_parser import Parse, make_parser
+from vllm.platforms.interface import CpuArchEnum
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from benchmarks.models import shapes
@@ -106,6 +107,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folders
 
 
+WATERMARK = '{"key": 1}'
+ENFORCER = '{"backend": "lm-format-enforcer"}'
 AUTO: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     "attention": ("llama", (), None),
     "windows": ("gemma3", (), None),
@@ -120,6 +123,8 @@ AUTO: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     "no sessions": ("llama", ("--no-enable-prefix-caching",), "without prefix caching"),
     "async": ("llama", ("--async-scheduling",), "without --async-scheduling"),
     "lora": ("llama", ("--enable-lora",), "with LoRA"),
+    "watermark": ("llama", ("--watermark-config", WATERMARK), "watermarks only"),
+    "grammars": ("llama", ("--structured-outputs-config", ENFORCER), "lm-format-enforcer"),
     "embeddings": ("llama", ("--enable-prompt-embeds",), "may be embeddings"),
     "stages": ("llama", ("--pipeline-parallel-size", "2"), "pipeline parallelism"),
     "processors": ("llama", ("--logits-processors", "a.b:C"), CUSTOM_PROCESSORS),
@@ -142,10 +147,13 @@ def test_auto_drafts_on_a_cpu_where_it_never_hurts(parse: Parse, models: Path, c
         assert reason in said
 
 
-def test_auto_drafts_nothing_on_a_device(
-    parse: Parse, models: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("asked", "said"), [("is_cpu", False), ("get_cpu_architecture", CpuArchEnum.ARM)]
+)
+def test_auto_drafts_nothing_where_it_was_not_measured(
+    parse: Parse, models: Path, monkeypatch: pytest.MonkeyPatch, asked: str, said: object
 ) -> None:
-    monkeypatch.setattr(draft_options.current_platform, "is_cpu", lambda: False, raising=False)
+    monkeypatch.setattr(draft_options.current_platform, asked, lambda: said, raising=False)
     assert parse(*PLUGIN, model=str(models / "llama")).speculative_config is None
     assert why_no_drafts(process_config()).endswith("not measured on this platform yet")
 

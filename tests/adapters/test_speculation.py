@@ -44,7 +44,7 @@ def config(method: str | None, model: str = NAME, *, v2: bool = False) -> Any:
         speculative_config=drafting,
         use_v2_model_runner=v2,
         scheduler_config=SimpleNamespace(max_num_seqs=4),
-        model_config=SimpleNamespace(logits_processors=None),
+        model_config=SimpleNamespace(logits_processors=None, enable_trace_replay=False),
     )
 
 
@@ -98,6 +98,14 @@ def test_only_where_sessions_draft_alone_every_parameter_is_taken(
     take_all_parameters(processor)
     assert (processor.speculative_config is None) == is_taken
     assert drafting.speculative_config is not None
+
+
+def test_where_traces_may_be_forced_vllm_refuses_them_beside_drafts() -> None:
+    drafting = config("ngram_gpu", v2=True)
+    drafting.model_config.enable_trace_replay = True
+    processor = SimpleNamespace(vllm_config=drafting, speculative_config=drafting)
+    take_all_parameters(processor)
+    assert processor.speculative_config is drafting
 
 
 def test_which_requests_use_processors() -> None:

@@ -209,7 +209,10 @@ class BareInputProcessor(InputProcessor):
 
     def __init__(self, executor: ThreadPoolExecutor | None = None) -> None:
         model = SimpleNamespace(
-            try_get_generation_config=dict, supports_multimodal_inputs=False, is_diffusion=False
+            try_get_generation_config=dict,
+            supports_multimodal_inputs=False,
+            is_diffusion=False,
+            enable_trace_replay=False,
         )
         parallel = SimpleNamespace(
             data_parallel_size=1, data_parallel_size_local=1, local_engines_only=False

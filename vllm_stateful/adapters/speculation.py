@@ -152,6 +152,8 @@ def take_all_parameters(processor: Any) -> None:
     """
     if processor.speculative_config is None:
         return
+    if processor.vllm_config.model_config.enable_trace_replay:
+        return  # vLLM refuses a trace of tokens beside drafts, and these would not follow it
     if is_asked_for(processor.vllm_config) or is_looked_up(processor.vllm_config):
         processor.speculative_config = None  # only the refusal reads it
 

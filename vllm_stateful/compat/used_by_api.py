@@ -167,16 +167,20 @@ _COMMAND_LINE = (
         "cli",
         "api",
         "from_cli_args create_model_config model tokenizer revision trust_remote_code hf_token "
-        "async_scheduling enable_lora enable_prefix_caching pipeline_parallel_size",
+        "async_scheduling enable_lora enable_prefix_caching pipeline_parallel_size "
+        "watermark_config structured_outputs_config",
     ),
     Use("vllm.transformers_utils.config", "cli", "api", "maybe_override_with_speculators"),
+    Use("vllm.platforms.interface", "cli", "api", "CpuArchEnum"),
+    Use("vllm.platforms.interface:CpuArchEnum", "cli", "api", "X86"),
+    Use("vllm.platforms.interface:Platform", "cli", "api", "get_cpu_architecture"),
     Use("vllm.transformers_utils.utils", "cli", "api", "is_cloud_storage"),
     Use(
         "vllm.config.model:ModelConfig",
         "cli",
         "api",
         "runner_type is_encoder_decoder is_diffusion has_inner_state enable_prompt_embeds "
-        "logits_processors",
+        "logits_processors enable_trace_replay",
     ),
 )
 
