@@ -96,7 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "speculators_config": {
                 "algorithm": "eagle3",
                 "proposal_methods": [{"speculative_tokens": 3}],
-                "verifier": {"name_or_path": str(folders / "llama")},
+                "verifier": {"name_or_path": "some/verifier"},
             },
             "transformer_layer_config": llama,
         },
