@@ -23,8 +23,10 @@ ALLOWED: dict[str, str] = {
     "usage.cache_creation": "Anthropic's breakdown, which stock vLLM does not have",
     "usage.cache_read_input_tokens": "counted into input_tokens: the plugin reuses more tokens",
     "usage.cache_creation_input_tokens": "counted into input_tokens",
+    "system_fingerprint": "vLLM's hash of the server's configuration, of which drafts are a part; "
+    "the version before it is compared",
 }
-"""Fields of `usage`, and the reason for which they are left out."""
+"""Fields, and the reason for which they are left out."""
 
 _CACHE_SPLIT = ("cache_read_input_tokens", "cache_creation_input_tokens")
 _IDS = frozenset({"id", "request_id", "item_id", "response_id", "call_id", "tool_call_id"})
@@ -33,6 +35,8 @@ _ID_IN_TEXT = re.compile(
     r"\b(chatcmpl|cmpl|resp|msg|call|fc|rs|chatcmpl-tool|generate-tokens|tokenize|tokn|detok)"
     r"[-_][0-9a-zA-Z-]{8,}|0x[0-9a-f]{8,}"
 )
+_CONFIGURATION = re.compile(r"-[0-9a-f]{8}$")
+"""The end of a fingerprint."""
 _JOINED = frozenset(
     {"content", "text", "reasoning", "reasoning_content", "arguments", "delta", "partial_json"}
 )
@@ -186,6 +190,8 @@ def _clean(content: Json) -> Json:
             continue
         if key in _IDS and isinstance(value, str):
             value = "ID"
+        if key == "system_fingerprint" and isinstance(value, str):
+            value = _CONFIGURATION.sub("-HASH", value)
         if key == "rank" and isinstance(value, int):
             value = float(value)  # of a log probability, so it is as exact as that
         made[key] = _usage(value) if key == "usage" else _clean(value)
