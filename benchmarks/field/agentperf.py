@@ -3,7 +3,7 @@
 
     python -m benchmarks.field.agentperf --tool PATH/TO/agentperf-local --tiktoken-cache FOLDER
         [--replay agentperf-default-v1 | aa-mini-v1] [--rounds 3] [--tool-mode none | fixed_delay]
-        [--sides stock,plugin,fast] [--model FOLDER --model-len TOKENS] [--serve ARGUMENT ...]
+        [--sides stock,plugin,fast] [--model FOLDER | --family lfm2] [--model-len TOKENS]
 
 The tool (package ``agentperf-local``, Python 3.12) brings the tasks along. It replays 168 turns,
 one at a time, with the recorded messages and number of answer tokens, and names no session. Three
@@ -13,8 +13,10 @@ Its own figures are kept. The tokens computed are the server's (``usage``), and 
 turn is read from the plugin's ``/v1/turns``.
 
 Without ``--model`` it is a one-layer model with a context of 262,144 tokens, whose forward pass
-costs little: what is left is the host's work. The tool needs the file that tiktoken downloads for
-o200k_base, in the folder of ``--tiktoken-cache`` (``TIKTOKEN_CACHE_DIR``).
+costs little: what is left is the host's work. With ``--family`` it is a family of
+``benchmarks.models.shapes`` in small, a hybrid one for example, with weights that vLLM makes up.
+The tool needs the file that tiktoken downloads for o200k_base, in the folder of
+``--tiktoken-cache`` (``TIKTOKEN_CACHE_DIR``).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ import httpx
 
 from benchmarks.demo import machine
 from benchmarks.demo.servers import ServerFailedError
-from benchmarks.models import CACHE, ROOT
+from benchmarks.models import CACHE, ROOT, shapes
 from benchmarks.models.tiny import ensure_tiny
 from benchmarks.serving.servers import (
     FAST,
@@ -181,11 +183,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tool-mode", default="none", choices=["none", "fixed_delay"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES))
-    parser.add_argument("--model", type=Path, help="a folder; default: the one-layer model")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", type=Path, help="a folder; default: the one-layer model")
+    which.add_argument("--family", choices=shapes.SERVED, help="made up, in small")
     parser.add_argument("--model-len", type=int, default=MODEL_LEN)
     parser.add_argument("--kv-gib", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--serve", nargs="*", default=[], help="more arguments of vllm serve")
     out = ROOT / "benchmarks" / "field" / "results" / "agentperf.json"
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--logs", type=Path, default=ROOT / "out" / "field" / "agentperf")
@@ -196,16 +199,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def model_of(args: argparse.Namespace) -> tuple[Path, tuple[str, ...]]:
+    """The model, and what `vllm serve` has to be told of it."""
+    if args.family:  # vLLM's default is no prefix caching where a model has recurrent states
+        more = ("--load-format", "dummy", "--enable-prefix-caching")
+        return shapes.ensure(args.family, MAX_MODEL_LEN), more
+    one_layer = CACHE / "tiny-llama-262k"
+    if args.model is None:
+        ensure_tiny(one_layer, layers=1, heads=1, kv_heads=1, max_len=MAX_MODEL_LEN)
+    return args.model or one_layer, ()
+
+
 def main() -> int:
     """Measure, print, write the file."""
     args = parse()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the servers too
-    model = args.model or ensure_tiny(
-        CACHE / "tiny-llama-262k", layers=1, heads=1, kv_heads=1, max_len=MAX_MODEL_LEN
-    )
+    model, more = model_of(args)
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     settings = Settings(
-        arguments=("--max-num-batched-tokens", "8192", *tools, *args.serve),
+        arguments=("--max-num-batched-tokens", "8192", *tools, *more),
         max_model_len=args.model_len,
         kv_gib=args.kv_gib,
         dtype=args.dtype,

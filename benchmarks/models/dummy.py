@@ -7,7 +7,6 @@ Nothing they say means anything; what they cost is what a model of that shape co
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 1024,
     },
 }
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def write_config(folder: Path, shape: str, **changes: Any) -> None:
@@ -74,9 +72,7 @@ def ensure_dummy(shape: str) -> Path:
     """A folder with SmolLM2's tokenizer beside it, whose vocabulary is smaller than the model's."""
     path = CACHE / f"dummy-{shape}"
     if not path.is_dir():
-        tokenizer = smollm2.ensure()
         with published(path) as out:
             write_config(out, shape)
-            for name in _TOKENIZER_FILES:
-                shutil.copy(tokenizer / name, out)
+            smollm2.copy_tokenizer(out)
     return path

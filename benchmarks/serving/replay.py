@@ -81,6 +81,7 @@ def settings(
     threshold: int = 0,
     side_arguments: Mapping[str, tuple[str, ...]] | None = None,
     is_eager: bool = True,
+    is_plain: bool = False,
 ) -> Settings:
     """What the servers have in common, and what one side has to itself.
 
@@ -93,6 +94,7 @@ def settings(
         threshold: most tokens of one long prompt in a step, where others wait; 0 for no such limit.
         side_arguments: of `vllm serve`, for one side each.
         is_eager: without compiling the model.
+        is_plain: with the OpenMP that a server gets if nobody sets anything, torch's own.
     """
     arguments = [
         *("--block-size", str(block_size)),
@@ -105,15 +107,13 @@ def settings(
         arguments += ["--long-prefill-token-threshold", str(threshold)]
     if num_blocks is not None:
         arguments += ["--num-gpu-blocks-override", str(num_blocks)]
-    environment = {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "PYTHONPATH": str(ROOT),
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(ROOT)}
+    if not is_plain:
         # Its OpenMP layer, with which `ngram` drafts, leaves the worker's own kernels one thread.
-        "NUMBA_THREADING_LAYER": "workqueue",
-    }
+        environment["NUMBA_THREADING_LAYER"] = "workqueue"
     if cores:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
-    if INTEL_OPENMP.is_file():
+    if INTEL_OPENMP.is_file() and not is_plain:
         environment["LD_PRELOAD"] = str(INTEL_OPENMP)
     return Settings(
         MODEL_NAME,
