@@ -2,6 +2,7 @@
 """Which ``--speculative-config`` the plugin makes of ``--stateful-drafts`` and the model."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,17 @@ def test_auto_drafts_on_a_cpu_where_it_never_hurts(parse: Parse, models: Path, c
         assert made is None
         assert said.startswith("--stateful-drafts auto: ")
         assert reason in said
+
+
+def test_a_snapshot_is_taken_without_drafts(parse: Parse, models: Path) -> None:
+    """`vllm snapshot create` has the options of `vllm serve`, and refuses to draft."""
+    read = parse(*PLUGIN, "--stateful-drafts", "off", model=str(models / "llama"))
+    read.snapshot_dir = "a-folder"
+    process_config.cache_clear()
+    os.environ["VLLM_STATEFUL_DRAFTS"] = "auto"
+    draft_options.take_drafts(read)
+    assert read.speculative_config is None
+    assert "snapshot" in why_no_drafts(process_config())
 
 
 @pytest.mark.parametrize(

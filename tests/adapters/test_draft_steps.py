@@ -104,6 +104,25 @@ def test_on_a_cpu_nothing_is_verified_beside_a_turn_that_is_not_greedy(
     assert any(output.scheduled_spec_decode_tokens for output in engine.outputs)
 
 
+@pytest.mark.parametrize("num_steps", range(6))
+def test_nothing_is_verified_beside_a_turn_that_scores_tokens(num_steps: int) -> None:
+    """vLLM's rejection sampler ends the engine at `logprob_token_ids`, on every platform."""
+    engine = answered()
+    engine.scheduler.engine_drafts.greedy_only = False
+    engine.add("greedy", HISTORY, session_id=ALICE, max_tokens=NUM_TOKENS)
+    for _ in range(num_steps):
+        engine.step()
+    engine.outputs.clear()
+    scored = {"logprob_token_ids": [1, 2], "extra_args": {XARG: 1}}
+    engine.add("scored", HISTORY, session_id="session-carol", max_tokens=4, **scored)
+    engine.run()
+    together = [o for o in engine.outputs if "scored" in o.num_scheduled_tokens]
+    assert together
+    assert not any(output.scheduled_spec_decode_tokens for output in together)
+    engine.turn("third", HISTORY, BOB, max_tokens=NUM_TOKENS)
+    assert any(output.scheduled_spec_decode_tokens for output in engine.outputs)
+
+
 def beside_head(**options: Any) -> Engine:
     """Looks are cheap."""
     engine = Engine(num_blocks=64, session_drafts=True, beside_head=True, num_drafts=4, **options)

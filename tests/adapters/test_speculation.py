@@ -15,6 +15,7 @@ from vllm_stateful.adapters import speculation
 from vllm_stateful.adapters.speculation import (
     MIN_P,
     NAME,
+    drafted_only,
     has_custom_processors,
     take_all_parameters,
     uses_logits_processors,
@@ -76,6 +77,13 @@ def test_beside_other_drafts_as_in_vllm(other: Any) -> None:
     assert len(built(other)) == 1
     with pytest.raises(ValueError, match="logits processors"):
         built(other, (Custom,))
+
+
+@pytest.mark.parametrize("num_drafted", [[], [0], [0, 0], [0, 3]])
+def test_only_a_step_with_drafts_is_verified(num_drafted: list[int]) -> None:
+    metadata = SimpleNamespace(num_draft_tokens=num_drafted)
+    assert drafted_only(metadata) is (metadata if sum(num_drafted) else None)
+    assert drafted_only(None) is None
 
 
 @pytest.mark.parametrize(

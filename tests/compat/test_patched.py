@@ -72,6 +72,7 @@ OWNERS = {
     "worker-requests": model_runner.GPUModelRunner,
     "worker-batch": model_runner.GPUModelRunner,
     "worker-logits": gpu_model_runner,
+    "worker-sampler": gpu_model_runner.GPUModelRunner,
 }
 pytestmark = pytest.mark.usefixtures("stock_vllm")
 by_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)

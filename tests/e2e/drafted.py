@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
+from heapq import nlargest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +33,11 @@ DRAFTS = {
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "logprobs": {"logprobs": 3},
+    "all logprobs": {"logprobs": -1, "max_tokens": 6},
+    "logprob_token_ids": {"logprob_token_ids": [500, 4000, 23]},
+    "prompt_logprobs": {"prompt_logprobs": 2},
+    "repetition_detection": {"repetition_detection": {"max_pattern_size": 4, "min_count": 3}},
+    "n": {"n": 2, "temperature": 1.0, "seed": 5},
     "presence_penalty": {"presence_penalty": 0.8},
     "frequency_penalty": {"frequency_penalty": 0.8},
     "repetition_penalty": {"repetition_penalty": 1.3},
@@ -59,7 +65,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-REFUSED_BESIDE_HEADS = ("min_p", "logit_bias")
+NOT_BESIDE_HEADS = ("min_p", "logit_bias", "logprob_token_ids", "n")
+"""vLLM refuses the first two, ends its engine at the third, and cannot draw the last on a CPU."""
 
 
 def speculative(drafts: str, model: Path, folder: Path) -> dict[str, Any] | None:
@@ -79,10 +86,12 @@ def speculative(drafts: str, model: Path, folder: Path) -> dict[str, Any] | None
 def answers(llm: Any, kinds: dict[str, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Greedy answers by the name of the kind and its number."""
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
     for name, options in kinds.items():
         said = {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True, **options}
+        if "repetition_detection" in said:
+            said["repetition_detection"] = RepetitionDetectionParams(**said["repetition_detection"])
         if "structured_outputs" in said:
             said["structured_outputs"] = StructuredOutputsParams(**said["structured_outputs"])
             said["ignore_eos"] = False
@@ -90,9 +99,9 @@ def answers(llm: Any, kinds: dict[str, dict[str, Any]]) -> Iterator[tuple[str, d
             (output,) = llm.generate(
                 {"prompt_token_ids": PROMPT}, SamplingParams(**said), use_tqdm=False
             )
-            answer = output.outputs[0]
+            answer = output.outputs[-1]
             logprobs = [
-                sorted(((token, found.logprob) for token, found in place.items()), key=str)
+                sorted(nlargest(4, ((found.logprob, token) for token, found in place.items())))
                 for place in answer.logprobs or ()
             ]
             yield (
@@ -152,6 +161,12 @@ def biased(llm: Any) -> list[list[int]]:
     return together(llm, options)
 
 
+def scored(llm: Any) -> list[list[int]]:
+    """Greedy answers; every other one has asked for the probabilities of tokens of its own."""
+    asked = {"logprob_token_ids": [500, 23]}
+    return together(llm, [{"temperature": 0, **(asked if each % 2 else {})} for each in range(8)])
+
+
 def main() -> None:
     """Ask, and write what came."""
     parser = argparse.ArgumentParser()
@@ -170,13 +185,14 @@ def main() -> None:
             dtype="float32",
             max_model_len=1024,
             max_num_seqs=50,
+            max_logprobs=-1,
             block_size=32,
             enforce_eager=True,
             speculative_config=speculative(args.drafts, args.model, Path(folder)),
         )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     is_beside_head = args.drafts == "beside-head"
-    refused = REFUSED_BESIDE_HEADS if is_beside_head else ()
+    refused = NOT_BESIDE_HEADS if is_beside_head else ()
     said = dict(answers(llm, {name: kind for name, kind in KINDS.items() if name not in refused}))
     stop = said["greedy 0"]["text"][10:14]
     said |= dict(answers(llm, {"stop": {"stop": [stop]}}))
@@ -189,6 +205,7 @@ def main() -> None:
     if not is_beside_head:  # vLLM on a CPU cannot verify drafts beside drawn tokens
         document["biased"] = biased(llm)
         document["accepted_beside_bias"] = num_accepted() - document["accepted"]
+        document["scored"] = scored(llm)
         document["mixed"] = mixed(llm)
         document["drawn"] = drawn(llm)
     args.out.write_text(json.dumps(document))

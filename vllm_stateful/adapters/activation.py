@@ -36,9 +36,9 @@ BEHIND_RUST = (
 
 COMMAND_LINE = patch_of("cli-flags")
 
-ELSEWHERE = (COMMAND_LINE, patch_of("worker-logits"))
+ELSEWHERE = (COMMAND_LINE, *map(patch_of, ("worker-logits", "worker-sampler")))
 """Patches that `activate` neither applies nor undoes: `install_command_line` applies the first, and
-`SessionDrafter` the second, in the worker that has one."""
+`SessionDrafter` the others, in the worker that has one."""
 
 
 def install_command_line() -> None:

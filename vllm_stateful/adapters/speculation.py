@@ -29,12 +29,9 @@ the device with model runner V2, and in the engine core without async scheduling
 from __future__ import annotations
 
 import copy
-import math
 import os
 from importlib.metadata import entry_points
 from typing import Any
-
-from vllm.platforms import current_platform
 
 from vllm_stateful.compat.ledger import patch_of
 from vllm_stateful.config import StatefulConfig
@@ -49,13 +46,18 @@ ON_DEVICE: dict[str, Any] = {
 """vLLM's ``--speculative-config`` on CUDA."""
 
 
+IN_WORKER = ("worker-logits", "worker-sampler")
+"""The patches of a worker whose drafts come from the engine core."""
+
+
 class SessionDrafter:
     """A ``custom_class`` proposer for vLLM's worker, which leaves drafting to the engine core."""
 
     def __init__(self, vllm_config: Any) -> None:
         # The worker makes its drafter just before its logits processors. Also where the plugin is
         # not on: nothing is drafted there, and an API server elsewhere may take all parameters.
-        patch_of("worker-logits").apply()
+        for name in IN_WORKER:
+            patch_of(name).apply()
 
     def propose(self, sampled_token_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
         """Propose no drafts: one empty list for each request."""
@@ -109,22 +111,24 @@ def uses_logits_processors(params: Any) -> bool:
     return params.min_p > MIN_P or bool(params.logit_bias)
 
 
-def let_top_k_pass(vllm_config: Any, params: Any) -> None:
-    """Give a request with ``top_k`` a ``top_p``, too, where vLLM runs on a CPU with drafts.
+def is_beyond_verifying(params: Any) -> bool:
+    """Whether no step of model runner V1 may verify drafts while a request is in its batch.
 
-    There vLLM 0.32 and 0.33 send every step through the rejection sampler. A ``top_k`` without a
-    ``top_p`` ends the engine in a step without drafts: `apply_top_k_only` takes the largest of no
-    numbers. The ``top_p`` set here is just below 1 and becomes 1 as a float32. It leaves the
-    probabilities as they are.
+    The rejection sampler ends the engine at ``logprob_token_ids``, whosever drafts it verifies.
 
     Args:
-        vllm_config: vLLM's configuration.
-        params: vLLM's ``SamplingParams`` of a new request, or None. Changed in place.
+        params: vLLM's ``SamplingParams``.
     """
-    if vllm_config.speculative_config is None or not current_platform.is_cpu():
-        return
-    if params is not None and params.top_k > 0 and params.top_p == 1.0:
-        params.top_p = math.nextafter(1.0, 0.0)
+    return params.logprob_token_ids is not None
+
+
+def drafted_only(metadata: Any) -> Any:
+    """Hook of ``worker-sampler``: what a step verifies; None if nothing was drafted.
+
+    Args:
+        metadata: vLLM's ``SpecDecodeMetadata`` of a step, or None.
+    """
+    return metadata if metadata is not None and any(metadata.num_draft_tokens) else None
 
 
 MIN_P = 1e-5

@@ -103,7 +103,7 @@ _REQUESTS = (
         "sessions",
         "all",
         "prompt_logprobs logprobs extra_args sampling_type thinking_token_budget max_tokens "
-        "min_tokens skip_special_tokens output_kind min_p logit_bias top_k top_p",
+        "min_tokens skip_special_tokens output_kind min_p logit_bias logprob_token_ids",
     ),
     Use("vllm.sampling_params:SamplingType", "sessions", "all", "GREEDY RANDOM"),
     Use(

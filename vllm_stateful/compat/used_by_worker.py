@@ -32,6 +32,12 @@ _WORKER = (
         "speculator rejection_sampler device",
     ),
     Use(
+        "vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
+        "engine-drafts",
+        "worker",
+        "num_draft_tokens",
+    ),
+    Use(
         "vllm.v1.worker.gpu.sample.output:SamplerOutput",
         "device-drafts",
         "worker",

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 
 from vllm.platforms import current_platform
-from vllm.sampling_params import SamplingType
+from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
 from vllm_stateful.adapters.engine.agents import agent_of, wish_of
 from vllm_stateful.adapters.engine.kv_blocks import StatefulKVCacheManager
-from vllm_stateful.adapters.speculation import uses_logits_processors
+from vllm_stateful.adapters.speculation import is_beyond_verifying, uses_logits_processors
 from vllm_stateful.prefix.boundaries import BoundaryRules
 from vllm_stateful.speculate.beside_head import REST_LOOKS, BesideHead
 from vllm_stateful.speculate.session_drafts import SessionDrafts, compile_now
@@ -85,11 +85,12 @@ class EngineDrafts:
                     self.drafts.withdraw(name)
 
     def _is_verifying_unsafe(self, requests: dict[str, Request]) -> bool:
-        return self.greedy_only and any(
-            request.sampling_params is not None
-            and request.sampling_params.sampling_type != SamplingType.GREEDY
-            for request in requests.values()
-        )
+        def is_unsafe(params: SamplingParams) -> bool:
+            is_greedy = params.sampling_type == SamplingType.GREEDY
+            return is_beyond_verifying(params) or (self.greedy_only and not is_greedy)
+
+        running = (request.sampling_params for request in requests.values())
+        return any(is_unsafe(params) for params in running if params is not None)
 
     def step_begins(self, output: SchedulerOutput) -> None:
         """Start to time a scheduled step, if it only decodes."""

@@ -49,7 +49,6 @@ from vllm_stateful.adapters.speculation import (
     has_head,
     is_asked_for,
     is_looked_up,
-    let_top_k_pass,
     why_no_drafts,
     why_not_beside_head,
 )
@@ -306,7 +305,6 @@ class _StatefulMixin:
     def add_request(self, request: Request) -> None:
         """Add a request, as vLLM does; decide whether it is offloaded."""
         take_said(request)
-        let_top_k_pass(self.vllm_config, request.sampling_params)
         if self.tier is not None and request.request_id not in self.requests:
             self.tier.admit(request, session_of(request))
         super().add_request(request)  # type: ignore[misc]

@@ -78,6 +78,8 @@ def _why_not(namespace: argparse.Namespace, wanted: str) -> str | None:
             return "the model brings a drafting head along"
     if wanted == "on":
         return None
+    if getattr(namespace, "snapshot_dir", None) is not None:
+        return "vLLM takes no snapshot of a server that drafts"
     if given.enable_prefix_caching is False:
         return "sessions are off without prefix caching"
     if given.async_scheduling:

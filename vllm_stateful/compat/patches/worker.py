@@ -87,6 +87,19 @@ def _worker_logits(original: Callable[..., Any], config_of: Hook) -> Callable[..
     return build_logitsprocs
 
 
+def _worker_sampler(original: Callable[..., Any], drafted_only: Hook) -> Callable[..., Any]:
+    """Sample a step that verifies no draft as vLLM does without speculation.
+
+    ``drafted_only``: gets the SpecDecodeMetadata of a step, or None; returns it, or None if the
+    step has no drafts.
+    """
+
+    def sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        return original(self, logits, drafted_only(spec_decode_metadata))
+
+    return sample
+
+
 PATCHES = (
     Patch(
         name="staged-ids",
@@ -162,5 +175,20 @@ PATCHES = (
         signature="(vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs=...)",
         upstream="vllm-0.32/0017-worker-logits.patch",
         remove_when="vLLM verifies drafts under min_p and logit_bias on model runner V1.",
+    ),
+    Patch(
+        name="worker-sampler",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+        wrap=_worker_sampler,
+        calls=(Hook("vllm_stateful.adapters.speculation:drafted_only"),),
+        symptom="With any --speculative-config, a request with logprob_token_ids (so each of "
+        "/generative_scoring) ends the engine, and on a CPU one with top_k and without top_p.",
+        reason="Model runner V1 sends each step through the rejection sampler, also one in which "
+        "nothing was drafted. That sampler does not serve all that the ordinary one serves.",
+        feature="engine-drafts",
+        process="worker",
+        signature="(self, logits, spec_decode_metadata)",
+        upstream="vllm-0.32/0018-worker-sampler.patch",
+        remove_when="model runner V1 samples steps without drafts with the ordinary sampler.",
     ),
 )
