@@ -22,11 +22,13 @@ NUM_TOKENS = 32
 QUESTIONS = (Kind.USER, Kind.TOOL_RESULT)
 
 
-def end_of_question(path_up: Iterable[Node[Any]], num_shared: int) -> Ids | None:
+def end_of_question(path_up: Iterable[Node[Any]], num_asked: int, num_shared: int) -> Ids | None:
     """The end of a history's last question, if that lies behind the shared tokens.
 
     Args:
         path_up: the history's nodes, from its end to its beginning.
+        num_asked: tokens of its prompt. A question that begins behind them is part of the answer: a
+            model that is not stopped goes on with the user's next message.
         num_shared: tokens at the beginning that the new prompt has as well.
 
     Returns:
@@ -35,7 +37,7 @@ def end_of_question(path_up: Iterable[Node[Any]], num_shared: int) -> Ids | None
     for node in path_up:
         if node.end - NUM_TOKENS < num_shared:
             return None
-        if node.kind in QUESTIONS:
+        if node.kind in QUESTIONS and node.start < num_asked:
             return node.tokens[-NUM_TOKENS:] if len(node.tokens) >= NUM_TOKENS else None
     return None
 
@@ -47,18 +49,19 @@ class Question(NamedTuple):
     end: int
 
 
-def last_question(path_up: Iterable[Node[Any]]) -> Question | None:
+def last_question(path_up: Iterable[Node[Any]], num_asked: int) -> Question | None:
     """The last message that a history's model was asked, a tool's result or the user's message.
 
     Args:
         path_up: the history's nodes, from its end to its beginning.
+        num_asked: tokens of its prompt, as in `end_of_question`.
 
     Returns:
         None where it is not known where messages begin.
     """
     end = None
     for node in path_up:
-        if end is None and node.kind in QUESTIONS:
+        if end is None and node.kind in QUESTIONS and node.start < num_asked:
             end = node.end
         if end is not None and node.is_cut:
             return Question(node.start, end)

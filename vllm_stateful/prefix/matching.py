@@ -67,7 +67,7 @@ class Matching(ResidencyBook):
         """
         if self._rules is None or not residency.alive:
             return False
-        question = last_question(residency.tree.path_up(residency))
+        question = last_question(residency.tree.path_up(residency), residency.num_asked)
         if question is None or num_shared < question.start:
             return False
         is_asked = num_shared >= question.end
@@ -112,7 +112,8 @@ class Matching(ResidencyBook):
         """
         if not residency.alive:
             return False
-        question = end_of_question(residency.tree.path_up(residency), num_shared)
+        path_up, num_asked = residency.tree.path_up(residency), residency.num_asked
+        question = end_of_question(path_up, num_asked, num_shared)
         return question is not None and is_found_in(question, prompt[num_shared:])
 
     def nearest_own(self, session: SessionKey, tokens: TokenArray) -> tuple[Residency, int] | None:

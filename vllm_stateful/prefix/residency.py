@@ -55,6 +55,8 @@ class Residency:
     """When its session is expected back."""
     tree: RadixTree[Residency] = field(repr=False)
     """The tree that holds its tokens."""
+    num_asked: int
+    """Tokens of its turn's prompt. What lies behind them is the answer."""
     num_turns: int = 1
     version: Hashable = field(default=None, repr=False)
     """The name of its turn's prompt; None when the prompt has no name."""

@@ -111,6 +111,7 @@ class ResidencyStore(Matching, Demoting):
             turn.tables,
             self._expect(turn, wait, wished_until_s, is_beside=is_beside),
             self._trees.setdefault(turn.session.identity, RadixTree()),
+            len(turn.prompt),
             num_turns,
             turn.version,
             wished_until_s,

@@ -53,6 +53,7 @@ class Residencies(RuleBasedStateMachine):
         self.histories: list[list[int]] = [[0]]
         self.prompts: list[list[int]] = [[0]]
         self.tokens_of: dict[Residency, list[int]] = {}
+        self.num_asked: dict[Residency, int] = {}
         """The naive model."""
 
     def session(self, name: str | None, salt: str | None) -> SessionKey:
@@ -98,7 +99,8 @@ class Residencies(RuleBasedStateMachine):
             session = self.session(name, salt)
             self.compare(session, prompt, base)
             turn = self.engine.start(session, prompt, base)
-            self.end(turn, [think, *thoughts, thought, *answer, end])
+            goes_on = [begin, user, line, *question, end] if data.draw(st.booleans()) else []
+            self.end(turn, [think, *thoughts, thought, *answer, end, *goes_on])
             kept = [think, *thoughts, thought] if keeps_reasoning else []
             history = [*prompt, *kept, *answer, end]
 
@@ -150,7 +152,9 @@ class Residencies(RuleBasedStateMachine):
         tokens = self.tokens_of[residency]
         cuts = RULES.cuts(array(tokens))
         starts = cuts.starts.tolist()
-        asked = [n for n, kind in enumerate(cuts.kinds) if kind in QUESTIONS]
+        pairs = enumerate(zip(starts, cuts.kinds, strict=True))
+        num_asked = self.num_asked[residency]
+        asked = [n for n, (at, kind) in pairs if kind in QUESTIONS and at < num_asked]
         if not asked:
             return False
         start, end = [*starts, len(tokens)][asked[-1] : asked[-1] + 2]
@@ -174,6 +178,7 @@ class Residencies(RuleBasedStateMachine):
         made = self.engine.finish(turn, output)
         if made is not None:
             self.tokens_of[made] = [*turn.prompt, *output][: made.frontier]
+            self.num_asked[made] = len(turn.prompt)
         self.prompts.append(turn.prompt)
         self.histories.append([*turn.prompt, *output])
         self.store.enforce_budget()

@@ -43,6 +43,18 @@ def test_an_answer_that_comes_back_changed_is_the_same_conversation(
     engine.check()
 
 
+def test_a_model_that_goes_on_as_the_user_asks_nothing(engine: FakeEngine) -> None:
+    """With `ignore_eos`, as benchmarks ask, an answer has messages of its own."""
+    turn = engine.start(unnamed(1), FIRST)
+    goes_on = [*ANSWER, *message("user", *words(9000, 9)), *ASK, *words(9100, 9)]
+    first = engine.finish(turn, goes_on)
+    assert first is not None
+    second, outcome = asked(engine, 2, [*FIRST, *ANSWER[3:], *SECOND])
+    assert (second.session, outcome) == (unnamed(1), Outcome.DIVERGED)
+    assert first.superseded or not first.alive
+    engine.check()
+
+
 def test_a_reminder_that_the_next_prompt_leaves_out_is_the_same_conversation(
     engine: FakeEngine,
 ) -> None:
