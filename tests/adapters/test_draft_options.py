@@ -148,6 +148,16 @@ def test_auto_drafts_on_a_cpu_where_it_never_hurts(parse: Parse, models: Path, c
         assert reason in said
 
 
+@pytest.mark.parametrize("name", ["qwen3next", "mamba2"])
+@pytest.mark.parametrize("words", DRAFTING, ids=" ".join)
+def test_on_drafts_nothing_beside_states_on_a_cpu(
+    parse: Parse, models: Path, words: list[str], name: str
+) -> None:
+    """vLLM's engine ended there with the first draft."""
+    assert parse(*words, model=str(models / name)).speculative_config is None
+    assert "recurrent states" in why_no_drafts(process_config())
+
+
 def test_a_snapshot_is_taken_without_drafts(parse: Parse, models: Path) -> None:
     """`vllm snapshot create` has the options of `vllm serve`, and refuses to draft."""
     read = parse(*PLUGIN, "--stateful-drafts", "off", model=str(models / "llama"))

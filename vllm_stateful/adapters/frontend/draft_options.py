@@ -28,7 +28,8 @@ GIVEN = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
 def take_drafts(namespace: argparse.Namespace) -> None:
     """Set ``speculative_config`` where drafts from sessions are wanted.
 
-    ``on`` wants them for every model that brings no drafting head along. ``auto`` wants them where
+    ``on`` wants them for every model that brings no drafting head along, and on a CPU has no
+    recurrent states: vLLM's copies of them are kernels of Triton. ``auto`` wants them where
     `why_auto_drafts_nothing` has no objection. If there are none, `NO_DRAFTS_ENV` says why.
 
     Args:
@@ -77,7 +78,8 @@ def _why_not(namespace: argparse.Namespace, wanted: str) -> str | None:
         if of_model is not None:
             return "the model brings a drafting head along"
     if wanted == "on":
-        return None
+        has_states = current_platform.is_cpu() and given.create_model_config().has_inner_state
+        return "vLLM on a CPU copies no recurrent states beside drafts" if has_states else None
     if getattr(namespace, "snapshot_dir", None) is not None:
         return "vLLM takes no snapshot of a server that drafts"
     if given.enable_prefix_caching is False:
