@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the records of turns cost: time to first token and whole turn, with them and without.
 
-    python -m benchmarks.serving.bench_records [--contexts 2000,20000] [--turns 30] [--starts 4]
+    python -m benchmarks.serving.bench_records [--contexts 2000,20000] [--turns 30] [--rounds 10]
 
-Two servers with the plugin run a one-layer model, one of them with ``--stateful-explain off``. Both
-get the same turns, and each turn begins with the other server. Two servers that are started alike
-differ by some percent for as long as they live. So they are started several times, each time in
-the other order. What is told is the median of the ratios turn by turn, of each start and of all,
-and the range in which 95% of the medians lie when starts, and turns in them, are resampled.
+One server with the plugin runs a one-layer model. Two conversations of one length go on side by
+side, turn by turn, in turns the one and the other first. The turns of one are recorded, those of
+the other are not (``switched_server``). Each round has two new conversations, and a round in which
+the other one is recorded follows. Two servers, one with ``--stateful-explain off``, would not do:
+servers that are started alike differ by some percent for as long as they live.
+
+What is told is the median of the ratios turn by turn, and the range in which 95% of the medians lie
+when rounds, and turns in them, are resampled.
 """
 
 import argparse
@@ -20,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import httpx
+
 from benchmarks.demo import machine
 from benchmarks.demo.servers import ServerFailedError
 from benchmarks.models import CACHE, ROOT
@@ -31,28 +36,32 @@ from benchmarks.serving.conversation import Count
 from benchmarks.serving.servers import (
     MAX_MODEL_LEN,
     MODEL_NAME,
-    NO_RECORDS,
     PLUGIN,
     Server,
+    Settings,
     running_servers,
 )
+from benchmarks.serving.switched_server import Switch
 from benchmarks.serving.tables import markdown, percentile, save
 
-SIDES = (PLUGIN, NO_RECORDS)
 MAX_TOKENS = 8
 DELTA_TOKENS = 170
 NUM_MESSAGES = 9
 NUM_WARM_TURNS = 2
-PAUSE_S = 1.3
-"""A CPU worker spins for one second after each request."""
+PAUSE_S = 0.02
+"""Between two turns, so that what the server does behind an answer is done."""
 RESAMPLES = 2000
+
+
+class WrongSwitchError(RuntimeError):
+    """Turns were recorded that should not have been, or the other way round."""
 
 
 @dataclass
 class Pair:
-    """One turn on both sides: seconds to the first token, and to the end."""
+    """One turn of both conversations: seconds to the first token, and to the end."""
 
-    start: int
+    round: int
     context: int
     turn: int
     first_s: float
@@ -62,22 +71,38 @@ class Pair:
 
 
 def play(
-    servers: dict[str, Server], start: int, context: int, num_turns: int, count: Count
+    server: Server, switch: Switch, number: int, context: int, num_turns: int, count: Count
 ) -> Iterator[Pair]:
-    """One conversation on both servers."""
-    clients = {side: ChatClient(HOST, server.port) for side, server in servers.items()}
-    first = conversation.history(context, context, NUM_MESSAGES, count)
-    turns = conversation.turns(context, first, NUM_WARM_TURNS + num_turns, DELTA_TOKENS, count)
-    for turn, messages in enumerate(turns):
-        body = encode_body(MODEL_NAME, messages, MAX_TOKENS)
-        replies: dict[str, Reply] = {}
-        for side in SIDES if turn % 2 else SIDES[::-1]:
+    """Two conversations of one length, one of them recorded.
+
+    Raises:
+        WrongSwitchError: the records are not what the switch said.
+    """
+    client = ChatClient(HOST, server.port)
+    seeds = (2 * number, 2 * number + 1)
+    first = {
+        on: conversation.history(context + seed, context, NUM_MESSAGES, count)
+        for on, seed in zip((True, False), seeds if number % 2 else seeds[::-1], strict=True)
+    }
+    num_turns += NUM_WARM_TURNS
+    both = {
+        on: conversation.turns(number, messages, num_turns, DELTA_TOKENS, count)
+        for on, messages in first.items()
+    }
+    names = {on: f"{number}-{context}-{'with' if on else 'without'}" for on in both}
+    for turn in range(num_turns):
+        replies: dict[bool, Reply] = {}
+        for on in (True, False) if (turn + number) % 2 else (False, True):
+            body = encode_body(
+                MODEL_NAME, next(both[on]), MAX_TOKENS, prompt_cache_key=names[on], ignore_eos=True
+            )
+            switch.turn(on=on)
+            replies[on] = client.ask(body)
             time.sleep(PAUSE_S)
-            replies[side] = clients[side].ask(body)
         if turn >= NUM_WARM_TURNS:
-            ours, without = (replies[side] for side in SIDES)
+            ours, without = replies[True], replies[False]
             yield Pair(
-                start,
+                number,
                 context,
                 turn,
                 ours.first_s - ours.sent_s,
@@ -85,25 +110,34 @@ def play(
                 ours.end_s - ours.sent_s,
                 without.end_s - without.sent_s,
             )
+    switch.turn(on=True)
+    for on, name in names.items():
+        if (found := num_recorded(server, name)) != (num_turns if on else 0):
+            raise WrongSwitchError(f"{found} turns of {name} were recorded, of {num_turns}")
+
+
+def num_recorded(server: Server, session: str) -> int:
+    """The number of turns that the server remembers of a session."""
+    answer = httpx.get(f"{server.url}/v1/sessions/{session}/turns", params={"limit": 200})
+    return len(answer.json()["turns"]) if answer.is_success else 0
 
 
 def median_ratio(pairs: Sequence[Pair], name: str) -> str:
-    """The median of with / without, the range of resampled medians, and that of each start."""
-    by_start: dict[int, list[float]] = {}
+    """The median of with / without, and the range of resampled medians."""
+    by_round: dict[int, list[float]] = {}
     for pair in pairs:
         ratio = getattr(pair, f"{name}_s") / getattr(pair, f"{name}_without_s")
-        by_start.setdefault(pair.start, []).append(ratio)
-    starts = list(by_start.values())
+        by_round.setdefault(pair.round, []).append(ratio)
+    rounds = list(by_round.values())
     random = Random(0)
     medians = []
     for _ in range(RESAMPLES):
-        chosen = random.choices(starts, k=len(starts))
+        chosen = random.choices(rounds, k=len(rounds))
         resampled = [random.choices(ratios, k=len(ratios)) for ratios in chosen]
         medians.append(percentile([ratio for ratios in resampled for ratio in ratios], 0.5))
     low, high = percentile(medians, 0.025), percentile(medians, 0.975)
-    middle = percentile([ratio for ratios in starts for ratio in ratios], 0.5)
-    each = ", ".join(f"{percentile(ratios, 0.5):.3f}" for ratios in starts)
-    return f"{middle:.3f} ({low:.3f} to {high:.3f}); {each}"
+    middle = percentile([ratio for ratios in rounds for ratio in ratios], 0.5)
+    return f"{middle:.4f} ({low:.4f} to {high:.4f})"
 
 
 def row(pairs: Sequence[Pair]) -> list[str]:
@@ -112,6 +146,7 @@ def row(pairs: Sequence[Pair]) -> list[str]:
     total = percentile([1000 * pair.total_without_s for pair in pairs], 0.5)
     return [
         f"{pairs[0].context:,}",
+        f"{len(pairs)}",
         f"{first:.1f} ms",
         median_ratio(pairs, "first"),
         f"{total:.1f} ms",
@@ -124,30 +159,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--contexts", default="2000,20000", help="tokens (%(default)s)")
     parser.add_argument(
-        "--turns", type=int, default=30, help="of each context and start (%(default)s)"
+        "--turns", type=int, default=30, help="of each context and round (%(default)s)"
     )
-    parser.add_argument("--starts", type=int, default=4, help="of both servers (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="of each context (%(default)s)")
     out = ROOT / "benchmarks" / "serving" / "results" / "records.json"
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--logs", type=Path, default=ROOT / "out" / "serving" / "records")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the servers too
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops the server too
     model = ensure_tiny(
         CACHE / "tiny-llama-262k", layers=1, heads=1, kv_heads=1, max_len=MAX_MODEL_LEN
     )
     count = replay.Tokens(model).count
+    args.logs.mkdir(parents=True, exist_ok=True)
+    switch = Switch(args.logs / "switch", is_new=True)
+    launcher = ("benchmarks.serving.switched_server", str(args.logs / "switch"))
+    settings = Settings(launchers={PLUGIN: launcher})
     pairs: list[Pair] = []
     try:
-        for start in range(args.starts):
-            sides = SIDES if start % 2 else SIDES[::-1]
-            with running_servers(model, args.logs, print, sides=sides) as servers:
+        with running_servers(model, args.logs, print, settings=settings, sides=(PLUGIN,)) as all_:
+            for number in range(args.rounds):
                 for context in map(int, args.contexts.split(",")):
-                    pairs += play(servers, start, context, args.turns, count)
-                    print(f"start {start}, {context} tokens: played", flush=True)
-    except ServerFailedError as error:
+                    pairs += play(all_[PLUGIN], switch, number, context, args.turns, count)
+                print(f"round {number}: played", flush=True)
+    except (ServerFailedError, WrongSwitchError) as error:
         print(error, file=sys.stderr)
         return 1
-    head = ["context", "first token without", "with / without", "turn without", "with / without"]
+    head = ["context", "pairs", "first token without", "with / without"]
+    head += ["turn without", "with / without"]
     contexts = dict.fromkeys(pair.context for pair in pairs)
     print(markdown(head, [row([p for p in pairs if p.context == each]) for each in contexts]))
     command = f"python -m benchmarks.serving.bench_records {shlex.join(sys.argv[1:])}".strip()

@@ -25,13 +25,7 @@ STOCK, PLUGIN = "stock", "plugin"
 SIDES = (STOCK, PLUGIN)
 FAST = "fast"
 """The plugin with `--stateful-profile fast`."""
-NO_RECORDS = "no-records"
-"""The plugin without records of turns."""
-OURS = {
-    PLUGIN: (),
-    FAST: ("--stateful-profile", "fast"),
-    NO_RECORDS: ("--stateful-explain", "off"),
-}
+OURS = {PLUGIN: (), FAST: ("--stateful-profile", "fast")}
 """The options of the sides with the plugin, behind `--plugin stateful`."""
 NGRAM = "ngram"
 """Stock vLLM with its own drafts from the prompt."""

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What nvcc makes of the kernels: registers that fit, the instructions they are written for, and
-none that ptxas is known to get wrong."""
+none that ptxas is known to get wrong.
+
+Compiling takes minutes. So only for Hopper all head sizes are compiled, and for the others the one
+whose registers are checked, unless STATEFUL_ALL_KERNELS is set.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +23,7 @@ from vllm_stateful.attention import ops
 
 ARCHS = ("80", "90a", "100f", "120f")
 HOPPER = "90a"
+OTHER_HEAD_SIZES = re.compile(r"^ *case (?:64|256): return choose_rows<.*\n", re.M)
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not here")
 
@@ -74,7 +80,15 @@ def fused_comparisons(sass: str) -> list[str]:
 @needs_nvcc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel(arch: str, tmp_path: Path) -> None:
-    made, said = compiled(arch, CSRC / "cuda" / "delta_append.cu", tmp_path)
+    source = CSRC / "cuda" / "delta_append.cu"
+    num_compiled = 42
+    if arch != HOPPER and "STATEFUL_ALL_KERNELS" not in os.environ:
+        text, num_left_out = OTHER_HEAD_SIZES.subn("", source.read_text())
+        assert num_left_out == 2
+        source = tmp_path / source.name
+        source.write_text(text)
+        num_compiled = 14
+    made, said = compiled(arch, source, tmp_path)
     assert "warning" not in said
     spills = {name: (int(stores), int(loads)) for name, stores, loads in SPILLS.findall(said)}
     kernels = {name for name in spills if "Li128E" in name}  # of head size 128
@@ -83,7 +97,7 @@ def test_every_kernel(arch: str, tmp_path: Path) -> None:
         if "Fp8" not in name or arch == HOPPER:
             assert spills[name] == (0, 0), name
     sass = disassembled(made)
-    assert sass.count("Function :") == len(spills) == 42
+    assert sass.count("Function :") == len(spills) == num_compiled
     assert not fused_comparisons(sass)
     if arch == HOPPER:
         assert "HGMMA.64x128x16.F32.BF16" in sass
